@@ -1,0 +1,100 @@
+"""Convergence diagnostics of Markov chains: effective sample size and split R-hat.
+
+Draws are a tensor (draws, chains) of one scalar statistic. Both diagnostics are computed on
+rank-normalised draws of split chains, so that they neither need finite variance nor miss a drift
+within chains.
+
+Reference:
+    Vehtari, Gelman, Simpson, Carpenter and Bürkner (2021), Rank-normalization, folding, and
+    localization: an improved R-hat, arXiv 1903.08008, sections 3.1, 3.2 and 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["ess", "r_hat"]
+
+
+def ess(draws: Tensor) -> float:
+    """Bulk effective sample size: how many independent draws carry as much information.
+
+    Args:
+        draws: Shape (draws, chains), at least 4 draws.
+    Returns:
+        Between 0 and draws · chains · log10(draws · chains); NaN where it is not defined.
+    """
+    split = _split(draws)
+    if split is None:
+        return math.nan
+    return _effective(_rank_normalise(split))
+
+
+def r_hat(draws: Tensor) -> float:
+    """Split R-hat: the larger of the bulk's and the tails'. Near 1 if chains agree; above 1.01, not.
+
+    Args:
+        draws: Shape (draws, chains), at least 4 draws.
+    Returns:
+        A number of at least about 1; NaN where it is not defined.
+    """
+    split = _split(draws)
+    if split is None:
+        return math.nan
+    folded = (split - split.median()).abs()
+    return max(_potential_reduction(_rank_normalise(s)) for s in (split, folded))
+
+
+def _split(draws: Tensor) -> Tensor | None:
+    """Each chain cut in two halves: (draws/2, 2 chains); None without enough finite draws."""
+    if draws.ndim != 2:
+        raise ValueError(f"`draws` must have shape (draws, chains), got {tuple(draws.shape)}.")
+    half = draws.shape[0] // 2
+    draws = draws.detach().to("cpu", torch.float64)
+    if half < 2 or not draws.isfinite().all():
+        return None
+    return torch.cat([draws[:half], draws[-half:]], dim=1)
+
+
+def _rank_normalise(draws: Tensor) -> Tensor:
+    """Φ⁻¹((r - 3/8)/(S + 1/4)), with r the average rank among all S draws."""
+    _, inverse, counts = draws.flatten().unique(return_inverse=True, return_counts=True)
+    rank = counts.cumsum(0) - (counts - 1) / 2
+    quantile = (rank - 3 / 8) / (draws.numel() + 1 / 4)
+    return torch.special.ndtri(quantile)[inverse].reshape(draws.shape)
+
+
+def _potential_reduction(draws: Tensor) -> float:
+    n = draws.shape[0]
+    within = draws.var(dim=0).mean()
+    between = n * draws.mean(dim=0).var()
+    if within == 0:
+        return math.nan
+    return math.sqrt((between / within + n - 1) / n)
+
+
+def _effective(draws: Tensor) -> float:
+    """Geyer's initial monotone sequence on the autocorrelations of all chains together."""
+    n, chains = draws.shape
+    centred = draws - draws.mean(dim=0)
+    spectrum = torch.fft.rfft(centred, n=2 * n, dim=0)
+    autocovariance = torch.fft.irfft(spectrum.abs().square(), n=2 * n, dim=0)[:n] / n
+    within = autocovariance[0].mean() * n / (n - 1)
+    variance = within * (n - 1) / n + (draws.mean(dim=0).var() if chains > 1 else 0.0)
+    if variance == 0:
+        return math.nan
+    rho = 1 - (within - autocovariance.mean(dim=1) * n / (n - 1)) / variance
+    rho[0] = 1.0
+    pairs = rho[: n - n % 2].reshape(-1, 2).sum(dim=1)
+    negative = (pairs < 0).nonzero()
+    end = int(negative[0]) if len(negative) else len(pairs)
+    monotone = pairs[:end].cummin(dim=0).values
+    tau = -1 + 2 * float(monotone.sum())
+    # The odd lag after the last positive pair improves the estimate for antithetic chains.
+    if end < len(pairs):
+        tau += max(0.0, float(rho[2 * end]))
+    total = n * chains
+    return total / max(tau, 1 / math.log10(total))

@@ -1,0 +1,96 @@
+"""Experts by name: where they are looked for, and what there is."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from composable_ebm.experts.card import Card, CheckpointError
+from composable_ebm.experts.checkpoint import CONFIG, WEIGHTS, load_folder, read_card
+from composable_ebm.experts.expert import Expert
+
+ENVIRONMENT = "COMPOSABLE_EBM_MODELS"
+
+__all__ = ["catalogue", "load_expert", "model_folders"]
+
+
+def model_folders() -> list[Path]:
+    """Folders of experts, first found first served: $COMPOSABLE_EBM_MODELS (a search path), `models`
+    in the working folder, the checkout's, the installed package's."""
+    package = Path(__file__).resolve().parents[1]
+    named = [Path(p) for p in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if p]
+    places = [*named, Path("models"), package.parent / "models", package / "models"]
+    found: dict[Path, None] = {}
+    for place in places:
+        if place.is_dir():
+            found.setdefault(place.resolve())
+    return list(found)
+
+
+def catalogue() -> dict[str, Path]:
+    """Every expert there is: "family/name" -> its folder. New folders appear by themselves."""
+    found: dict[str, Path] = {}
+    for folder in model_folders():
+        for config in sorted(folder.glob(f"*/*/{CONFIG}")):
+            found.setdefault("/".join(config.parts[-3:-1]), config.parent)
+    return found
+
+
+def cards() -> tuple[dict[str, Card], dict[str, str]]:
+    """The cards of all experts by name, and the errors of those that cannot be read."""
+    good: dict[str, Card] = {}
+    bad: dict[str, str] = {}
+    for name, folder in catalogue().items():
+        try:
+            good[name] = read_card(folder)
+        except CheckpointError as error:
+            bad[name] = str(error)
+    return good, bad
+
+
+def load_expert(name: str | Path, device: torch.device | str | None = None) -> Expert:
+    """A trained expert, ready to compose.
+
+    Args:
+        name: "family/name" of an expert in one of `model_folders`, a folder that holds one, or the
+            id of a Hugging Face Hub repository that holds one.
+        device: Where to put it.
+    Raises:
+        KeyError: If there is no such expert; the message lists near names.
+        CheckpointError: If its files are damaged.
+    Example:
+        >>> three = load_expert("digits/digit")[3]
+    """
+    known = catalogue()
+    if str(name) in known:
+        return load_folder(known[str(name)], device)
+    folder = Path(name)
+    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
+        return load_folder(folder, device)
+    near = difflib.get_close_matches(str(name), known, 3) or [k for k in known if k.endswith(f"/{name}")]
+    reason = ""
+    if (
+        not near
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
+        and str(name).split("/")[0] not in _families(known)
+    ):
+        try:
+            return load_folder(_download(str(name)), device)
+        except (OSError, ValueError) as error:
+            reason = f" The Hub did not give one either: {str(error).splitlines()[0]}"
+    hint = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(known) or 'none'}."
+    raise KeyError(f"no expert named {str(name)!r}.{hint}{reason}")
+
+
+def _families(known: dict[str, Path]) -> set[str]:
+    return {name.split("/")[0] for name in known}
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to load, and only needed here
+
+    return Path(snapshot_download(repository, allow_patterns=[CONFIG, WEIGHTS]))

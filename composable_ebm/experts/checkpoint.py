@@ -1,0 +1,135 @@
+"""Experts as files: `model.safetensors` and `config.json` in one folder. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from composable_ebm.experts.card import Card, CheckpointError
+from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.networks import NETWORKS
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+__all__ = ["CONFIG", "WEIGHTS", "load_folder", "read_card", "save_expert", "write_atomic"]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: to a temporary name, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_expert(folder: str | Path, network: nn.Module, card: Card) -> Card:
+    """Writes an expert and returns its card with the hash, size and parameter count of the weights.
+
+    Args:
+        folder: Usually models/<family>/<name>.
+        network: One of `NETWORKS`.
+        card: Its description.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    content = save(state)
+    card = replace(
+        card,
+        weights={
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
+    )
+    write_atomic(Path(folder) / WEIGHTS, content)
+    write_atomic(Path(folder) / CONFIG, card.to_json().encode())
+    return card
+
+
+def read_card(folder: str | Path) -> Card:
+    """The card of the expert in `folder`.
+
+    Raises:
+        CheckpointError: If it is missing or does not say what an expert needs.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        return Card.from_json(_read(path).decode())
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} does not describe an expert: {error}.") from error
+
+
+def load_folder(folder: str | Path, device: torch.device | str | None = None) -> Expert:
+    """The expert in `folder`, checked against its own description.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or changed, or the weights do not fit.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    path = folder / WEIGHTS
+    content = _read(path)
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != card.weights.get("sha256"):
+        size = card.weights.get("bytes")
+        what = f"is truncated ({len(content)} of {size} bytes)" if size != len(content) else "was changed"
+        raise CheckpointError(
+            f"{path} {what}: its SHA-256 is {digest[:12]}…, {CONFIG} says "
+            f"{str(card.weights.get('sha256'))[:12]}…. Copy or train the expert again."
+        )
+    try:
+        state = load(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no safetensors file: {error}.") from error
+    network = _build(card, folder / CONFIG)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network in {folder / CONFIG}: {error}") from error
+    return Expert.standing(network.to(device).eval().requires_grad_(False), card)
+
+
+def _build(card: Card, path: Path) -> nn.Module:
+    options = dict(card.network)
+    kind = options.pop("type", None)
+    if kind not in NETWORKS:
+        raise CheckpointError(f"{path} names the network {kind!r}; this version knows {', '.join(NETWORKS)}.")
+    build: Callable[..., nn.Module] = NETWORKS[kind]
+    try:
+        network = build(**options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} gives {kind} arguments that do not fit: {error}.") from error
+    outputs = options.get("num_values", 1)
+    if outputs != len(card.values) or tuple(options.get("event_shape", ())) != card.event_shape:
+        raise CheckpointError(
+            f"{path} describes {len(card.values)} values of shape {card.event_shape}, but its network gives "
+            f"{outputs} for shape {tuple(options.get('event_shape', ()))}."
+        )
+    return network
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path}: {error.strerror}. An expert is a folder with {CONFIG} and {WEIGHTS}."
+        ) from error

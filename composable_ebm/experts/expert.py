@@ -1,0 +1,98 @@
+"""An expert: a trained energy of one attribute."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from composable_ebm.energy import Energy, Mixture, negate
+from composable_ebm.experts.card import Card
+
+__all__ = ["Expert"]
+
+
+class Expert(Energy):
+    """A trained energy, at one value of its attribute or at any.
+
+    With a value y it is E(x, y). Without one it is what the expert itself says about x alone, the
+    marginal E(x) = -log Σ_y exp(-E(x, y)), which takes its values to be equally likely a priori.
+
+    `expert[value]` chooses a value, `expert["any"]` the marginal. A binary expert stands for its
+    second value unless told otherwise, and `~expert` for its first.
+
+    Args:
+        network: x -> (batch, values).
+        card: What is known about it.
+        value: Index of the value, or None for the marginal.
+    Example:
+        >>> digit = load_expert("digits/digit")
+        >>> three, odd = digit[3], digit[1] | digit[3] | digit[5] | digit[7] | digit[9]
+    Reference:
+        Grathwohl et al. (2020), arXiv 1912.03263, eq. 4 and 5, for E(x, y) and its marginal.
+    """
+
+    def __init__(self, network: nn.Module, card: Card, value: int | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.card = card
+        self.value = value
+        self.event_shape = card.event_shape
+        self.data_range = card.data_range
+        self.sampler_settings = card.sampler or None
+        self.noise_conditioned = card.noise_conditioned
+        self.energy_range = card.energy_range.get("any" if value is None else card.values[value])
+
+    @classmethod
+    def standing(cls, network: nn.Module, card: Card) -> Self:
+        """The expert as `load_expert` gives it: binary ones stand for their second value."""
+        return cls(network, card, {1: 0, 2: 1}.get(len(card.values)))
+
+    def __getitem__(self, value: str | int) -> Expert:
+        """The expert at one value of its attribute, given by name, or at "any"."""
+        if value == "any":
+            return Expert(self.network, self.card, None)
+        names = self.card.values
+        if str(value) not in names:
+            near = difflib.get_close_matches(str(value), names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise KeyError(
+                f"{self.card.full_name} has no value {value!r}; it has {', '.join(names)} and any.{hint}"
+            )
+        return Expert(self.network, self.card, names.index(str(value)))
+
+    # A class with __getitem__ would otherwise be iterable, without end.
+    __iter__ = None
+
+    def body(self) -> nn.Module:
+        return self.network
+
+    def read(self, outputs: Tensor) -> Tensor:
+        # A batched pass pads the outputs of networks with fewer values.
+        outputs = outputs[:, : len(self.card.values)]
+        return -torch.logsumexp(-outputs, dim=1) if self.value is None else outputs[:, self.value]
+
+    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        return self.read(self.network(x, noise_level) if self.noise_conditioned else self.network(x))
+
+    @property
+    def key(self) -> Hashable:
+        return ("expert", id(self.network), self.value)
+
+    def complement(self) -> Energy:
+        """The expert of the other value, the mixture of the other values, or a bounded negation."""
+        if self.value is None or len(self.card.values) == 1:
+            return negate(self)
+        others = [Expert(self.network, self.card, i) for i in range(len(self.card.values)) if i != self.value]
+        return others[0] if len(others) == 1 else Mixture(others)
+
+    def __str__(self) -> str:
+        name, count = self.name or self.card.full_name, len(self.card.values)
+        if count == 1:
+            return name
+        if count == 2:
+            return f"{name}[any]" if self.value is None else ("~" if self.value == 0 else "") + name
+        return name if self.value is None else f"{name}[{self.card.values[self.value]}]"

@@ -1,0 +1,30 @@
+"""Sampling: kernels, one engine that runs them, and the results."""
+
+from composable_ebm.sampling.annealed import Annealed
+from composable_ebm.sampling.engine import Chain, ChainDivergedError
+from composable_ebm.sampling.hmc import HMC
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
+from composable_ebm.sampling.langevin import Langevin
+from composable_ebm.sampling.mala import MALA
+from composable_ebm.sampling.result import SampleResult
+from composable_ebm.sampling.sample import sample
+from composable_ebm.sampling.settings import from_settings
+from composable_ebm.sampling.underdamped import UnderdampedLangevin
+
+__all__ = [
+    "HMC",
+    "MALA",
+    "Annealed",
+    "Chain",
+    "ChainDivergedError",
+    "Dynamics",
+    "Info",
+    "Kernel",
+    "Langevin",
+    "Noise",
+    "SampleResult",
+    "State",
+    "UnderdampedLangevin",
+    "from_settings",
+    "sample",
+]

@@ -1,0 +1,160 @@
+"""What every sampler is: one Markov kernel, a pure function of tensors.
+
+    init(potential, x)                     -> state            what the next step needs
+    step(potential, state, noise, dynamics) -> (state, info)   info: what one may want to look at
+
+A kernel leaves exp(-E(x)/T) invariant, or nearly so. It never loops (the engine does), never draws
+from a global generator (`noise` draws), and never reads a number off the device: step size,
+temperature and noise scale arrive as tensors, so moving them costs nothing.
+
+Symbols used by all kernels: η step_size, T temperature, ξ standard normal noise, g = ∂E/∂x.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x, (batch, *event) -> energies (batch,) and their gradient ∂E/∂x (batch, *event)."""
+
+__all__ = ["Dynamics", "Info", "Kernel", "Noise", "Potential", "State", "expand"]
+
+
+class State(NamedTuple):
+    """Where the chains are: states, their energies and gradients, and momenta where there are any."""
+
+    x: Tensor
+    energy: Tensor
+    gradient: Tensor
+    momentum: Tensor | None = None
+
+
+class Info(NamedTuple):
+    """What happened in a step. `acceptance`: probability of acceptance, (batch,), or None."""
+
+    acceptance: Tensor | None = None
+
+
+class Dynamics(NamedTuple):
+    """The numbers of a step, as tensors () or (batch,)."""
+
+    step_size: Tensor
+    temperature: Tensor
+    noise_scale: Tensor | None = None
+
+
+class Noise:
+    """Random draws for a batch, each block of rows from its own generator.
+
+    A request draws the same noise whatever else is in the batch: its rows come from its generator
+    alone, in one draw of its own shape.
+
+    Args:
+        sources: (generator, number of rows) for each block, in order.
+    """
+
+    def __init__(self, *sources: tuple[torch.Generator, int]) -> None:
+        self.sources = sources
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal, shape, dtype and device of `like`."""
+        return self._draw(torch.randn, like.shape[1:], like)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Uniform on [0, 1), one a row of `like`, shape (batch,)."""
+        return self._draw(torch.rand, torch.Size(), like)
+
+    def _draw(self, draw: Callable[..., Tensor], event: Sequence[int], like: Tensor) -> Tensor:
+        blocks = [
+            draw((rows, *event), generator=generator, dtype=like.dtype, device=like.device)
+            for generator, rows in self.sources
+        ]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def expand(value: Tensor, x: Tensor) -> Tensor:
+    """A value () or (batch,) shaped to broadcast over the states `x`, (batch, *event)."""
+    return value.reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value
+
+
+@dataclass(frozen=True)
+class Kernel(ABC):
+    """A Markov kernel and its settings.
+
+    Args:
+        step_size: η > 0; its unit is the kernel's own, see there.
+        temperature: T > 0 in exp(-E/T).
+        target_acceptance: Step sizes adapt towards it while the engine warms up; None for kernels
+            that accept everything.
+    Raises:
+        ValueError: If a setting is not positive and finite.
+    """
+
+    step_size: float
+    temperature: float = 1.0
+    target_acceptance: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("step_size", "temperature"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(
+                    f"`{name}` of {type(self).__name__} must be positive and finite, got {value!r}."
+                )
+        if self.target_acceptance is not None and not 0 < self.target_acceptance < 1:
+            raise ValueError(f"`target_acceptance` must be between 0 and 1, got {self.target_acceptance}.")
+
+    # How many gradients one step takes, and whether state.energy belongs to state.x after it.
+    @property
+    def gradients_per_step(self) -> int:
+        return 1
+
+    @property
+    def energy_is_current(self) -> bool:
+        return True
+
+    @property
+    def implied_temperature(self) -> float:
+        """The T whose Langevin dynamics has this step and noise."""
+        return self.temperature
+
+    def dynamics(self, x: Tensor) -> Dynamics:
+        """The settings as tensors on the device of `x`."""
+        return Dynamics(*(x.new_tensor(v) for v in (self.step_size, self.temperature)))
+
+    def scaled(self, factor: float) -> Self:
+        """The same kernel with `factor` times the step size."""
+        return replace(self, step_size=self.step_size * factor)
+
+    def settings(self) -> dict[str, object]:
+        """What differs from the defaults, as plain values that a JSON file can hold."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {"kernel": type(self).__name__, **kept}
+
+    def init(self, potential: Potential, x: Tensor, noise: Noise) -> State:
+        """The state of chains that stand at `x`."""
+        return State(x, *potential(x))
+
+    @abstractmethod
+    def step(
+        self, potential: Potential, state: State, noise: Noise, dynamics: Dynamics
+    ) -> tuple[State, Info]:
+        """One transition of every chain."""
+
+
+def metropolis(old: State, new: State, log_alpha: Tensor, noise: Noise) -> tuple[State, Info]:
+    """Accepts `new` with probability min(1, exp(log_alpha)), chain by chain; NaN is never accepted."""
+    probability = log_alpha.clamp(max=0).exp().nan_to_num(nan=0.0)
+    accepted = noise.uniform(old.x) < probability
+    chosen = [
+        None if a is None or b is None else torch.where(expand(accepted, a), b, a)
+        for a, b in zip(old, new, strict=True)
+    ]
+    return State(*chosen), Info(probability)  # type: ignore[arg-type]

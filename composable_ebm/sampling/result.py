@@ -1,0 +1,197 @@
+"""What a run of the sampler gives back, and what it says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from composable_ebm import diagnostics
+from composable_ebm.energy import Sum
+from composable_ebm.sampling.engine import Divergence, Sampler, Trace
+from composable_ebm.sampling.fusion import FusedPotential
+from composable_ebm.sampling.kernel import Kernel
+
+__all__ = ["SampleResult", "TermCheck", "check_terms"]
+
+
+@dataclass(frozen=True)
+class TermCheck:
+    """Whether the samples satisfy one term of the request.
+
+    Attributes:
+        term: Its text, with its weight.
+        energy: Mean weighted energy over the samples, in nats.
+        failed: Share of the samples that the term calls unlike its own, or None if it cannot tell.
+        avoided: True if the request was to stay away from it.
+    """
+
+    term: str
+    energy: float
+    failed: float | None
+    avoided: bool
+
+    @property
+    def sentence(self) -> str:
+        """What to tell a person, or nothing if the term is met."""
+        if self.failed is None or self.failed < 0.5:
+            return ""
+        share = f"{100 * self.failed:.0f} % of the samples"
+        if self.avoided:
+            return f"{share} lie where {self.term.lstrip('-')} is likely, which {self.term} asks to avoid"
+        return f"{share} do not satisfy {self.term}: its energy there is far above that of its own samples"
+
+
+def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
+    """Holds the samples against each term of the composition.
+
+    A term with positive weight is failed by a state whose energy lies above the term's own range,
+    by more than the width of that range. A term with negative weight, where the weights sum to
+    less than 1 (so that it is no shared base being counted once), is failed by a state that the
+    term itself finds typical.
+    """
+    composition = potential.composition
+    with torch.no_grad():
+        leaves = potential.plan(x, potential.noise_level)
+        coefficients = potential.coefficients
+        if isinstance(composition, Sum):
+            own, blocks = composition._split(coefficients)
+            operands = list(composition.operands)
+            weights = [own[..., i] for i in range(len(operands))]
+        else:
+            operands, blocks, weights = [composition], [coefficients], [x.new_ones(())]
+        net = torch.stack([w.double().mean() for w in weights]).sum()
+        checks = []
+        for term, block, weight in zip(operands, blocks, weights, strict=True):
+            energies = term.combine(leaves, block)
+            mean_weight = float(weight.double().mean())
+            failed: Tensor | None = None
+            if mean_weight > 0:
+                failed = term.unlike(energies)
+            elif mean_weight < 0 and net < 1 - 1e-6 and term.energy_range is not None:
+                failed = energies <= term.energy_range[1]
+            checks.append(
+                TermCheck(
+                    str(mean_weight * term) if mean_weight else f"0*{term}",
+                    float((weight * energies).mean()),
+                    None if failed is None else float(failed.float().mean()),
+                    mean_weight < 0,
+                )
+            )
+    return checks
+
+
+@dataclass(frozen=True)
+class SampleResult:
+    """Samples, and how they came about.
+
+    Attributes:
+        samples: Final states, (batch, *event).
+        energies: Their energies in nats, (batch,).
+        trace: Energy, gradient norm, acceptance and step size of every step.
+        trajectory: States every `keep_every` steps, (kept, batch, *event), the start included, or None.
+        recipe: The composition as text.
+        sampler: The kernel or annealed kernel that ran.
+        num_steps: Steps taken, warm-up included.
+        seed: Seed of the noise, or None if a generator was given.
+        seconds: Wall time of the run.
+        evaluations: Gradient evaluations per chain.
+        path: How the energies were evaluated, in a line.
+        divergence: Which chains diverged.
+        checks: Whether the samples satisfy each term.
+        warmup: Steps left out of ESS, R-hat and mean acceptance.
+    """
+
+    samples: Tensor
+    energies: Tensor
+    trace: Trace
+    trajectory: Tensor | None
+    recipe: str
+    sampler: Sampler
+    num_steps: int
+    seed: int | None
+    seconds: float
+    evaluations: int
+    path: str
+    divergence: Divergence
+    checks: list[TermCheck]
+    warmup: int
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel, without its schedule."""
+        return self.sampler if isinstance(self.sampler, Kernel) else self.sampler.kernel
+
+    @property
+    def ess(self) -> float:
+        """Bulk effective sample size of the energy, over the second half of the run."""
+        return diagnostics.ess(self._settled())
+
+    @property
+    def r_hat(self) -> float:
+        """Split R-hat of the energy, over the second half of the run."""
+        return diagnostics.r_hat(self._settled())
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Mean probability of acceptance after warm-up; None where every step is taken."""
+        accepted = self.trace.acceptance
+        return None if accepted is None or not len(accepted) else float(accepted[self.warmup :].mean())
+
+    @property
+    def implied_temperature(self) -> float:
+        """The T whose Langevin dynamics has the step and noise of this run."""
+        return self.kernel.implied_temperature
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with these samples, in sentences; empty if nothing was noticed."""
+        found = [check.sentence for check in self.checks if check.sentence]
+        if found:
+            found.append("the request may be impossible, or its weights too far apart, or the run too short")
+        if self.divergence.any:
+            count = int(self.divergence.chains.sum())
+            found.insert(0, f"{count} of {len(self.samples)} chains diverged and were frozen")
+        return found
+
+    def report(self) -> str:
+        """The run in text: settings, speed, convergence, terms, and anything that looks wrong."""
+        rate = self.num_steps / self.seconds if self.seconds else float("inf")
+        rows = [
+            ("recipe", self.recipe),
+            ("sampler", f"{self.sampler}"),
+            (
+                "run",
+                f"{len(self.samples)} chains, {self.num_steps} steps, {self.seconds:.2f} s ({rate:.0f}/s)",
+            ),
+            ("evaluated as", self.path),
+            (
+                "energy",
+                f"{float(self.energies.mean()):.4g} ± {float(self.energies.std(correction=0)):.2g} nats",
+            ),
+            ("temperature", f"{self.implied_temperature:.3g}"),
+        ]
+        if self.acceptance_rate is not None:
+            rows.append(("acceptance", f"{self.acceptance_rate:.3f}"))
+        draws = self._settled().numel()
+        rows.append(
+            ("convergence", f"ESS {self.ess:.0f} of {draws}, R-hat {self.r_hat:.3f} (energy, second half)")
+        )
+        rows.append(("diverged", f"{int(self.divergence.chains.sum())} of {len(self.samples)}"))
+        rows += [
+            ("term" if i == 0 else "", f"{c.term}: {c.energy:.4g} nats") for i, c in enumerate(self.checks)
+        ]
+        rows += [("PROBLEM", problem) for problem in self.problems]
+        return "\n".join(f"{label:>13}  {text}" for label, text in rows)
+
+    def plot_trace(self, path: str | Path) -> None:
+        """Draws energy, gradient norm and acceptance along the chains to an image file."""
+        from composable_ebm.plotting import plot_trace  # matplotlib is slow to load
+
+        plot_trace(self.trace, self.recipe, path)
+
+    def _settled(self) -> Tensor:
+        energy = self.trace.energy[self.warmup :]
+        return energy[len(energy) // 2 :]

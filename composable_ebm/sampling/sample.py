@@ -1,0 +1,258 @@
+"""`sample`: from a composition to a `SampleResult`."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from composable_ebm.energy import Energy, Mixture, Not, Sum
+from composable_ebm.sampling.engine import Callback, Chain, Sampler
+from composable_ebm.sampling.kernel import Noise
+from composable_ebm.sampling.result import SampleResult, check_terms
+from composable_ebm.sampling.settings import from_settings
+
+DEFAULT_STEPS = 200
+
+__all__ = ["calibrated_sampler", "initial_states", "sample"]
+
+
+@runtime_checkable
+class Images(Protocol):
+    """A data set to start chains from."""
+
+    def __len__(self) -> int: ...
+    def batch(self, index: Tensor) -> Tensor: ...
+
+
+def sample(
+    energy: Energy,
+    *,
+    num_chains: int | None = None,
+    num_steps: int | None = None,
+    sampler: Sampler | None = None,
+    init: Tensor | Images | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    coefficients: Tensor | None = None,
+    mask: Tensor | None = None,
+    num_warmup: int = 0,
+    keep_every: int | None = None,
+    callback: Callback | None = None,
+    callback_every: int = 1,
+    on_divergence: Literal["raise", "report"] = "raise",
+) -> SampleResult:
+    """Draws from exp(-E(x)/T) with many chains at once.
+
+    Runs on the device that the energy's parameters are on. Global random state is neither read
+    nor changed: the same seed gives the same samples on the same kind of device.
+
+    Args:
+        energy: A composition with at least one term of positive weight.
+        num_chains: Number of chains; that of `init` unless given, else 16.
+        num_steps: Steps of the kernel after warm-up; what the experts were calibrated with unless
+            given, else 200.
+        sampler: A kernel or an annealed one; what the experts were calibrated with unless given,
+            with its step divided by the sum of the absolute weights.
+        init: States to start from, (batch, *event), or a data set to draw `num_chains` of them
+            from. Unless given: uniform noise over the data range, standard normal where there is none.
+        seed: Seeds the noise; 0 unless given.
+        generator: Draws the noise instead of a seed, on the energy's device.
+        coefficients: Replaces the coefficients of the composition, (n,) or (batch, n).
+        mask: 1 where states may move and 0 where they are held at `init`; broadcasts over
+            (batch, *event). Inpainting: the free part is sampled given the rest.
+        num_warmup: Extra steps at the start in which a kernel with a `target_acceptance` adapts.
+        keep_every: Keeps the states every so many steps in `trajectory`.
+        callback: `callback(step, chain)` every `callback_every` steps, for live frames; the states
+            are `chain.x`. Returning True ends the run there.
+        callback_every: Steps between calls.
+        on_divergence: "raise" a ChainDivergedError, or "report" it in the result.
+    Raises:
+        ValueError: If the request makes no sense; the message says why.
+        ChainDivergedError: If a chain stops being finite.
+    Example:
+        >>> out = sample(smile + 2 * glasses, num_chains=16, seed=0)
+        >>> print(out.report())
+    """
+    if not isinstance(energy, Energy):
+        raise TypeError(
+            f"`energy` must be an Energy, got {type(energy).__name__}; wrap it with from_callable."
+        )
+    _check_positive_term(energy, coefficients)
+    if sampler is None:
+        sampler, calibrated_steps = calibrated_sampler(energy)
+        num_steps = calibrated_steps if num_steps is None else num_steps
+    num_steps = DEFAULT_STEPS if num_steps is None else num_steps
+    for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
+    if keep_every is not None and keep_every < 1:
+        raise ValueError(f"`keep_every` must be at least 1, got {keep_every}.")
+    if on_divergence not in ("raise", "report"):
+        raise ValueError(f'`on_divergence` must be "raise" or "report", got {on_divergence!r}.')
+    if seed is not None and generator is not None:
+        raise ValueError("give a `seed` or a `generator`, not both.")
+    if mask is not None and init is None:
+        raise ValueError("a `mask` holds part of given states: give them as `init`.")
+
+    device = _device(energy, init)
+    if generator is None:
+        seed = 0 if seed is None else seed
+        generator = torch.Generator(device).manual_seed(seed)
+    x = initial_states(energy, num_chains, init, generator, device)
+    if mask is not None:
+        mask = mask.to(x)
+        torch.broadcast_to(mask, x.shape)
+    start = time.perf_counter()
+    total = num_warmup + num_steps
+    chain = Chain(
+        energy,
+        x,
+        sampler,
+        Noise((generator, len(x))),
+        num_steps=total,
+        coefficients=coefficients,
+        mask=mask,
+        num_warmup=num_warmup,
+    )
+    kept = [chain.x] if keep_every else []
+    while chain.num_steps < total:
+        done = chain.num_steps
+        stops = [total]
+        if keep_every:
+            stops.append((done // keep_every + 1) * keep_every)
+        if callback is not None:
+            stops.append((done // callback_every + 1) * callback_every)
+        chain.advance(min(stops) - done)
+        if keep_every and chain.num_steps % keep_every == 0:
+            kept.append(chain.x)
+        called = callback is not None and (chain.num_steps % callback_every == 0 or chain.num_steps == total)
+        if called and callback(chain.num_steps, chain) is True:  # type: ignore[misc]
+            break
+
+    energies = chain.final_energies()
+    divergence = chain.divergence()
+    seconds = time.perf_counter() - start if x.device.type == "cpu" else _finished(start)
+    if on_divergence == "raise" and divergence.any:
+        raise divergence.error(float(chain.dynamics.step_size))
+    return SampleResult(
+        samples=chain.x,
+        energies=energies,
+        trace=chain.trace(),
+        trajectory=torch.stack(kept) if kept else None,
+        recipe=str(energy),
+        sampler=sampler,
+        num_steps=chain.num_steps,
+        seed=seed,
+        seconds=seconds,
+        evaluations=chain.potential.evaluations,
+        path=chain.potential.plan.describe(),
+        divergence=divergence,
+        checks=check_terms(chain.potential, chain.x),
+        warmup=num_warmup,
+    )
+
+
+def initial_states(
+    energy: Energy,
+    num_chains: int | None,
+    init: Tensor | Images | None,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """The states that chains start from, (num_chains, *event), checked against the energy."""
+    if num_chains is not None and (not isinstance(num_chains, int) or num_chains < 1):
+        raise ValueError(f"`num_chains` must be a whole number of at least 1, got {num_chains!r}.")
+    if isinstance(init, Tensor):
+        if not init.is_floating_point():
+            low, high = energy.data_range or (0.0, 1.0)
+            raise ValueError(
+                f"`init` must be floating point in [{low:g}, {high:g}], got {init.dtype}. "
+                f"From bytes: init.float() / 255 * {high - low:g} + {low:g}."
+            )
+        energy.check_states(init)
+        if num_chains is not None and num_chains != len(init):
+            raise ValueError(
+                f"`num_chains` is {num_chains} but `init` holds {len(init)} states; give one of them."
+            )
+        if not init.isfinite().all():
+            raise ValueError("`init` holds values that are not finite.")
+        return init.detach().clone()
+    count = 16 if num_chains is None else num_chains
+    if init is not None:
+        index = torch.randint(len(init), (count,), generator=generator, device=device)
+        states = init.batch(index.cpu()).to(device)
+        energy.check_states(states)
+        return states
+    if energy.event_shape is None:
+        raise ValueError(
+            f"{energy} does not know the shape of its states; give `init`, shape (batch, *event)."
+        )
+    if energy.data_range is None:
+        return torch.randn(count, *energy.event_shape, generator=generator, device=device)
+    low, high = energy.data_range
+    return low + (high - low) * torch.rand(count, *energy.event_shape, generator=generator, device=device)
+
+
+def calibrated_sampler(energy: Energy) -> tuple[Sampler, int]:
+    """The sampler and number of steps that the experts of a composition were calibrated with.
+
+    Of several experts, the one with the most steps decides. The step is divided by the sum of the
+    absolute weights, so that adding experts does not blow up the chain; the temperature stays.
+
+    Raises:
+        ValueError: If no leaf has settings, or their kernels differ.
+    """
+    known = [leaf for leaf in energy.leaves() if leaf.sampler_settings]
+    if not known:
+        raise ValueError(
+            f"{energy} was not calibrated with a sampler; give one, e.g. sampler=Langevin(step_size=0.01)."
+        )
+    kinds = {str(leaf.sampler_settings["kernel"]) for leaf in known if leaf.sampler_settings}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"the experts of {energy} were calibrated with different kernels, {sorted(kinds)}: give one."
+        )
+    settings = max((leaf.sampler_settings or {} for leaf in known), key=lambda s: s.get("num_steps", 0))
+    return from_settings(settings, 1 / max(1.0, _total_weight(energy)))
+
+
+def _total_weight(energy: Energy) -> float:
+    """A bound on the gradient of a composition, in units of the gradient of one expert."""
+    if isinstance(energy, Sum):
+        pairs = zip(energy.operands, energy.weights, strict=True)
+        return sum(float(abs(torch.as_tensor(w)).max()) * _total_weight(t) for t, w in pairs)
+    if isinstance(energy, (Mixture, Not)):
+        return max(_total_weight(child) for child in energy.operands)
+    return 1.0
+
+
+def _check_positive_term(energy: Energy, coefficients: Tensor | None) -> None:
+    if not isinstance(energy, Sum):
+        return
+    own = torch.as_tensor(energy.coefficients if coefficients is None else coefficients)
+    weights = own[..., : len(energy.operands)].reshape(-1, len(energy.operands))
+    if not (weights > 0).any(dim=-1).all():
+        raise ValueError(
+            f"{energy} has no term with a positive weight, so exp(-E) has no reason to be a density: "
+            "add the expert to start from, e.g. base + ratio(a, b), or use ~a for a bounded NOT."
+        )
+
+
+def _device(energy: Energy, init: object) -> torch.device:
+    tensors = [*energy.parameters(), *energy.buffers()]
+    if isinstance(init, Tensor):
+        tensors.append(init)
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the energies and `init` are on several devices, {sorted(map(str, devices))}: move them to one."
+        )
+    return devices.pop() if devices else torch.device("cpu")
+
+
+def _finished(start: float) -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
