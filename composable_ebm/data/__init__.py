@@ -1,10 +1,30 @@
 """Labelled images: what experts learn from and what judges compare with.
 
-Each data set is a module with a `load` function that returns `LabelledImages`. Import the module
-that you want (`from composable_ebm.data import digits`): none is imported here, because each may
-need packages that the others do without.
+Each data set is a module with a `load(split, root)` function that returns `LabelledImages`. Import
+the module that you want (`from composable_ebm.data import digits`), or ask `load_data` for it by
+name: none is imported here, because each may need packages that the others do without.
 """
 
-from composable_ebm.data.dataset import LabelledImages
+from importlib import import_module
+from pathlib import Path
 
-__all__ = ["LabelledImages"]
+from composable_ebm.data.dataset import LabelledImages, unknown_name
+
+DATASETS = ("digits",)
+
+__all__ = ["DATASETS", "LabelledImages", "load_data"]
+
+
+def load_data(name: str, split: str = "train", root: str | Path | None = None) -> LabelledImages:
+    """A data set by name.
+
+    Args:
+        name: One of `DATASETS`.
+        split: "train", "validation" or "test".
+        root: Folder of the data; searched for unless given.
+    Raises:
+        ValueError: If there is no such data set or split.
+    """
+    if name not in DATASETS:
+        raise ValueError(unknown_name("data set", name, DATASETS))
+    return import_module(f"composable_ebm.data.{name}").load(split, root=root)

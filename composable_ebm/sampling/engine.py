@@ -116,7 +116,13 @@ class Chain:
         self.noise = noise if mask is None else _MaskedNoise(noise, mask)
         self.record = record
         coefficients = energy.coefficients if coefficients is None else coefficients
-        self.potential = FusedPotential(energy, coefficients.to(device=x.device, dtype=x.dtype), mask)
+        energy.check_coefficients(coefficients, len(x))
+        self.potential = FusedPotential(
+            energy,
+            coefficients.to(device=x.device, dtype=x.dtype),
+            mask,
+            stack=x.device.type != "cpu",
+        )
         self.dynamics = self.kernel.dynamics(x)
         self.num_steps = 0
         self._tables = {
@@ -152,6 +158,7 @@ class Chain:
 
     @coefficients.setter
     def coefficients(self, value: Tensor) -> None:
+        self.energy.check_coefficients(value, len(self.x))
         self.potential.coefficients = value.to(self.potential.coefficients)
         self._refresh()
 
@@ -174,7 +181,8 @@ class Chain:
             return Trace(empty, empty, None, self._largest.new_zeros(0))
         energy, norm, acceptance, step_size = zip(*self._history, strict=True)
         accepted = None if acceptance[0] is None else torch.stack(acceptance)
-        return Trace(torch.stack(energy), torch.stack(norm), accepted, torch.stack(step_size))
+        steps = torch.stack(torch.broadcast_tensors(*step_size))  # one size for all chains, or one each
+        return Trace(torch.stack(energy), torch.stack(norm), accepted, steps)
 
     def divergence(self) -> Divergence:
         """Which chains have diverged so far."""

@@ -1,0 +1,183 @@
+"""What a training leaves behind: metrics as it runs, pictures from noise, and the expert."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from composable_ebm.data import LabelledImages
+from composable_ebm.energy import log_ratio
+from composable_ebm.experts.checkpoint import save_expert
+from composable_ebm.experts.expert import Expert
+from composable_ebm.plotting import save_grid
+from composable_ebm.sampling.sample import calibrated_sampler, sample
+from composable_ebm.train.config import TrainConfig
+
+HELD_OUT = 1024
+ROWS = 6
+METRICS = "metrics.jsonl"
+
+__all__ = ["Journal", "export", "held_out_metrics", "sample_values"]
+
+
+def sample_values(expert: Expert, per_value: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Samples from noise for each value of an expert, (per_value, *event), by its own settings.
+
+    All values run in one batch: the expert's values as one sum, with a row of coefficients that
+    chooses the value of each chain.
+    """
+    values = expert.card.values
+    everything = sum((expert[v] for v in values[1:]), expert[values[0]]) if len(values) > 1 else expert
+    coefficients = None
+    if len(values) > 1:
+        coefficients = torch.eye(len(values)).repeat_interleave(per_value, dim=0)
+    sampler, num_steps = calibrated_sampler(expert)
+    out = sample(
+        everything,
+        num_chains=per_value * len(values),
+        num_steps=num_steps,
+        sampler=sampler,
+        coefficients=coefficients,
+        seed=seed,
+        on_divergence="report",
+    )
+    return dict(zip(values, out.samples.split(per_value), strict=True))
+
+
+def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
+    """How the expert ranks images it has not seen: the energies of held-out data and of noise.
+
+    Returns:
+        `heldout_energy` and `noise_energy`, means in nats under the right labels; `heldout_cd`,
+        their difference, which falls as the expert learns; `heldout_accuracy` of choosing the
+        value with the least energy.
+    """
+    device = next(expert.network.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(len(data), generator=generator)[:HELD_OUT]
+    x = data.batch(index).to(device)
+    attribute = expert.card.attribute
+    labels = (data.labels[attribute][index] if attribute in data.labels else torch.zeros_like(index)).to(
+        device
+    )
+    noise = torch.rand(x.shape, generator=generator).to(device) * 2 - 1
+    with torch.no_grad():
+        outputs, of_noise = expert.network(x), expert.network(noise)
+    energy = outputs.gather(1, labels[:, None]).mean()
+    noise_energy = of_noise.gather(1, labels[:, None]).mean()
+    metrics = {
+        "heldout_energy": float(energy),
+        "noise_energy": float(noise_energy),
+        "heldout_cd": float(energy - noise_energy),
+    }
+    if outputs.shape[1] > 1:
+        metrics["heldout_accuracy"] = float((outputs.argmin(1) == labels).float().mean())
+    return metrics
+
+
+class Journal:
+    """Metrics as lines of JSON and in tensorboard, pictures as PNG; silent on ranks other than 0.
+
+    Args:
+        config: Says where.
+        active: Whether this process writes.
+        resume_at: Lines from later iterations are dropped.
+    """
+
+    def __init__(self, config: TrainConfig, active: bool, resume_at: int = 0) -> None:
+        self.active = active
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to load
+
+        self.folder = config.run_folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / METRICS
+        lines = path.read_text().splitlines() if resume_at and path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= resume_at]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_at or None)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
+
+    def evaluate(self, step: int, expert: Expert, data: LabelledImages, seconds: float) -> None:
+        """Held-out metrics and a grid of samples drawn from noise, a column for each value."""
+        if not self.active:
+            return
+        metrics = held_out_metrics(expert, data)
+        self.write(step, {**metrics, "seconds": seconds})
+        columns = sample_values(expert, ROWS)
+        images = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+        title = {"expert": expert.card.full_name, "step": str(step)}
+        save_grid(images, self.folder / f"samples-{step:06d}.png", columns=len(columns), metadata=title)
+        self.board.add_images("samples", (images.cpu() + 1) / 2, step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self.active:
+            self.file.close()
+            self.board.close()
+
+
+def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledImages) -> Expert:
+    """Writes the expert with the energies of its own samples, its metrics and its training curve."""
+    per_value = max(16, 256 // len(expert.card.values))
+    samples = sample_values(expert, per_value)
+    device = next(expert.network.parameters()).device
+    ranges, gaps = {}, []
+    for value, x in samples.items():
+        one = expert[value] if len(expert.card.values) > 1 else expert
+        with torch.no_grad():
+            energies = one(x.to(device))
+            ranges[value] = _central(energies)
+            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+            gaps.append(log_ratio(one, x.to(device), noise).mean())
+    with torch.no_grad():
+        ranges["any"] = _central(expert["any"](torch.cat(list(samples.values())).to(device)))
+    metrics = {**held_out_metrics(expert, data), "sample_noise_log_ratio": float(torch.stack(gaps).mean())}
+    curve = config.run_folder / METRICS
+    card = expert.card
+    card = replace(
+        card,
+        energy_range=ranges,
+        metrics={k: round(v, 4) for k, v in metrics.items()},
+        training={
+            "command": f"accelerate launch -m composable_ebm.train configs/{card.full_name}.toml",
+            "machine": _machine(device),
+            **facts,
+        },
+    )
+    card = save_expert(config.model_folder, expert.network, card)
+    if curve.exists():
+        (Path(config.model_folder) / METRICS).write_text(curve.read_text())
+    return Expert.standing(expert.network, card)
+
+
+def _central(energies: torch.Tensor) -> tuple[float, float]:
+    ends = torch.quantile(energies.float().cpu(), torch.tensor([0.001, 0.999]))
+    return float(ends[0]), float(ends[1])
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        name = models[0] if models else name
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,317 @@
+"""The training loop, under Hugging Face Accelerate.
+
+The negative phase runs on the same engine as `sample`; the network is called once an iteration
+through its training wrapper, on positives and negatives together. Nothing in an iteration waits
+for the device: metrics are read every `log_every` iterations.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from composable_ebm.data import LabelledImages, load_data
+from composable_ebm.experts.card import Card
+from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.sampling.replay_buffer import ReplayBuffer
+from composable_ebm.train.config import TrainConfig
+from composable_ebm.train.export import Journal, export
+from composable_ebm.train.objectives import Negatives
+from composable_ebm.train.state import (
+    flatten_optimiser,
+    latest_checkpoint,
+    load_checkpoint,
+    restore_optimiser,
+    save_checkpoint,
+)
+
+DIVERGED_GAP = 50.0
+MAX_ROLLBACKS = 3
+
+__all__ = ["Trainer", "TrainingDivergedError", "train"]
+
+
+class TrainingDivergedError(RuntimeError):
+    """A training that diverged again and again; the last good expert was written."""
+
+
+def train(config: TrainConfig, accelerator: Accelerator | None = None) -> Expert:
+    """Trains one expert, from its last checkpoint if there is one, and writes it.
+
+    Raises:
+        TrainingDivergedError: If it diverged more than three times; the last good expert is written.
+    """
+    return Trainer(config, accelerator).run()
+
+
+class Trainer:
+    """Everything one training needs, and its loop.
+
+    Args:
+        config: What to train.
+        accelerator: The processes to train on; made from `config` unless given.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator | None = None) -> None:
+        self.config = config
+        self.accelerator = accelerator or Accelerator(
+            cpu=config.cpu,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulate,
+        )
+        self.device = self.accelerator.device
+        self.data = self._load("train").to(self.device)
+        self.held_out = self._load("validation")
+        self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
+
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        options = {
+            "event_shape": list(self.data.event_shape),
+            "num_values": len(self.values),
+            "widths": list(config.network.widths),
+            "patch": config.network.patch,
+            "hidden": config.network.hidden,
+        }
+        self.network_options = {"type": config.network.type, **options}
+        network = NETWORKS[config.network.type](**options).to(self.device)
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.optimiser.ema))
+        optimiser = torch.optim.Adam(
+            network.parameters(),
+            lr=config.optimiser.learning_rate,
+            betas=(config.optimiser.beta1, config.optimiser.beta2),
+        )
+        self.model, self.optimiser = self.accelerator.prepare(network, optimiser)
+        self.network: nn.Module = self.accelerator.unwrap_model(self.model)
+
+        # Chains, noise and data order differ between ranks.
+        rank = self.accelerator.process_index
+        self.generators = {
+            name: torch.Generator(self.device).manual_seed(1000 * config.seed + 10 * rank + i)
+            for i, name in enumerate(("data", "chains", "buffer"), 1)
+        }
+        buffer = ReplayBuffer(
+            max(config.objective.buffer_size, config.batch_size),
+            self.data.event_shape,
+            len(self.values),
+            (-1.0, 1.0),
+            config.objective.reinit_prob,
+            self.generators["buffer"],
+        )
+        self.negatives = Negatives(config.objective, config.sampler, buffer, self.generators["chains"])
+        self.step = 0
+        self.seconds = 0.0
+        self.rollbacks = 0
+        self.rate_factor = 1.0
+        self._pending: list[Mapping[str, Tensor]] = []
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def run(self) -> Expert:
+        """Trains to the end and returns the finished expert, which is also written to its folder."""
+        config = self.config
+        self._resume()
+        journal = Journal(config, self.accelerator.is_main_process, resume_at=self.step)
+        good = self._snapshot()
+        progress = tqdm(
+            total=config.num_iterations,
+            initial=self.step,
+            desc=f"{config.family}/{config.name}",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        start = time.perf_counter() - self.seconds
+        while self.step < config.num_iterations:
+            self._pending.append(self._iteration())
+            self.step += 1
+            progress.update()
+            self.seconds = time.perf_counter() - start
+            saving = self.step % config.save_every == 0
+            if saving or self.step % config.log_every == 0:
+                metrics = self._read_pending()
+                if not self._healthy(metrics):
+                    good_step = int(good["step"])
+                    self._roll_back(good, metrics)
+                    progress.update(good_step - progress.n)
+                    continue
+                journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
+                progress.set_postfix(gap=f"{metrics['energy_gap']:.3f}", rate=f"{self._rate():.1e}")
+            if self.step % config.evaluate_every == 0 or self.step == config.num_iterations:
+                journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
+            if saving:
+                good = self._snapshot()
+                self._save(good)
+        progress.close()
+        self.accelerator.wait_for_everyone()
+        expert = self.expert()
+        if self.accelerator.is_main_process:
+            expert = export(config, expert, self.facts(), self.held_out)
+        journal.close()
+        return expert
+
+    def _iteration(self) -> Mapping[str, Tensor]:
+        config = self.config
+        figures: Mapping[str, Tensor] = {}
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._rate()
+        for _ in range(config.accumulate):
+            with self.accelerator.accumulate(self.model):
+                positives, y_pos = self._positives()
+                with self.accelerator.autocast():
+                    negatives, y_neg, chains = self.negatives.draw(self.network, positives, y_pos)
+                loss, parts = config.objective.loss(self.model, positives, y_pos, negatives, y_neg)
+                self.accelerator.backward(loss)
+                norm = None
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(
+                        self.model.parameters(), config.optimiser.grad_clip
+                    )
+                self.optimiser.step()
+                self.optimiser.zero_grad()
+                figures = {**parts, **chains}
+                if norm is not None:
+                    figures["weight_gradient_norm"] = norm.detach()
+        self.average.update_parameters(self.network)
+        return figures
+
+    def _positives(self) -> tuple[Tensor, Tensor]:
+        """Noisy data and labels of one batch."""
+        generator, batch = self.generators["data"], self.config.batch_size
+        index = torch.randint(len(self.data), (batch,), generator=generator, device=self.device)
+        x = self.data.batch(index)
+        noise = torch.randn(x.shape, generator=generator, device=self.device)
+        attribute = self.config.data.attribute
+        labels = self.data.labels[attribute][index] if attribute else torch.zeros_like(index)
+        return x + self.config.objective.data_noise * noise, labels
+
+    def _rate(self) -> float:
+        """Held, then falling linearly to zero."""
+        optimiser = self.config.optimiser
+        done = self.step / self.config.num_iterations
+        fall = 1 - max(0.0, done - optimiser.hold) / (1 - optimiser.hold)
+        return optimiser.learning_rate * self.rate_factor * fall
+
+    # -- health ---------------------------------------------------------------------------------
+
+    def _read_pending(self) -> dict[str, float]:
+        """Means over the iterations since last time, over all ranks: the loop's only synchronisation."""
+        names = list(self._pending[0])
+        table = torch.stack([torch.stack([figures[n].float() for n in names]) for figures in self._pending])
+        means = self.accelerator.reduce(table.mean(dim=0), reduction="mean")
+        self._pending = []
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _healthy(self, metrics: Mapping[str, float]) -> bool:
+        return all(map(math.isfinite, metrics.values())) and abs(metrics["energy_gap"]) < DIVERGED_GAP
+
+    def _roll_back(self, good: dict, metrics: Mapping[str, float]) -> None:
+        """Back to the last good state, at half the learning rate and with other chains."""
+        config = self.config
+        gap, step = metrics["energy_gap"], self.step
+        self._restore(good)
+        self.rollbacks += 1
+        self.rate_factor *= 0.5
+        for i, generator in enumerate(self.generators.values()):
+            generator.manual_seed(generator.initial_seed() + 7919 * self.rollbacks + i)
+        message = f"diverged at iteration {step} (energy gap {gap:.3g}); back to {self.step}"
+        if self.rollbacks > MAX_ROLLBACKS:
+            if self.accelerator.is_main_process:
+                export(config, self.expert(), self.facts(), self.held_out)
+            raise TrainingDivergedError(
+                f"{config.family}/{config.name} {message} for the last time. The expert of that "
+                f"iteration was written to {config.model_folder}. Try a lower optimiser.learning_rate, a "
+                "higher objective.energy_l2 or objective.data_noise, or more cd_steps."
+            )
+        tqdm.write(f"{message}, at half the learning rate ({self.rollbacks} of {MAX_ROLLBACKS})")
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def expert(self) -> Expert:
+        """The expert with averaged weights, as of now."""
+        config, weights = self.config, self.average.module
+        card = Card(
+            family=config.family,
+            name=config.name,
+            attribute=config.data.attribute or "image",
+            values=self.values,
+            event_shape=self.data.event_shape,
+            data_range=(-1.0, 1.0),
+            network=self.network_options,
+            sampler=config.sampler_settings,
+            temperature=config.sampler.implied_temperature,
+            data=f"{self.data.name}, {len(self.data)} images",
+            licence=config.licence,
+        )
+        return Expert.standing(weights, card)
+
+    def facts(self) -> dict:
+        """How the training went, for the card."""
+        return {
+            "iterations": self.step,
+            "minutes": round(self.seconds / 60, 1),
+            "processes": self.accelerator.num_processes,
+            "device": str(self.device),
+            "rollbacks": self.rollbacks,
+        }
+
+    def _snapshot(self) -> dict:
+        tensors = {
+            **{f"network.{k}": v for k, v in self.network.state_dict().items()},
+            **{f"average.{k}": v for k, v in self.average.state_dict().items()},
+            **{f"buffer.{k}": v for k, v in self.negatives.buffer.state_dict().items()},
+            **{f"generator.{k}": g.get_state() for k, g in self.generators.items()},
+            **flatten_optimiser(self.optimiser),
+        }
+        facts = {"seconds": self.seconds, "rollbacks": self.rollbacks, "rate_factor": self.rate_factor}
+        return {
+            "step": self.step,
+            "facts": facts,
+            "tensors": {k: v.detach().clone() for k, v in tensors.items()},
+        }
+
+    def _restore(self, snapshot: dict) -> None:
+        tensors, facts = snapshot["tensors"], snapshot["facts"]
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.network.load_state_dict(part("network."))
+        self.average.load_state_dict(part("average."))
+        self.negatives.buffer.load_state_dict(part("buffer."))
+        for name, state in part("generator.").items():
+            self.generators[name].set_state(state.cpu())
+        restore_optimiser(self.optimiser, tensors)
+        self.step, self.seconds = int(snapshot["step"]), float(facts["seconds"])
+        self._pending = []
+
+    def _save(self, snapshot: dict) -> None:
+        save_checkpoint(
+            self.config.run_folder / "checkpoints",
+            self.step,
+            snapshot["tensors"],
+            snapshot["facts"],
+            self.accelerator.process_index,
+            self.accelerator.wait_for_everyone,
+        )
+
+    def _resume(self) -> None:
+        path = latest_checkpoint(self.config.run_folder / "checkpoints")
+        if path is None:
+            return
+        tensors, facts = load_checkpoint(path, self.accelerator.process_index)
+        self._restore({"step": facts["step"], "facts": facts, "tensors": tensors})
+        self.rollbacks, self.rate_factor = facts["rollbacks"], facts["rate_factor"]
+        if self.accelerator.is_main_process:
+            tqdm.write(f"resuming from {path}")
+
+    def _load(self, split: str) -> LabelledImages:
+        data = load_data(self.config.data.name, split, self.config.data.root or None)
+        attribute = self.config.data.attribute
+        return data.where(attribute) if attribute else data

@@ -1,0 +1,337 @@
+"""Training: the objective against a known answer, exact resume, divergence, processes, configs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import composable_ebm as ceb
+from composable_ebm.data import LabelledImages
+from composable_ebm.sampling.replay_buffer import ReplayBuffer
+from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, read_config
+from composable_ebm.train import trainer as trainer_module
+from composable_ebm.train.config import (
+    DataConfig,
+    GenerationConfig,
+    NetworkConfig,
+    OptimiserConfig,
+    TrainConfig,
+)
+from composable_ebm.train.objectives import Negatives
+from composable_ebm.train.state import latest_checkpoint, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny_data(monkeypatch):
+    """Bright squares on the left (value 0) or the right (value 1) of 8x8 images."""
+
+    def load(name, split, root=None):
+        generator = torch.Generator().manual_seed({"train": 0, "validation": 1}[split])
+        labels = torch.randint(2, (256,), generator=generator)
+        images = torch.zeros(256, 1, 8, 8, dtype=torch.uint8)
+        images[labels == 0, :, 2:6, 0:4] = 255
+        images[labels == 1, :, 2:6, 4:8] = 255
+        return LabelledImages(images, {"side": labels}, {"side": ("left", "right")}, f"squares/{split}")
+
+    monkeypatch.setattr(trainer_module, "load_data", load)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(
+        family="squares",
+        name="side",
+        data=DataConfig(name="squares", attribute="side"),
+        network=NetworkConfig(widths=(8, 8), hidden=16),
+        objective=ContrastiveDivergence(cd_steps=3, buffer_size=64),
+        generation=GenerationConfig(num_steps=10),
+        optimiser=OptimiserConfig(ema=0.9),
+        batch_size=16,
+        num_iterations=8,
+        log_every=2,
+        save_every=4,
+        evaluate_every=8,
+        models=str(tmp_path / "models"),
+        runs=str(tmp_path / "runs"),
+        cpu=True,
+    )
+
+
+def weights(expert) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in expert.network.parameters()])
+
+
+# -- the objective and its chains ------------------------------------------------------------------
+
+
+class Parabola(torch.nn.Module):
+    """E(x) = (x - θ)²/2 for one value: the likelihood's maximum is θ = mean of the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return (x - self.theta).square() / 2
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_contrastive_divergence_finds_the_mean_of_a_gaussian(persistent):
+    model, generator = Parabola(), torch.Generator().manual_seed(0)
+    objective = ContrastiveDivergence(
+        cd_steps=5, persistent=persistent, buffer_size=512, energy_l2=0, data_noise=0
+    )
+    buffer = ReplayBuffer(512, (1,), 1, (-1.0, 1.0), 0.05, generator)
+    negatives = Negatives(objective, ceb.Langevin(0.3), buffer, generator)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.2)
+    y = torch.zeros(256, dtype=torch.long)
+    path = []
+    for _ in range(150):
+        x = 1.5 + torch.randn(256, 1, generator=generator)
+        drawn, y_neg, _ = negatives.draw(model, x, y)
+        loss, _ = objective.loss(model, x, y, drawn, y_neg)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        path.append(model.theta.item())
+    # 100 iterations of 256 draws; restarts from noise pull persistent chains by up to 5 %.
+    assert sum(path[50:]) / 100 == pytest.approx(1.5, abs=0.08)
+
+
+def test_loss_is_the_formula_of_its_docstring():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    x, z = torch.randn(5, 4), torch.randn(6, 4)
+    y, t = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([2, 2, 0, 1, 0, 1])
+    objective = ContrastiveDivergence(energy_l2=0.3, classification=0.7)
+    loss, parts = objective.loss(model, x, y, z, t)
+    e_pos, e_neg = model(x)[torch.arange(5), y], model(z)[torch.arange(6), t]
+    log_p = torch.log_softmax(-model(x), dim=1)[torch.arange(5), y]
+    expected = e_pos.mean() - e_neg.mean() - 0.7 * log_p.mean()
+    expected += 0.3 * (e_pos.square().mean() + e_neg.square().mean())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert parts["energy_gap"].item() == pytest.approx((e_neg.mean() - e_pos.mean()).item(), abs=1e-6)
+
+
+def test_replay_buffer_restarts_its_share_of_chains_from_noise_under_fresh_labels():
+    buffer = ReplayBuffer(4000, (2,), 10, (-1.0, 1.0), 0.05, torch.Generator().manual_seed(0))
+    buffer.states.fill_(7.0)
+    buffer.labels.fill_(11)
+    places, states, labels = buffer.draw(4000)
+    restarted = states[:, 0] != 7.0
+    assert places.sort().values.equal(torch.arange(4000))
+    # 0.05 ± 4 standard errors
+    assert restarted.float().mean().item() == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / 4000) ** 0.5)
+    assert (labels[restarted] < 10).all()
+    assert (labels[~restarted] == 11).all()
+    assert states[restarted].abs().max() <= 1
+    buffer.put(places, states, labels)
+    assert buffer.states[places].equal(states)
+
+
+def test_replay_buffer_refuses_a_batch_that_does_not_fit():
+    buffer = ReplayBuffer(4, (2,), 1, (-1.0, 1.0), 0.05, torch.Generator())
+    with pytest.raises(ValueError, match="does not fit a replay buffer of 4 chains"):
+        buffer.draw(5)
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+def test_training_writes_an_expert_that_tells_its_values_apart(tiny_data, config):
+    expert = Trainer(replace(config, num_iterations=60, evaluate_every=60)).run()
+    loaded = ceb.load_expert(config.model_folder)
+    assert weights(loaded).equal(weights(expert))
+    assert loaded.card.metrics["heldout_accuracy"] > 0.95
+    assert loaded.card.metrics["heldout_cd"] < 0
+    assert set(loaded.card.energy_range) == {"left", "right", "any"}
+    assert loaded.sampler_settings["num_steps"] == 10
+    lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"energy_gap", "loss", "chains_diverged"} <= set(lines[0])
+    assert (config.run_folder / "samples-000060.png").exists()
+    assert (config.model_folder / "metrics.jsonl").exists()
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(tiny_data, config, tmp_path):
+    whole = Trainer(config).run()
+    other = replace(config, runs=str(tmp_path / "other"), models=str(tmp_path / "other_models"))
+    first = Trainer(replace(other, num_iterations=8))
+    first.config = replace(other, evaluate_every=1000)
+
+    class Killed(BaseException):
+        pass
+
+    iterations = iter(range(6))
+    step = first._iteration
+
+    def until_killed():
+        if next(iterations, None) is None:
+            raise Killed
+        return step()
+
+    first._iteration = until_killed
+    with pytest.raises(Killed):
+        first.run()
+    resumed = Trainer(other)
+    expert = resumed.run()
+    assert latest_checkpoint(other.run_folder / "checkpoints").name == "step-0000008"
+    assert weights(expert).equal(weights(whole))
+
+
+def test_a_training_that_diverges_rolls_back_then_gives_up_with_the_last_good_expert(tiny_data, config):
+    trainer = Trainer(replace(config, num_iterations=40))
+    step = trainer._iteration
+
+    def poisoned():
+        figures = dict(step())
+        if trainer.step >= 6:
+            for p in trainer.network.parameters():
+                p.data.fill_(float("nan"))
+            figures["energy_gap"] = torch.tensor(float("nan"))
+        return figures
+
+    trainer._iteration = poisoned
+    with pytest.raises(TrainingDivergedError, match=r"diverged at iteration 8.*Try a lower"):
+        trainer.run()
+    assert trainer.rollbacks == 4
+    assert weights(ceb.load_expert(config.model_folder)).isfinite().all()
+
+
+def test_an_unconditional_expert_learns_without_labels(tiny_data, config):
+    expert = Trainer(replace(config, name="base", data=DataConfig(name="squares"))).run()
+    assert expert.card.values == ("image",)
+    assert str(expert) == "squares/base"
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+MNIST_CONFIG = """
+family = "digits"
+name = "thick"
+batch_size = 8
+num_iterations = {iterations}
+log_every = 2
+save_every = 2
+evaluate_every = 1000
+cpu = true
+models = "{folder}/models"
+runs = "{folder}/runs"
+[data]
+attribute = "thick"
+[network]
+widths = [4, 4]
+hidden = 8
+[objective]
+cd_steps = 2
+buffer_size = 64
+[generation]
+num_steps = 2
+"""
+
+
+def _write_config(folder: Path, iterations: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.toml"
+    path.write_text(MNIST_CONFIG.format(iterations=iterations, folder=folder))
+    return path
+
+
+def test_a_training_killed_in_the_middle_resumes_exactly(data_root, tmp_path):
+    environment = {**os.environ, "COMPOSABLE_EBM_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
+
+    def command(path):
+        return [sys.executable, "-m", "composable_ebm.train", str(path)]
+
+    whole = _write_config(tmp_path / "whole", 60)
+    subprocess.run(command(whole), env=environment, check=True, capture_output=True)
+    killed = _write_config(tmp_path / "killed", 60)
+    process = subprocess.Popen(
+        command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoints = tmp_path / "killed/runs/digits/thick/checkpoints"
+    deadline = time.monotonic() + 60
+    while latest_checkpoint(checkpoints) is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it was still running
+    assert not (tmp_path / "killed/models").exists()
+    subprocess.run(command(killed), env=environment, check=True, capture_output=True)
+    a, b = (ceb.load_expert(tmp_path / run / "models/digits/thick") for run in ("whole", "killed"))
+    assert weights(a).equal(weights(b))
+
+
+def test_two_processes_share_parameters_and_draw_different_noise(data_root, tmp_path):
+    config = _write_config(tmp_path, 4)
+    out = tmp_path / "found.json"
+    # `--cpu --num_processes 2` would silently start one process.
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += [str(ROOT / "tests/train_two_processes.py"), str(config), str(out)]
+    environment = {**os.environ, "COMPOSABLE_EBM_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    assert found["num_processes"] == 2
+    first, second = found["ranks"]
+    assert first["weights"] == second["weights"]
+    assert first["first"] == second["first"]
+    assert first["chains"] != second["chains"]
+
+
+# -- configs and files -----------------------------------------------------------------------------
+
+
+def test_every_shipped_config_reads():
+    paths = sorted((ROOT / "configs").glob("*/*.toml"))
+    assert paths
+    for path in paths:
+        config = read_config(path)
+        assert f"{config.family}/{config.name}" == f"{path.parent.name}/{path.stem}".removesuffix("_full")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_sise = 4", "unknown setting 'batch_sise'; did you mean 'batch_size'"),
+        ("[optimiser]\nlearning_rat = 1", "did you mean 'optimiser.learning_rate'"),
+        ("batch_size = 'many'", "batch_size must be int, got 'many'"),
+        ("batch_size = 0", "`batch_size` must be at least 1, got 0"),
+        ("objective = 3", r"objective is a table: write \[objective\]"),
+        ("[objective]\nreinit_prob = 2", "`reinit_prob` must be between 0 and 1"),
+        ("[sampler]\nstep_size = -1", "`step_size` of Langevin must be positive"),
+        ("this is not toml", "is no TOML"),
+    ],
+)
+def test_a_config_with_a_mistake_says_where(tmp_path, text, message):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(path)
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
+    save_checkpoint(tmp_path, 3, {"a": torch.ones(2)}, {}, 0, lambda: None)
+    path = latest_checkpoint(tmp_path)
+    assert load_checkpoint(path, 0)[1]["step"] == 3
+    file = path / "rank0.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=r"cannot resume from .*rank0.*delete"):
+        load_checkpoint(path, 0)
+    with pytest.raises(ValueError, match="as many processes as wrote it"):
+        load_checkpoint(path, 1)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"a": torch.ones(2)}, {}, 0, lambda: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000002", "step-0000003"]
