@@ -12,6 +12,7 @@ from composable_ebm.adapters import from_callable, from_classifier
 from composable_ebm.energy import Energy, Mixture, Not, Sum, log_ratio, mixture, negate, ratio
 from composable_ebm.experts import Card, CheckpointError, Expert, load_expert, save_expert
 from composable_ebm.experts.catalogue import catalogue
+from composable_ebm.partition import calibrate, log_z_difference
 from composable_ebm.recipe import RecipeError, parse
 from composable_ebm.sampling import (
     HMC,
@@ -51,12 +52,14 @@ __all__ = [
     "Sum",
     "UnderdampedLangevin",
     "analytic",
+    "calibrate",
     "catalogue",
     "diagnostics",
     "from_callable",
     "from_classifier",
     "load_expert",
     "log_ratio",
+    "log_z_difference",
     "mixture",
     "negate",
     "parse",

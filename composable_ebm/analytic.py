@@ -81,7 +81,7 @@ class GaussianMixture(Analytic):
         variances = self.variances.expand(len(x), -1, -1)
         if noise_level is not None:
             variances = variances + noise_level.reshape(-1, 1, 1).square()
-        along = torch.einsum("bkd,kde->bke", offset, self.axes)
+        along = torch.einsum("bkd,kde->bke", offset, self.axes.to(offset.dtype))
         quadratic = (along.square() / variances + variances.log()).sum(-1)
         constant = x.shape[1] * math.log(2 * math.pi)
         return -torch.logsumexp(self.log_weights - (quadratic + constant) / 2, dim=1)
@@ -142,8 +142,7 @@ class Box(Analytic):
         # reflect so that the nearer wall is at -u, then log Φ(-u) + log(1 - Φ(-v)/Φ(-u)), v > u.
         centre, half = (self.low + self.high) / 2, (self.high - self.low) / 2
         distance = (x - centre).abs()
-        near = torch.special.log_ndtr((half - distance) / width)
-        far = torch.special.log_ndtr((-half - distance) / width)
+        near, far = _log_ndtr((half - distance) / width), _log_ndtr((-half - distance) / width)
         inside = near + torch.log1p(-torch.exp((far - near).clamp(max=-1e-30)))
         return -(inside - (2 * half).log()).sum(1)
 
@@ -241,6 +240,14 @@ class Rings(_Tabulated):
         radius = self._quantiles(torch.rand(num, **options))  # type: ignore[arg-type]
         angle = 2 * math.pi * torch.rand(num, **options)  # type: ignore[arg-type]
         return radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def _log_ndtr(u: Tensor) -> Tensor:
+    """log Φ(u), with a gradient that is right however far out; torch's is 8 % off at u = -3,000 in
+    float32, and 0 or infinite at -100,000."""
+    tail = u.clamp(max=-19.0)
+    expansion = -tail.square() / 2 - (-tail).log() - 0.5 * math.log(2 * math.pi) - tail.pow(-2)
+    return torch.where(u < -20, expansion, torch.special.log_ndtr(u.clamp(min=-21.0)))
 
 
 def _matrix(covariance: Tensor, dimension: int) -> Tensor:

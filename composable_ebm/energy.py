@@ -26,12 +26,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-Weight = float | Tensor
+from composable_ebm.weights import (
+    Weight,
+    as_weight,
+    format_weight,
+    is_weight,
+    stack_weights,
+    weight_key,
+    weight_on,
+)
+
 LeafEnergies = Mapping[Hashable, Tensor]
 
 __all__ = ["Energy", "Mixture", "Not", "Sum", "log_ratio", "mixture", "negate", "ratio"]
@@ -96,26 +105,12 @@ class Energy(nn.Module, ABC):
         self.check_states(x)
         if coefficients is None:
             coefficients = self.coefficients
-        if coefficients.shape[-1:] != (self.num_coefficients,) or coefficients.ndim > 2:
-            raise ValueError(
-                f"`coefficients` must have shape ({self.num_coefficients},) or "
-                f"(batch, {self.num_coefficients}) for {self}, got {tuple(coefficients.shape)}."
-            )
+        self.check_coefficients(coefficients, len(x))
         coefficients = coefficients.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         energies: dict[Hashable, Tensor] = {}
-        leaves = list(self.leaves())
-        for i, leaf in enumerate(leaves, 1):
-            try:
-                energies[leaf.key] = leaf.energy(x, noise_level)
-            except Exception as error:
-                if leaf is not self:
-                    error.add_note(f"while evaluating leaf {i} of {len(leaves)}, {leaf}, of {self}")
-                raise
-            if energies[leaf.key].shape != x.shape[:1]:
-                raise ValueError(
-                    f"{leaf} must return one energy per state, shape ({x.shape[0]},), "
-                    f"got {tuple(energies[leaf.key].shape)}."
-                )
+        for leaf in self.leaves():
+            with naming(leaf, self):
+                energies[leaf.key] = one_per_state(leaf, leaf.energy(x, noise_level), x)
         return self.combine(energies, coefficients)
 
     def score(self, x: Tensor, **options: Tensor | None) -> Tensor:
@@ -146,6 +141,15 @@ class Energy(nn.Module, ABC):
         elif x.ndim == 3 and len(self.event_shape) == 3 and x.shape[-1] == self.event_shape[0]:
             message += " Images are channels first: x.permute(2, 0, 1)[None]."
         raise ValueError(message)
+
+    def check_coefficients(self, coefficients: Tensor, batch: int) -> None:
+        """Raises ValueError unless `coefficients` fit this expression and a batch of that size."""
+        count, shape = self.num_coefficients, tuple(coefficients.shape)
+        if shape not in ((count,), (1, count), (batch, count)):
+            raise ValueError(
+                f"`coefficients` must have shape ({count},) or (batch, {count}) for {self} "
+                f"and a batch of {batch}, got {shape}."
+            )
 
     def unlike(self, energies: Tensor) -> Tensor | None:
         """Which states, given their energies (batch,), are unlike this energy's own samples.
@@ -224,12 +228,12 @@ class Energy(nn.Module, ABC):
         return _collect([(self, 1.0), (other, -1.0)]) if isinstance(other, Energy) else NotImplemented
 
     def __mul__(self, weight: object) -> Energy:
-        return _collect([(self, _weight(weight))]) if _is_weight(weight) else NotImplemented
+        return _collect([(self, as_weight(weight))]) if is_weight(weight) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, temperature: object) -> Energy:
-        if not _is_weight(temperature):
+        if not is_weight(temperature):
             return NotImplemented
         if not isinstance(temperature, Tensor) and temperature == 0:
             raise ValueError(f"a temperature must not be zero, got ({self}) / {temperature}.")
@@ -292,7 +296,7 @@ class _Node(Energy):
 
     @property
     def coefficients(self) -> Tensor:
-        blocks = [_stack(self._own()), *(child.coefficients for child in self.operands)]
+        blocks = [stack_weights(self._own()), *(child.coefficients for child in self.operands)]
         rows = torch.broadcast_shapes(*(block.shape[:-1] for block in blocks))
         blocks = [block.expand(*rows, block.shape[-1]) for block in blocks]
         return torch.cat([block.to(blocks[0].device) for block in blocks], dim=-1)
@@ -352,13 +356,13 @@ class Sum(_Node):
         weights = [1.0] * len(terms) if weights is None else list(weights)
         if len(terms) != len(weights):
             raise ValueError(f"a Sum of {len(terms)} terms needs as many weights, got {len(weights)}.")
-        merged = _flatten(zip(terms, map(_weight, weights), strict=True))
+        merged = _flatten(zip(terms, map(as_weight, weights), strict=True))
         super().__init__([term for term, _ in merged])
         self.weights: tuple[Weight, ...] = tuple(weight for _, weight in merged)
 
     @property
     def key(self) -> Hashable:
-        return ("sum", *((t.key, _weight_key(w)) for t, w in zip(self.operands, self.weights, strict=True)))
+        return ("sum", *((t.key, weight_key(w)) for t, w in zip(self.operands, self.weights, strict=True)))
 
     def combine(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
         own, blocks = self._split(coefficients)
@@ -366,13 +370,13 @@ class Sum(_Node):
 
     def terms(self, x: Tensor, *, noise_level: Tensor | None = None) -> dict[str, Tensor]:
         pairs = zip(self.operands, self.weights, strict=True)
-        return {_product(w, t): _on(w, x) * t(x, noise_level=noise_level) for t, w in pairs}
+        return _labelled((_product(w, t), weight_on(w, x) * t(x, noise_level=noise_level)) for t, w in pairs)
 
     def _own(self) -> tuple[Weight, ...]:
         return self.weights
 
     def _notes(self) -> list[str]:
-        return [f"{_number(w)} *" for w in self.weights]
+        return [f"{format_weight(w)} *" for w in self.weights]
 
     def __str__(self) -> str:
         text = ""
@@ -441,20 +445,26 @@ class Mixture(_Node):
         return -torch.logsumexp(own - self._child_energies(energies, blocks), dim=-1)
 
     def terms(self, x: Tensor, *, noise_level: Tensor | None = None) -> dict[str, Tensor]:
-        return {str(c): c(x, noise_level=noise_level) for c in self.operands}
+        return _labelled((str(c), c(x, noise_level=noise_level)) for c in self.operands)
 
     def _own(self) -> tuple[Weight, ...]:
         return tuple(math.log(w) - z for w, z in zip(self.weights, self.log_z, strict=True))
 
+    @property
+    def _plain(self) -> bool:
+        """Whether a | b says it all. Of mixtures inside mixtures it does not: | would flatten them."""
+        nested = any(isinstance(component, Mixture) for component in self.operands)
+        return set(self.weights) == {1.0} and not any(self.log_z) and len(self.operands) > 1 and not nested
+
     def _notes(self) -> list[str]:
-        return [f"{_number(w)} of" for w in self.weights]
+        return [f"{format_weight(w)} of" for w in self.weights]
 
     def __str__(self) -> str:
-        if set(self.weights) == {1.0} and not any(self.log_z) and len(self.operands) > 1:
-            return " | ".join(f"({c})" if isinstance(c, Mixture) else str(c) for c in self.operands)
-        options = f", weights=[{', '.join(map(_number, self.weights))}]"
+        if self._plain:
+            return " | ".join(map(str, self.operands))
+        options = f", weights=[{', '.join(map(format_weight, self.weights))}]"
         if any(self.log_z):
-            options += f", log_z=[{', '.join(map(_number, self.log_z))}]"
+            options += f", log_z=[{', '.join(map(format_weight, self.log_z))}]"
         return f"mixture([{', '.join(map(str, self.operands))}]{options})"
 
 
@@ -499,9 +509,10 @@ class Not(_Node):
 
     def __str__(self) -> str:
         operand = self.operands[0]
-        if operand.energy_range is not None and operand.energy_range[1] == self.threshold:
+        # ~ of some energies, such as binary experts, is another energy than this node.
+        if operand.energy_range is not None and operand.complement().key == self.key:
             return f"~{operand}" if not isinstance(operand, _Node) else f"~({operand})"
-        return f"negate({operand}, threshold={_number(self.threshold)})"
+        return f"negate({operand}, threshold={format_weight(self.threshold)})"
 
 
 # -- functions that read like the theory ---------------------------------------------------------
@@ -552,27 +563,36 @@ def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:
     return energy(x2) - energy(x1)
 
 
-# -- the machinery of canonical form -------------------------------------------------------------
+# -- the machinery of evaluation ----------------------------------------------------------------
 
 
-def _is_weight(value: object) -> bool:
-    return (isinstance(value, Real) and not isinstance(value, bool)) or (
-        isinstance(value, Tensor) and value.ndim <= 1 and not value.is_complex()
-    )
+@contextmanager
+def naming(leaf: Energy, whole: Energy) -> Iterator[None]:
+    """Errors inside say which leaf of which expression they came from."""
+    try:
+        yield
+    except Exception as error:
+        if leaf is not whole:
+            keys = [other.key for other in whole.leaves()]
+            place = f"leaf {keys.index(leaf.key) + 1} of {len(keys)}, {leaf}"
+            error.add_note(f"while evaluating {place}, of {whole}")
+        raise
 
 
-def _weight(value: object) -> Weight:
-    if not _is_weight(value):
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise TypeError(
-            f"a weight is a number or a tensor of shape () or (batch,), got {type(value).__name__}{shape}."
+def one_per_state(leaf: Energy, energies: Tensor, x: Tensor) -> Tensor:
+    """`energies`, checked to be one a state of `x`."""
+    if not isinstance(energies, Tensor):
+        raise TypeError(f"{leaf} must return a tensor of energies, got {type(energies).__name__}.")
+    if energies.shape != x.shape[:1]:
+        hint = " Sum over the other axes: .flatten(1).sum(1)." if energies.shape[:1] == x.shape[:1] else ""
+        raise ValueError(
+            f"{leaf} must return one energy per state, shape ({x.shape[0]},), "
+            f"got {tuple(energies.shape)}.{hint}"
         )
-    if isinstance(value, Tensor):
-        return value
-    weight = float(value)  # type: ignore[arg-type]
-    if not math.isfinite(weight):
-        raise ValueError(f"a weight must be finite, got {weight}.")
-    return weight
+    return energies
+
+
+# -- the machinery of canonical form -------------------------------------------------------------
 
 
 def _flatten(pairs: Iterable[tuple[Energy, Weight]]) -> list[tuple[Energy, Weight]]:
@@ -620,40 +640,23 @@ def _shared(attribute: str, noun: str, energies: Sequence[Energy]):
     return known[0][1] if known else None
 
 
-def _stack(weights: Sequence[Weight]) -> Tensor:
-    """Numbers and tensors () or (batch,) -> float64 (n,) or (batch, n)."""
-    tensors = [torch.as_tensor(w, dtype=torch.float64) for w in weights]
-    device = next((t.device for t, w in zip(tensors, weights, strict=True) if isinstance(w, Tensor)), None)
-    if device is not None:
-        tensors = [t.to(device) for t in tensors]
-    return torch.stack(torch.broadcast_tensors(*tensors), dim=-1)
-
-
-def _on(weight: Weight, x: Tensor) -> Weight:
-    return weight.to(x) if isinstance(weight, Tensor) else weight
-
-
-def _weight_key(weight: Weight) -> Hashable:
-    return id(weight) if isinstance(weight, Tensor) else weight
-
-
-def _number(weight: Weight) -> str:
-    """The shortest text that reads back as the same number."""
-    if isinstance(weight, Tensor):
-        if weight.ndim:
-            return f"[{weight.shape[0]} weights]"
-        weight = float(weight)
-    short = f"{weight:g}"
-    return short if float(short) == weight else repr(weight)
-
-
 def _product(weight: Weight, term: Energy) -> str:
-    text = (
-        f"({term})"
-        if isinstance(term, (Sum, Mixture)) and not str(term).startswith("mixture(")
-        else str(term)
-    )
-    return text if not isinstance(weight, Tensor) and weight == 1 else f"{_number(weight)}*{text}"
+    text = str(term)
+    if isinstance(term, Sum) or (isinstance(term, Mixture) and term._plain):
+        text = f"({text})"
+    return text if not isinstance(weight, Tensor) and weight == 1 else f"{format_weight(weight)}*{text}"
+
+
+def _labelled(pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """A dictionary of all pairs; the second energy called "a" is called "a #2"."""
+    labelled: dict[str, Tensor] = {}
+    for text, value in pairs:
+        label, count = text, 1
+        while label in labelled:
+            count += 1
+            label = f"{text} #{count}"
+        labelled[label] = value
+    return labelled
 
 
 def _parameters(module: nn.Module) -> str:

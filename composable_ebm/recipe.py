@@ -30,6 +30,7 @@ from composable_ebm.experts.expert import Expert
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 50
+MAX_NAMES = 100
 
 __all__ = ["RecipeError", "parse"]
 
@@ -40,6 +41,9 @@ _TOKEN = re.compile(
     r"|(?P<end>$))",
     re.ASCII,
 )
+
+
+_SPACE = re.compile(r"\s*", re.ASCII)
 
 
 class RecipeError(ValueError):
@@ -134,11 +138,14 @@ class _Parser:
         while not tokens or tokens[-1].kind != "end":
             match = _TOKEN.match(self.text, position)
             if match is None:
-                where = position + len(self.text[position:]) - len(self.text[position:].lstrip())
+                where = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
                 raise RecipeError(f"{self.text[where]!r} has no meaning in a recipe", self.text, where)
             kind = match.lastgroup or "end"
             tokens.append(_Token(kind, match.group(kind), match.start(kind)))
             position = match.end()
+        named = [token for token in tokens if token.kind == "name"]
+        if len(named) > MAX_NAMES:
+            self._fail(f"a recipe has at most {MAX_NAMES} names, this one {len(named)}", named[MAX_NAMES])
         return tokens
 
     @property

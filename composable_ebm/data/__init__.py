@@ -8,11 +8,13 @@ name: none is imported here, because each may need packages that the others do w
 from importlib import import_module
 from pathlib import Path
 
+from torch import Tensor
+
 from composable_ebm.data.dataset import LabelledImages, unknown_name
 
-DATASETS = ("digits",)
+DATASETS = ("celeba", "digits", "faces", "folder", "shapes")
 
-__all__ = ["DATASETS", "LabelledImages", "load_data"]
+__all__ = ["DATASETS", "LabelledImages", "load_data", "measured"]
 
 
 def load_data(name: str, split: str = "train", root: str | Path | None = None) -> LabelledImages:
@@ -28,3 +30,15 @@ def load_data(name: str, split: str = "train", root: str | Path | None = None) -
     if name not in DATASETS:
         raise ValueError(unknown_name("data set", name, DATASETS))
     return import_module(f"composable_ebm.data.{name}").load(split, root=root)
+
+
+def measured(name: str, x: Tensor) -> dict[str, Tensor]:
+    """Labels of the attributes that a data set can measure on any images, samples included.
+
+    Args:
+        name: One of `DATASETS`.
+        x: Images in [-1, 1], shape (batch, channels, height, width).
+    Returns:
+        Attribute -> labels (batch,), -1 between two values; empty if it measures none.
+    """
+    return getattr(import_module(f"composable_ebm.data.{name}"), "handwriting", lambda x: {})(x)

@@ -12,6 +12,7 @@ __all__ = ["FORMAT", "Card", "CheckpointError"]
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_VALUE = re.compile(_NAME.pattern + "|[0-9]+")
 
 
 class CheckpointError(ValueError):
@@ -66,6 +67,12 @@ class Card:
                 raise ValueError(
                     f"families and experts are named by letters, digits and underscores, so that recipes can "
                     f"be read back; got {part!r}."
+                )
+        for value in self.values:
+            if not (isinstance(value, str) and _VALUE.fullmatch(value)):
+                raise ValueError(
+                    "values are named by a word or a whole number, so that recipes can be read back; "
+                    f"got {value!r}."
                 )
         if not self.values or len(set(self.values)) != len(self.values) or "any" in self.values:
             raise ValueError(f"`values` must be distinct names other than 'any', got {self.values}.")

@@ -73,7 +73,7 @@ def read_card(folder: str | Path) -> Card:
         return Card.from_json(_read(path).decode())
     except CheckpointError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} does not describe an expert: {error}.") from error
 
 
@@ -110,12 +110,12 @@ def load_folder(folder: str | Path, device: torch.device | str | None = None) ->
 def _build(card: Card, path: Path) -> nn.Module:
     options = dict(card.network)
     kind = options.pop("type", None)
-    if kind not in NETWORKS:
+    if not isinstance(kind, str) or kind not in NETWORKS:
         raise CheckpointError(f"{path} names the network {kind!r}; this version knows {', '.join(NETWORKS)}.")
     build: Callable[..., nn.Module] = NETWORKS[kind]
     try:
         network = build(**options)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} gives {kind} arguments that do not fit: {error}.") from error
     outputs = options.get("num_values", 1)
     if outputs != len(card.values) or tuple(options.get("event_shape", ())) != card.event_shape:

@@ -54,7 +54,7 @@ class Expert(Energy):
     def __getitem__(self, value: str | int) -> Expert:
         """The expert at one value of its attribute, given by name, or at "any"."""
         if value == "any":
-            return Expert(self.network, self.card, None)
+            return self._at(None if len(self.card.values) > 1 else 0)
         names = self.card.values
         if str(value) not in names:
             near = difflib.get_close_matches(str(value), names, 1)
@@ -62,7 +62,12 @@ class Expert(Energy):
             raise KeyError(
                 f"{self.card.full_name} has no value {value!r}; it has {', '.join(names)} and any.{hint}"
             )
-        return Expert(self.network, self.card, names.index(str(value)))
+        return self._at(names.index(str(value)))
+
+    def _at(self, value: int | None) -> Expert:
+        expert = Expert(self.network, self.card, value)
+        expert.name = self.name
+        return expert
 
     # A class with __getitem__ would otherwise be iterable, without end.
     __iter__ = None
@@ -86,7 +91,7 @@ class Expert(Energy):
         """The expert of the other value, the mixture of the other values, or a bounded negation."""
         if self.value is None or len(self.card.values) == 1:
             return negate(self)
-        others = [Expert(self.network, self.card, i) for i in range(len(self.card.values)) if i != self.value]
+        others = [self._at(i) for i in range(len(self.card.values)) if i != self.value]
         return others[0] if len(others) == 1 else Mixture(others)
 
     def __str__(self) -> str:

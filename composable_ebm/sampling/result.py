@@ -66,7 +66,7 @@ def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
         checks = []
         for term, block, weight in zip(operands, blocks, weights, strict=True):
             energies = term.combine(leaves, block)
-            mean_weight = float(weight.double().mean())
+            mean_weight = float(f"{float(weight.mean()):.6g}")  # as written, not as float32 holds it
             failed: Tensor | None = None
             if mean_weight > 0:
                 failed = term.unlike(energies)

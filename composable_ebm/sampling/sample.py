@@ -88,8 +88,9 @@ def sample(
     for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
-    if keep_every is not None and keep_every < 1:
-        raise ValueError(f"`keep_every` must be at least 1, got {keep_every}.")
+    for name, value in (("keep_every", keep_every or 1), ("callback_every", callback_every)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if on_divergence not in ("raise", "report"):
         raise ValueError(f'`on_divergence` must be "raise" or "report", got {on_divergence!r}.')
     if seed is not None and generator is not None:
@@ -103,8 +104,7 @@ def sample(
         generator = torch.Generator(device).manual_seed(seed)
     x = initial_states(energy, num_chains, init, generator, device)
     if mask is not None:
-        mask = mask.to(x)
-        torch.broadcast_to(mask, x.shape)
+        mask = _fitting_mask(mask, x)
     start = time.perf_counter()
     total = num_warmup + num_steps
     chain = Chain(
@@ -136,7 +136,7 @@ def sample(
     divergence = chain.divergence()
     seconds = time.perf_counter() - start if x.device.type == "cpu" else _finished(start)
     if on_divergence == "raise" and divergence.any:
-        raise divergence.error(float(chain.dynamics.step_size))
+        raise divergence.error(float(chain.dynamics.step_size.max()))
     return SampleResult(
         samples=chain.x,
         energies=energies,
@@ -196,6 +196,16 @@ def initial_states(
     return low + (high - low) * torch.rand(count, *energy.event_shape, generator=generator, device=device)
 
 
+def _fitting_mask(mask: Tensor, x: Tensor) -> Tensor:
+    try:
+        torch.broadcast_to(mask, x.shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`mask` must broadcast over the states, shape {tuple(x.shape)}, got {tuple(mask.shape)}."
+        ) from error
+    return mask.to(x)
+
+
 def calibrated_sampler(energy: Energy) -> tuple[Sampler, int]:
     """The sampler and number of steps that the experts of a composition were calibrated with.
 
@@ -233,6 +243,8 @@ def _check_positive_term(energy: Energy, coefficients: Tensor | None) -> None:
     if not isinstance(energy, Sum):
         return
     own = torch.as_tensor(energy.coefficients if coefficients is None else coefficients)
+    if own.shape[-1:] != (energy.num_coefficients,):
+        return  # refused, with its shape, once the batch is known
     weights = own[..., : len(energy.operands)].reshape(-1, len(energy.operands))
     if not (weights > 0).any(dim=-1).all():
         raise ValueError(

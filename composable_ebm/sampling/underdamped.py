@@ -25,7 +25,8 @@ class UnderdampedLangevin(Kernel):
         B  p ← p - (h/2) g(x)
 
     Not adjusted, yet the variance of x is exactly T/p at precision p for every stable h, which is
-    why this order of the parts is chosen. At γ → ∞ it tends to Langevin with η = h²/2.
+    why this order of the parts is chosen. At γ → ∞ it is Langevin with η = h²/2, each step taking
+    the mean of its own noise and the last step's, (ξₙ + ξₙ₋₁)/2, which is what removes the bias.
 
     Args:
         step_size: h, in data units (unit mass).

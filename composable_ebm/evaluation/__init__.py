@@ -1,0 +1,5 @@
+"""Evaluation: judges, composition accuracy, diversity and detection, as tables and plots."""
+
+from composable_ebm.evaluation.family import Evaluation, evaluate_family
+
+__all__ = ["Evaluation", "evaluate_family"]
