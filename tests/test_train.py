@@ -24,7 +24,7 @@ from composable_ebm.train.config import (
     OptimiserConfig,
     TrainConfig,
 )
-from composable_ebm.train.objectives import Negatives
+from composable_ebm.train.objectives import Setting
 from composable_ebm.train.state import latest_checkpoint, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -90,15 +90,13 @@ def test_contrastive_divergence_finds_the_mean_of_a_gaussian(persistent):
     objective = ContrastiveDivergence(
         cd_steps=5, persistent=persistent, buffer_size=512, energy_l2=0, data_noise=0
     )
-    buffer = ReplayBuffer(512, (1,), 1, (-1.0, 1.0), 0.05, generator)
-    negatives = Negatives(objective, ceb.Langevin(0.3), buffer, generator)
+    phase = objective.begin(Setting((1,), 1, (-1.0, 1.0), 256, ceb.Langevin(0.3), generator))
     optimiser = torch.optim.SGD(model.parameters(), lr=0.2)
     y = torch.zeros(256, dtype=torch.long)
     path = []
     for _ in range(150):
         x = 1.5 + torch.randn(256, 1, generator=generator)
-        drawn, y_neg, _ = negatives.draw(model, x, y)
-        loss, _ = objective.loss(model, x, y, drawn, y_neg)
+        loss, _ = phase.loss(model, model, x, y)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -113,7 +111,7 @@ def test_loss_is_the_formula_of_its_docstring():
     x, z = torch.randn(5, 4), torch.randn(6, 4)
     y, t = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([2, 2, 0, 1, 0, 1])
     objective = ContrastiveDivergence(energy_l2=0.3, classification=0.7)
-    loss, parts = objective.loss(model, x, y, z, t)
+    loss, parts = objective.contrast(model, x, y, z, t)
     e_pos, e_neg = model(x)[torch.arange(5), y], model(z)[torch.arange(6), t]
     log_p = torch.log_softmax(-model(x), dim=1)[torch.arange(5), y]
     expected = e_pos.mean() - e_neg.mean() - 0.7 * log_p.mean()

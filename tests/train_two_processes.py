@@ -22,7 +22,7 @@ def main(config_path: str, out: str) -> None:
             {
                 "weights": weights.double().sum().item(),
                 "first": weights[:5].tolist(),
-                "chains": trainer.negatives.buffer.states.double().sum().item(),
+                "chains": trainer.phase.buffer.states.double().sum().item(),
             }
         ]
     )

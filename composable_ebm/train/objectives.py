@@ -1,12 +1,16 @@
-"""What a training minimises. An objective is a frozen description; its chains live in a `Negatives`.
+"""What a training minimises, and contrastive divergence.
+
+An objective is a frozen description. `begin` puts it to work in one training, as a `Phase` that
+holds what lasts between iterations, such as persistent chains.
 
 Symbols: x⁺ data, x⁻ samples of the model, y their labels, f(x)[y] = E(x, y) the network's outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +21,70 @@ from composable_ebm.sampling.engine import Chain, Sampler
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.replay_buffer import ReplayBuffer
 
-__all__ = ["ContrastiveDivergence", "Labelled", "Negatives"]
+Figures = dict[str, Tensor]
+
+__all__ = ["ContrastiveDivergence", "Figures", "Labelled", "Objective", "Phase", "Setting"]
 
 
 @dataclass(frozen=True)
-class ContrastiveDivergence:
+class Setting:
+    """What an objective may know of the training it works in.
+
+    Attributes:
+        event_shape: Shape of one image.
+        num_values: Values of the attribute.
+        data_range: Smallest and largest value of the data.
+        batch_size: Images of an iteration, on this process.
+        sampler: The kernel of chains, for objectives that run some.
+        generator: Draws everything the objective draws; its own on each process.
+    """
+
+    event_shape: tuple[int, ...]
+    num_values: int
+    data_range: tuple[float, float]
+    batch_size: int
+    sampler: Sampler
+    generator: torch.Generator
+
+
+class Phase(ABC):
+    """An objective at work in one training."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Figures]:
+        """The loss of one batch and figures to log, scalars on the device.
+
+        Args:
+            model: The network as wrapped for training; called once, so that gradients of several
+                processes synchronise once.
+            network: The bare network, for sampling.
+            x: Images, (batch, *event).
+            y: Their labels, (batch,).
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be saved for an exact resume, besides the generator."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes the state back."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, got {', '.join(state)}.")
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """What a training minimises."""
+
+    noise_conditioned: ClassVar[bool] = False
+
+    @abstractmethod
+    def begin(self, setting: Setting) -> Phase:
+        """Puts the objective to work."""
+
+
+@dataclass(frozen=True)
+class ContrastiveDivergence(Objective):
     """Contrastive divergence, from data (CD-k) or from persistent chains.
 
         L = mean E(x⁺, y⁺) - mean E(x⁻, y⁻) + α (mean E(x⁺, y⁺)² + mean E(x⁻, y⁻)²)
@@ -63,14 +126,16 @@ class ContrastiveDivergence:
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
-    def loss(
+    def begin(self, setting: Setting) -> Phase:
+        return _ContrastivePhase(self, setting)
+
+    def contrast(
         self, model: nn.Module, positives: Tensor, y_pos: Tensor, negatives: Tensor, y_neg: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts, each a scalar on the device.
+    ) -> tuple[Tensor, Figures]:
+        """L and its parts, each a scalar on the device.
 
         Args:
-            model: The network as wrapped for training; called once, on positives and negatives
-                together, so that gradients synchronise once.
+            model: Called once, on positives and negatives together.
             positives: x⁺, (batch, *event), noise included.
             y_pos: Their labels, (batch,).
             negatives: x⁻, (batch, *event).
@@ -106,44 +171,37 @@ class Labelled(Energy):
         return self.network(x).gather(1, self.labels[:, None])[:, 0]
 
 
-class Negatives:
-    """Draws x⁻ with the shared engine, and keeps the persistent chains between iterations.
+class _ContrastivePhase(Phase):
+    """Draws x⁻ with the shared engine, and keeps the persistent chains between iterations."""
 
-    Args:
-        objective: How.
-        sampler: The kernel of the chains.
-        buffer: The persistent chains.
-        generator: The noise of the chains.
-    """
-
-    def __init__(
-        self,
-        objective: ContrastiveDivergence,
-        sampler: Sampler,
-        buffer: ReplayBuffer,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, objective: ContrastiveDivergence, setting: Setting) -> None:
         self.objective = objective
-        self.sampler = sampler
-        self.buffer = buffer
-        self.generator = generator
+        self.setting = setting
+        self.buffer = ReplayBuffer(
+            max(objective.buffer_size, setting.batch_size) if objective.persistent else 0,
+            setting.event_shape,
+            setting.num_values,
+            setting.data_range,
+            objective.reinit_prob,
+            setting.generator,
+        )
 
-    def draw(
-        self, network: nn.Module, positives: Tensor, y_pos: Tensor
-    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-        """x⁻ (batch, *event), their labels (batch,), and figures of their chains.
+    def loss(self, model: nn.Module, network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Figures]:
+        generator = self.setting.generator
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        positives = x + self.objective.data_noise * noise
+        negatives, y_neg, chains = self.draw(network, positives, y)
+        loss, parts = self.objective.contrast(model, positives, y, negatives, y_neg)
+        return loss, {**parts, **chains}
 
-        Args:
-            network: The bare network, not its training wrapper.
-            positives: Where chains start if they do not persist, (batch, *event).
-            y_pos: Labels of the positives, (batch,).
-        """
+    def draw(self, network: nn.Module, positives: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Figures]:
+        """x⁻ (batch, *event), their labels (batch,), and figures of their chains."""
         if self.objective.persistent:
             places, start, labels = self.buffer.draw(len(positives))
         else:
-            places, start, labels = None, positives, y_pos
-        noise = Noise((self.generator, len(start)))
-        chain = Chain(Labelled(network, labels), start, self.sampler, noise, record=False)
+            places, start, labels = None, positives, y
+        noise = Noise((self.setting.generator, len(start)))
+        chain = Chain(Labelled(network, labels), start, self.setting.sampler, noise, record=False)
         negatives = chain.advance(self.objective.cd_steps)
         if places is not None:
             self.buffer.put(places, negatives, labels)
@@ -153,3 +211,9 @@ class Negatives:
             "gradient_norm": divergence.largest_gradient.mean(),
         }
         return negatives, labels, figures
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.buffer.load_state_dict(state)

@@ -21,10 +21,9 @@ from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks import NETWORKS
-from composable_ebm.sampling.replay_buffer import ReplayBuffer
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.export import Journal, export
-from composable_ebm.train.objectives import Negatives
+from composable_ebm.train.objectives import Figures, Setting
 from composable_ebm.train.state import (
     flatten_optimiser,
     latest_checkpoint,
@@ -91,26 +90,27 @@ class Trainer:
         self.model, self.optimiser = self.accelerator.prepare(network, optimiser)
         self.network: nn.Module = self.accelerator.unwrap_model(self.model)
 
-        # Chains, noise and data order differ between ranks.
+        # Data order, noise and chains differ between ranks.
         rank = self.accelerator.process_index
         self.generators = {
             name: torch.Generator(self.device).manual_seed(1000 * config.seed + 10 * rank + i)
-            for i, name in enumerate(("data", "chains", "buffer"), 1)
+            for i, name in enumerate(("data", "objective"), 1)
         }
-        buffer = ReplayBuffer(
-            max(config.objective.buffer_size, config.batch_size),
-            self.data.event_shape,
-            len(self.values),
-            (-1.0, 1.0),
-            config.objective.reinit_prob,
-            self.generators["buffer"],
+        self.phase = config.objective.begin(
+            Setting(
+                event_shape=self.data.event_shape,
+                num_values=len(self.values),
+                data_range=(-1.0, 1.0),
+                batch_size=config.batch_size,
+                sampler=config.sampler,
+                generator=self.generators["objective"],
+            )
         )
-        self.negatives = Negatives(config.objective, config.sampler, buffer, self.generators["chains"])
         self.step = 0
         self.seconds = 0.0
         self.rollbacks = 0
         self.rate_factor = 1.0
-        self._pending: list[Mapping[str, Tensor]] = []
+        self._pending: list[Figures] = []
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -156,17 +156,16 @@ class Trainer:
         journal.close()
         return expert
 
-    def _iteration(self) -> Mapping[str, Tensor]:
+    def _iteration(self) -> Figures:
         config = self.config
-        figures: Mapping[str, Tensor] = {}
+        figures: Figures = {}
         for group in self.optimiser.param_groups:
             group["lr"] = self._rate()
         for _ in range(config.accumulate):
             with self.accelerator.accumulate(self.model):
-                positives, y_pos = self._positives()
+                x, y = self._batch()
                 with self.accelerator.autocast():
-                    negatives, y_neg, chains = self.negatives.draw(self.network, positives, y_pos)
-                loss, parts = config.objective.loss(self.model, positives, y_pos, negatives, y_neg)
+                    loss, figures = self.phase.loss(self.model, self.network, x, y)
                 self.accelerator.backward(loss)
                 norm = None
                 if self.accelerator.sync_gradients:
@@ -175,21 +174,19 @@ class Trainer:
                     )
                 self.optimiser.step()
                 self.optimiser.zero_grad()
-                figures = {**parts, **chains}
                 if norm is not None:
                     figures["weight_gradient_norm"] = norm.detach()
         self.average.update_parameters(self.network)
         return figures
 
-    def _positives(self) -> tuple[Tensor, Tensor]:
-        """Noisy data and labels of one batch."""
-        generator, batch = self.generators["data"], self.config.batch_size
-        index = torch.randint(len(self.data), (batch,), generator=generator, device=self.device)
-        x = self.data.batch(index)
-        noise = torch.randn(x.shape, generator=generator, device=self.device)
-        attribute = self.config.data.attribute
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of one batch."""
+        generator, attribute = self.generators["data"], self.config.data.attribute
+        index = torch.randint(
+            len(self.data), (self.config.batch_size,), generator=generator, device=self.device
+        )
         labels = self.data.labels[attribute][index] if attribute else torch.zeros_like(index)
-        return x + self.config.objective.data_noise * noise, labels
+        return self.data.batch(index), labels
 
     def _rate(self) -> float:
         """Held, then falling linearly to zero."""
@@ -265,7 +262,7 @@ class Trainer:
         tensors = {
             **{f"network.{k}": v for k, v in self.network.state_dict().items()},
             **{f"average.{k}": v for k, v in self.average.state_dict().items()},
-            **{f"buffer.{k}": v for k, v in self.negatives.buffer.state_dict().items()},
+            **{f"phase.{k}": v for k, v in self.phase.state_dict().items()},
             **{f"generator.{k}": g.get_state() for k, g in self.generators.items()},
             **flatten_optimiser(self.optimiser),
         }
@@ -284,7 +281,7 @@ class Trainer:
 
         self.network.load_state_dict(part("network."))
         self.average.load_state_dict(part("average."))
-        self.negatives.buffer.load_state_dict(part("buffer."))
+        self.phase.load_state_dict(part("phase."))
         for name, state in part("generator.").items():
             self.generators[name].set_state(state.cpu())
         restore_optimiser(self.optimiser, tensors)
