@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 def tiny_data(monkeypatch):
     """Bright squares on the left (value 0) or the right (value 1) of 8x8 images."""
 
-    def load(name, split, root=None):
+    def load(name, split, root=None, **options):
         generator = torch.Generator().manual_seed({"train": 0, "validation": 1}[split])
         labels = torch.randint(2, (256,), generator=generator)
         images = torch.zeros(256, 1, 8, 8, dtype=torch.uint8)

@@ -17,19 +17,22 @@ DATASETS = ("celeba", "digits", "faces", "folder", "shapes")
 __all__ = ["DATASETS", "LabelledImages", "load_data", "measured"]
 
 
-def load_data(name: str, split: str = "train", root: str | Path | None = None) -> LabelledImages:
+def load_data(
+    name: str, split: str = "train", root: str | Path | None = None, **options: object
+) -> LabelledImages:
     """A data set by name.
 
     Args:
         name: One of `DATASETS`.
         split: "train", "validation" or "test".
         root: Folder of the data; searched for unless given.
+        options: What the data set's own `load` takes besides, such as `exclude` of faces.
     Raises:
         ValueError: If there is no such data set or split.
     """
     if name not in DATASETS:
         raise ValueError(unknown_name("data set", name, DATASETS))
-    return import_module(f"composable_ebm.data.{name}").load(split, root=root)
+    return import_module(f"composable_ebm.data.{name}").load(split, root=root, **options)
 
 
 def measured(name: str, x: Tensor) -> dict[str, Tensor]:

@@ -24,11 +24,14 @@ class DataConfig:
         name: A data set of `composable_ebm.data`.
         attribute: The attribute to be an expert of; "" learns p(x) from all images, without labels.
         root: Folder of the data; searched for unless given.
+        exclude: Combinations to hold out of training, such as "smile+glasses", where the data set
+            knows how.
     """
 
     name: str = "digits"
     attribute: str = ""
     root: str = ""
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

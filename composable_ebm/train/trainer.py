@@ -309,6 +309,9 @@ class Trainer:
             tqdm.write(f"resuming from {path}")
 
     def _load(self, split: str) -> LabelledImages:
-        data = load_data(self.config.data.name, split, self.config.data.root or None)
-        attribute = self.config.data.attribute
+        wanted = self.config.data
+        options = {"exclude": wanted.exclude} if wanted.exclude else {}
+        with self.accelerator.main_process_first():  # so that one process renders or downloads
+            data = load_data(wanted.name, split, wanted.root or None, **options)
+        attribute = wanted.attribute
         return data.where(attribute) if attribute else data
