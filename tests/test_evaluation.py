@@ -1,0 +1,165 @@
+"""Evaluation: figures against known answers, requests and compositions against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+import composable_ebm as ceb
+from composable_ebm.evaluation.composition import as_one_batch, compose, requests, right
+from composable_ebm.evaluation.detection import auroc
+from composable_ebm.evaluation.family import _floor, family_experts
+from composable_ebm.evaluation.judge import KINDS, Judge
+from composable_ebm.evaluation.metrics import (
+    entropy,
+    frechet_distance,
+    nearest_distance,
+    precision_recall,
+    wilson_interval,
+)
+
+SHAPE = (1, 8, 8)
+
+
+def expert(name: str, *values: str) -> ceb.Expert:
+    network = ceb.experts.ConvEnergy(SHAPE, len(values), widths=(4, 4), hidden=8)
+    return ceb.Expert.standing(network, ceb.Card("toy", name, name, values, SHAPE, (-1.0, 1.0), {}))
+
+
+@pytest.fixture
+def experts():
+    torch.manual_seed(0)
+    return {"side": expert("side", "left", "right"), "size": expert("size", "s", "m", "l")}
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def test_wilson_interval_matches_the_published_example():
+    # 81 of 263: Newcombe (1998), Statistics in Medicine 17, table I, method 3.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-4)
+    assert wilson_interval(0, 10)[0] == 0
+    assert wilson_interval(10, 10)[1] == 1
+
+
+def test_frechet_distance_of_gaussians_is_the_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(40_000, 2, generator=generator) * torch.tensor([1.0, 2.0])
+    b = torch.randn(40_000, 2, generator=generator) * torch.tensor([3.0, 0.5]) + torch.tensor([1.0, 0.0])
+    # Diagonal covariances: ‖Δμ‖² + Σ (σ_a - σ_b)²
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + 2.25, rel=0.02)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_precision_and_recall_tell_poor_samples_from_narrow_ones():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(600, 2, generator=generator)
+    narrow, wide = (
+        0.2 * torch.randn(600, 2, generator=generator),
+        6 * torch.randn(600, 2, generator=generator),
+    )
+    precision, recall = precision_recall(real, narrow)
+    assert precision > 0.95
+    assert recall < 0.3
+    precision, recall = precision_recall(real, wide)
+    assert precision < 0.4
+    assert recall > 0.5
+
+
+def test_nearest_distance_is_zero_for_a_copy_and_the_norm_otherwise():
+    reference = torch.zeros(3, *SHAPE)
+    reference[1] = 1
+    x = torch.cat([reference[1:2], torch.full((1, *SHAPE), 0.25)])
+    assert nearest_distance(x, reference).tolist() == pytest.approx([0, 0.25 * 8])
+
+
+def test_entropy_of_a_fair_coin_is_log_two():
+    assert entropy(torch.tensor([0.5, 0.5, 0.0])) == pytest.approx(math.log(2))
+
+
+def test_auroc_is_the_share_of_ordered_pairs():
+    positive, negative = torch.tensor([3.0, 2.0, 2.0]), torch.tensor([1.0, 2.0])
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert auroc(positive, negative) == pytest.approx(float(sum(pairs)) / 6)
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+def test_requests_cover_every_subset_evenly_and_every_value():
+    values = {"a": 2, "b": 2, "c": 3}
+    grouped = requests(values, 2, 100, torch.Generator().manual_seed(0))
+    assert sorted(grouped) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert sum(map(len, grouped.values())) == 100
+    assert max(map(len, grouped.values())) - min(map(len, grouped.values())) <= 1
+    assert {request["c"] for request in grouped["a", "c"]} == {0, 1, 2}
+
+
+def test_right_needs_every_value_asked_for():
+    seen = {"a": torch.tensor([0, 1, 1]), "b": torch.tensor([1, 1, -1])}
+    asked = [{"a": 0, "b": 1}, {"a": 0}, {"a": 1, "b": 0}]
+    assert right(seen, asked).tolist() == [True, False, False]
+
+
+def test_the_sum_form_adds_experts_and_the_ratio_form_counts_the_base_once(experts):
+    request, base = {"side": 1, "size": 2}, expert("base", "image")
+    right_side, large = experts["side"]["right"], experts["size"]["l"]
+    x = torch.rand(3, *SHAPE)
+    plain = compose("sum", request, experts, base, 2.0)
+    assert torch.allclose(plain(x), 2 * right_side(x) + 2 * large(x))
+    ratio = compose("ratio", request, experts, base, 2.0)
+    log_p = [experts[n]["any"](x) - e(x) for n, e in (("side", right_side), ("size", large))]
+    assert torch.allclose(ratio(x), base(x) - 2 * sum(log_p), atol=1e-5)
+    # Without a base, the last attribute brings p(x) along.
+    carried = compose("ratio", request, experts, None, 1.0)
+    assert torch.allclose(carried(x), large(x) - log_p[0], atol=1e-5)
+
+
+def test_compositions_in_one_batch_equal_each_by_itself(experts):
+    side, size = experts["side"], experts["size"]
+    expressions = [
+        side["left"] + size["s"],
+        2 * side["right"] - size["any"],
+        size["l"],
+        side["left"] + side["right"],
+    ]
+    whole, coefficients = as_one_batch(expressions)
+    x = torch.rand(4, *SHAPE)
+    together = whole(x, coefficients=coefficients)
+    apart = torch.cat([e(x[i : i + 1]) for i, e in enumerate(expressions)])
+    assert torch.allclose(together, apart, atol=1e-6)
+    with pytest.raises(ValueError, match="only sums of experts run as one batch"):
+        as_one_batch([side["left"] | size["s"]])
+
+
+def test_the_floor_is_the_chance_of_guessing_all(experts):
+    floor = _floor(experts)
+    assert floor["1"] == pytest.approx((1 / 2 + 1 / 3) / 2, abs=1e-4)
+    assert floor["2"] == pytest.approx(1 / 6, abs=1e-4)
+
+
+def test_a_family_without_experts_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMPOSABLE_EBM_MODELS", str(tmp_path))
+    with pytest.raises(ValueError, match="'cats' has no experts to compose; families with experts"):
+        family_experts("cats")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_judge_learns_what_it_is_shown(kind):
+    torch.manual_seed(0)
+    labels = torch.randint(2, (64,))
+    x = torch.where(labels[:, None, None, None] == 1, 1.0, -1.0) * torch.rand(64, *SHAPE)
+    judge = Judge(SHAPE, {"bright": ("no", "yes")}, kind)
+    optimiser = torch.optim.Adam(judge.parameters(), 3e-3)
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(judge(x)["bright"], labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert judge.labels(x)["bright"].equal(labels)
+    assert judge.features(x).shape == (64, 128)
+
+
+def test_an_unknown_kind_of_judge_is_refused():
+    with pytest.raises(ValueError, match="`kind` must be one of convolutional, mixer, got 'tree'"):
+        Judge(SHAPE, {"a": ("b", "c")}, "tree")
