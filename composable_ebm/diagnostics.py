@@ -44,7 +44,8 @@ def r_hat(draws: Tensor) -> float:
     split = _split(draws)
     if split is None:
         return math.nan
-    folded = (split - split.median()).abs()
+    # torch's median is the lower of the two middle draws.
+    folded = (split - (split.median() - (-split).median()) / 2).abs()
     return max(_potential_reduction(_rank_normalise(s)) for s in (split, folded))
 
 
@@ -54,7 +55,7 @@ def _split(draws: Tensor) -> Tensor | None:
         raise ValueError(f"`draws` must have shape (draws, chains), got {tuple(draws.shape)}.")
     half = draws.shape[0] // 2
     draws = draws.detach().to("cpu", torch.float64)
-    if half < 2 or not draws.isfinite().all():
+    if half < 2 or not draws.shape[1] or not draws.isfinite().all():
         return None
     return torch.cat([draws[:half], draws[-half:]], dim=1)
 
@@ -86,15 +87,14 @@ def _effective(draws: Tensor) -> float:
     variance = within * (n - 1) / n + (draws.mean(dim=0).var() if chains > 1 else 0.0)
     if variance == 0:
         return math.nan
-    rho = 1 - (within - autocovariance.mean(dim=1) * n / (n - 1)) / variance
+    rho = 1 - (within - autocovariance.mean(dim=1)) / variance
     rho[0] = 1.0
     pairs = rho[: n - n % 2].reshape(-1, 2).sum(dim=1)
     negative = (pairs < 0).nonzero()
-    end = int(negative[0]) if len(negative) else len(pairs)
+    last = max(0, (n - 3) // 2)  # where the reference implementations stop at the latest
+    end = min(int(negative[0]), last) if len(negative) else last
     monotone = pairs[:end].cummin(dim=0).values
-    tau = -1 + 2 * float(monotone.sum())
-    # The odd lag after the last positive pair improves the estimate for antithetic chains.
-    if end < len(pairs):
-        tau += max(0.0, float(rho[2 * end]))
+    # The lag after the last positive pair improves the estimate for antithetic chains.
+    tau = -1 + 2 * float(monotone.sum()) + max(0.0, float(rho[2 * end]))
     total = n * chains
     return total / max(tau, 1 / math.log10(total))

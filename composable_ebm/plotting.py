@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from composable_ebm.sampling.engine import Trace
@@ -246,6 +247,7 @@ def plot_training(metrics_path: str | Path, path: str | Path) -> None:
                     ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
                 mark = {"marker": "o", "markersize": 3} if len(values) <= 40 else {}
                 ax.plot(steps, smooth, color=colour, label=label, **mark)
+        _leave_out_the_first_plunge(ax, [v for name in names for _, v in curves[name]])
         ax.set_title(title, loc="left")
         ax.set_xlim(first - margin, last + margin)
         if "energy_gap" in names:
@@ -288,6 +290,13 @@ def _smooth(values: np.ndarray) -> np.ndarray:
         return values
     kernel = np.ones(2 * width + 1)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def _leave_out_the_first_plunge(ax: Axes, values: Sequence[float]) -> None:
+    """Fits a long curve's axis to all but the extreme 2 % at either end of its values."""
+    if len(values) > 100:
+        low, high = np.nanquantile(values, [0.02, 0.98])
+        ax.set_ylim(low - 0.15 * (high - low) - 1e-9, high + 0.15 * (high - low) + 1e-9)
 
 
 def _shorten(text: str, length: int) -> str:

@@ -25,8 +25,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
 from composable_ebm.energy import Energy, mixture, negate, ratio
-from composable_ebm.experts.catalogue import catalogue, load_expert
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.library import Library
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 50
@@ -83,30 +83,7 @@ def parse(text: str, names: Mapping[str, Energy] | None = None) -> Energy:
         raise TypeError(f"a recipe is text, got {type(text).__name__}.")
     if len(text) > MAX_LENGTH:
         raise RecipeError(f"a recipe has at most {MAX_LENGTH} characters, this one {len(text)}.", text, 0)
-    return _Parser(text, _Experts() if names is None else names).parse()
-
-
-class _Experts(Mapping[str, Energy]):
-    """The catalogue as names, each expert loaded once, when first named."""
-
-    def __init__(self) -> None:
-        self._folders = catalogue()
-        self._loaded: dict[str, Energy] = {}
-
-    def __getitem__(self, name: str) -> Energy:
-        alone = [full for full in self._folders if full.split("/")[-1] == name]
-        full = alone[0] if len(alone) == 1 else name
-        if full not in self._folders:
-            raise KeyError(name)
-        if full not in self._loaded:
-            self._loaded[full] = load_expert(full)
-        return self._loaded[full]
-
-    def __iter__(self):
-        return iter(self._folders)
-
-    def __len__(self) -> int:
-        return len(self._folders)
+    return _Parser(text, Library() if names is None else names).parse()
 
 
 class _Parser:

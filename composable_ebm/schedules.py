@@ -7,71 +7,99 @@ them into one value per step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-Curve = Callable[[float], float]
-
 __all__ = ["Curve", "Schedule", "constant", "cosine", "geometric", "hold_then", "linear", "through"]
+
+_BETWEEN: dict[str, Callable[[float, float, float], float]] = {
+    "linear": lambda a, b, t: a + t * (b - a),
+    "geometric": lambda a, b, t: a * (b / a) ** t,
+    "cosine": lambda a, b, t: b + (a - b) * 0.5 * (1 + math.cos(math.pi * t)),
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Curve:
+    """A value for each t in [0, 1]: given at knots, interpolated between them.
+
+    Args:
+        knots: (t, value), the t rising from 0 to 1.
+        between: "linear"; "geometric", equal ratios; or "cosine", flat at both ends of a piece.
+    Raises:
+        ValueError: If the knots do not rise from 0 to 1, or values are not positive where ratios
+            are taken.
+    """
+
+    knots: Sequence[tuple[float, float]]
+    between: str = "geometric"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "knots", tuple((float(t), float(value)) for t, value in self.knots))
+        times = [t for t, _ in self.knots]
+        if len(times) < 2 or times[0] != 0 or times[-1] != 1 or sorted(set(times)) != times:
+            raise ValueError(f"the times of the knots must rise from 0 to 1, got {times}.")
+        if self.between not in _BETWEEN:
+            raise ValueError(f"`between` must be one of {', '.join(_BETWEEN)}, got {self.between!r}.")
+        if self.between == "geometric" and not all(value > 0 for _, value in self.knots):
+            raise ValueError(f"a geometric curve needs positive values, got {self.knots}; use linear.")
+
+    def __call__(self, t: float) -> float:
+        pieces = list(pairwise(self.knots))
+        (start, a), (stop, b) = next((p for p in pieces if t <= p[1][0]), pieces[-1])
+        return _BETWEEN[self.between](a, b, (t - start) / (stop - start))
+
+    def __repr__(self) -> str:
+        values = [f"{value:g}" for _, value in self.knots]
+        if len(values) == 2:
+            return f"{self.between}({', '.join(values)})"
+        knots = ", ".join(f"({t:g}, {value})" for (t, _), value in zip(self.knots, values, strict=True))
+        return f"through({knots}, between={self.between!r})"
 
 
 def constant(value: float) -> Curve:
     """The same value throughout."""
-    return lambda t: value
+    return linear(value, value)
 
 
 def linear(start: float, stop: float) -> Curve:
     """start + t (stop - start)."""
-    return lambda t: start + t * (stop - start)
+    return Curve(((0, start), (1, stop)), "linear")
 
 
 def geometric(start: float, stop: float) -> Curve:
-    """start (stop/start)^t: equal ratios between levels.
-
-    Raises:
-        ValueError: Unless both ends are positive.
-    """
-    if not (start > 0 and stop > 0):
-        raise ValueError(f"a geometric curve needs positive ends, got {start} and {stop}; use linear.")
-    return lambda t: start * (stop / start) ** t
+    """start (stop/start)^t: equal ratios between levels. Both ends must be positive."""
+    return Curve(((0, start), (1, stop)), "geometric")
 
 
 def cosine(start: float, stop: float) -> Curve:
     """stop + (start - stop)(1 + cos πt)/2: flat at both ends."""
-    return lambda t: stop + (start - stop) * 0.5 * (1 + math.cos(math.pi * t))
+    return Curve(((0, start), (1, stop)), "cosine")
 
 
-def through(*knots: tuple[float, float]) -> Curve:
-    """Through the given points (t, value), geometric between them: slow where a chain needs time.
+def through(*knots: tuple[float, float], between: str = "geometric") -> Curve:
+    """Through the given points (t, value): slow where a chain needs time.
 
     Example:
         >>> noise = through((0, 1.0), (0.1, 0.06), (0.9, 0.02), (1, 0.002))
-    Raises:
-        ValueError: Unless the t rise from 0 to 1 and the values are positive.
     """
-    times = [t for t, _ in knots]
-    if len(knots) < 2 or times[0] != 0 or times[-1] != 1 or sorted(set(times)) != times:
-        raise ValueError(f"the times of the knots must rise from 0 to 1, got {times}.")
-    pieces = [(a, b, geometric(x, y)) for (a, x), (b, y) in pairwise(knots)]
-
-    def curve(t: float) -> float:
-        start, stop, piece = next(p for p in pieces if t <= p[1] or p is pieces[-1])
-        return piece((t - start) / (stop - start))
-
-    return curve
+    return Curve(knots, between)
 
 
 def hold_then(curve: Curve, share: float) -> Curve:
     """The first value of `curve` for `share` of the run, then the whole curve in what is left."""
     if not 0 <= share < 1:
         raise ValueError(f"`share` must be in [0, 1), got {share}.")
-    return lambda t: curve(max(0.0, t - share) / (1 - share))
+    if share == 0:
+        return curve
+    later = tuple((share + (1 - share) * t, value) for t, value in curve.knots)
+    return Curve(((0.0, curve(0.0)), *later), curve.between)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The curves that one annealed run follows.
+    """The curves that one annealed run follows; a curve may be any function of t.
 
     Args:
         temperature: Multiplies the kernel's temperature T in exp(-E/T).
@@ -81,9 +109,9 @@ class Schedule:
             out evenly between the levels.
     """
 
-    temperature: Curve | None = None
-    noise_level: Curve | None = None
-    step_scale: Curve | None = None
+    temperature: Callable[[float], float] | None = None
+    noise_level: Callable[[float], float] | None = None
+    step_scale: Callable[[float], float] | None = None
     num_levels: int | None = None
 
     def __post_init__(self) -> None:
@@ -99,7 +127,7 @@ class Schedule:
         count = self._count(num_steps)
         return [min(count - 1, step * count // num_steps) for step in range(num_steps)]
 
-    def values(self, curve: Curve | None, num_steps: int) -> list[float] | None:
+    def values(self, curve: Callable[[float], float] | None, num_steps: int) -> list[float] | None:
         """The value of `curve` at each step, or None without a curve.
 
         Raises:

@@ -8,7 +8,7 @@ from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.sample import sample
-from composable_ebm.sampling.settings import from_settings
+from composable_ebm.sampling.settings import from_settings, to_settings
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "UnderdampedLangevin",
     "from_settings",
     "sample",
+    "to_settings",
 ]

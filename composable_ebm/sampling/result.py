@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from composable_ebm.energy import Sum
 from composable_ebm.sampling.engine import Divergence, Sampler, Trace
 from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.sampling.kernel import Kernel
+from composable_ebm.sampling.settings import to_settings
 
 __all__ = ["SampleResult", "TermCheck", "check_terms"]
 
@@ -185,6 +187,26 @@ class SampleResult:
         ]
         rows += [("PROBLEM", problem) for problem in self.problems]
         return "\n".join(f"{label:>13}  {text}" for label, text in rows)
+
+    def provenance(self) -> dict[str, str]:
+        """Recipe, seed, counts and sampler settings as text: enough to run it again."""
+        try:
+            sampler = json.dumps(to_settings(self.sampler))
+        except ValueError:  # a schedule that follows a function
+            sampler = str(self.sampler)
+        counts = {"num_chains": len(self.samples), "num_steps": self.num_steps, "seed": self.seed}
+        return {"recipe": self.recipe, "sampler": sampler, **{k: str(v) for k, v in counts.items()}}
+
+    def save(self, path: str | Path, columns: int | None = None) -> None:
+        """Writes the samples as one PNG grid, with `provenance` as text inside the file.
+
+        Args:
+            path: File to write.
+            columns: Images a row; about a square unless given.
+        """
+        from composable_ebm.plotting import save_grid  # matplotlib is slow to load
+
+        save_grid(self.samples, path, columns, self.provenance())
 
     def plot_trace(self, path: str | Path) -> None:
         """Draws energy, gradient norm and acceptance along the chains to an image file."""

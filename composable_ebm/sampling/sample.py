@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Not, Sum
-from composable_ebm.sampling.engine import Callback, Chain, Sampler
+from composable_ebm.sampling.engine import Callback, Chain, Sampler, evaluating
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.result import SampleResult, check_terms
 from composable_ebm.sampling.settings import from_settings
@@ -27,6 +27,7 @@ class Images(Protocol):
     def batch(self, index: Tensor) -> Tensor: ...
 
 
+@torch.inference_mode(False)  # the gradient is needed, whatever mode the caller is in
 def sample(
     energy: Energy,
     *,
@@ -88,7 +89,10 @@ def sample(
     for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
-    for name, value in (("keep_every", keep_every or 1), ("callback_every", callback_every)):
+    for name, value in (
+        ("keep_every", 1 if keep_every is None else keep_every),
+        ("callback_every", callback_every),
+    ):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if on_divergence not in ("raise", "report"):
@@ -132,6 +136,8 @@ def sample(
         if called and callback(chain.num_steps, chain) is True:  # type: ignore[misc]
             break
 
+    with evaluating(energy):
+        checks = check_terms(chain.potential, chain.x)
     energies = chain.final_energies()
     divergence = chain.divergence()
     seconds = time.perf_counter() - start if x.device.type == "cpu" else _finished(start)
@@ -150,7 +156,7 @@ def sample(
         evaluations=chain.potential.evaluations,
         path=chain.potential.plan.describe(),
         divergence=divergence,
-        checks=check_terms(chain.potential, chain.x),
+        checks=checks,
         warmup=num_warmup,
     )
 

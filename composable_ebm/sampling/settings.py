@@ -12,33 +12,66 @@ from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
-from composable_ebm.schedules import Schedule, cosine, hold_then
+from composable_ebm.schedules import Curve, Schedule
 
 KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin)
 
-__all__ = ["from_settings"]
+CURVES = ("temperature", "noise_level", "step_scale")
+
+__all__ = ["from_settings", "to_settings"]
+
+
+def to_settings(sampler: Sampler) -> dict:
+    """A sampler as plain values that a JSON file can hold; `from_settings` reads them back.
+
+    Raises:
+        ValueError: If its schedule follows a function that is no `Curve`.
+    """
+    if isinstance(sampler, Kernel):
+        return sampler.settings()
+    schedule = sampler.schedule
+    anneal: dict[str, object] = {}
+    for name in CURVES:
+        curve = getattr(schedule, name)
+        if isinstance(curve, Curve):
+            anneal[name] = {"knots": [list(knot) for knot in curve.knots], "between": curve.between}
+        elif curve is not None:
+            raise ValueError(f"only a Curve can be stored; {name} follows {curve!r}.")
+    if schedule.num_levels is not None:
+        anneal["num_levels"] = schedule.num_levels
+    return {**sampler.kernel.settings(), "anneal": anneal}
 
 
 def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]:
     """The sampler and number of steps that `settings` describe.
 
     Args:
-        settings: "kernel" and its arguments, "num_steps", and "cooldown": the share of the run, at
-            its end, in which step and noise fall to 2 % of their values.
+        settings: "kernel" and its arguments; "num_steps"; and "anneal", the curves of a schedule
+            ("temperature", "noise_level", "step_scale", each with "knots" and "between") and its
+            "num_levels".
         factor: Multiplies the step size.
     Raises:
         ValueError: If the kernel or an argument is unknown.
     """
     values = dict(settings)
     name, num_steps = values.pop("kernel", None), int(values.pop("num_steps", 0))
-    cooldown = float(values.pop("cooldown", 0.0))
+    anneal = dict(values.pop("anneal", {}))
     kernels = {kernel.__name__: kernel for kernel in KERNELS}
     if name not in kernels:
         raise ValueError(f"unknown sampler {name!r}; there are {', '.join(kernels)}.")
-    known = {field.name for field in fields(kernels[name])}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+    _refuse_unknown(name, values, [field.name for field in fields(kernels[name])])
     kernel = kernels[name](**values).scaled(factor)
-    if not cooldown:
+    if not anneal:
         return kernel, num_steps
-    return Annealed(kernel, Schedule(step_scale=hold_then(cosine(1.0, 0.02), 1 - cooldown))), num_steps
+    _refuse_unknown("anneal", anneal, [*CURVES, "num_levels"])
+    curves = {
+        name: Curve(**{**c, "knots": tuple(map(tuple, c["knots"]))})
+        for name, c in anneal.items()
+        if name in CURVES
+    }
+    return Annealed(kernel, Schedule(**curves, num_levels=anneal.get("num_levels"))), num_steps
+
+
+def _refuse_unknown(what: str, values: Mapping, known: list[str]) -> None:
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{what} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")

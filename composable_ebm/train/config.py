@@ -10,7 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from composable_ebm.data.dataset import unknown_name
+from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.langevin import Langevin
+from composable_ebm.sampling.settings import to_settings
+from composable_ebm.schedules import Schedule, cosine, hold_then
 from composable_ebm.train.objectives import ContrastiveDivergence
 
 __all__ = ["DataConfig", "GenerationConfig", "NetworkConfig", "OptimiserConfig", "TrainConfig", "read_config"]
@@ -145,7 +148,10 @@ class TrainConfig:
     @property
     def sampler_settings(self) -> dict:
         """What is stored with the expert, see `sampling.from_settings`."""
-        return {**self.sampler.settings(), **dataclasses.asdict(self.generation)}
+        cooling = Schedule(step_scale=hold_then(cosine(1.0, 0.02), 1 - self.generation.cooldown))
+        annealed = Annealed(self.sampler, cooling)
+        sampler = annealed if self.generation.cooldown else self.sampler
+        return {**to_settings(sampler), "num_steps": self.generation.num_steps}
 
 
 def read_config(path: str | Path) -> TrainConfig:

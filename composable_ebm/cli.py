@@ -1,0 +1,231 @@
+"""The command line, `composable-ebm`.
+
+Each subcommand is a frozen dataclass, from which its options are made. What is slow to import is
+imported by the subcommand that needs it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from composable_ebm import models_page
+from composable_ebm.recipe import parse
+from composable_ebm.sampling import Chain, ChainDivergedError, sample
+from composable_ebm.sampling.sample import calibrated_sampler
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw samples from a recipe and save them as a picture.
+
+    Example: composable-ebm sample "digits/digit[3] + digits/thick" --out threes.png
+
+    Args:
+        recipe: What to sample, as text: 2*smile + glasses - 0.5*beard.
+        num_chains: Number of samples.
+        num_steps: Steps of the sampler; what the experts were calibrated with unless given.
+        seed: Seeds the noise.
+        out: Picture to write, a .png; recipe, seed and settings are stored in it as text.
+        device: Where to run, such as cpu or cuda.
+        num_threads: Threads of the CPU.
+        report: Whether to print what the run says about itself.
+    """
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
+    num_chains: int = 16
+    num_steps: int | None = None
+    seed: int = 0
+    out: Path = Path("grid.png")
+    device: str = "cpu"
+    num_threads: int | None = None
+    report: bool = True
+
+    def run(self) -> int:
+        if self.out.suffix.lower() != ".png":
+            raise ValueError(f"`--out` must name a .png file, got {self.out}.")
+        if self.num_threads is not None:
+            if self.num_threads < 1:
+                raise ValueError(f"`--num-threads` must be at least 1, got {self.num_threads}.")
+            torch.set_num_threads(self.num_threads)
+        energy = parse(self.recipe).to(_device(self.device))
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        total = calibrated_sampler(energy)[1] if self.num_steps is None else self.num_steps
+        with tqdm(total=max(total, 0), unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+            result = sample(
+                energy,
+                num_chains=self.num_chains,
+                num_steps=total,
+                seed=self.seed,
+                callback=_follow(bar),
+                callback_every=10,
+            )
+        result.save(self.out)
+        if self.report:
+            print(result.report())
+        print(self.out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the experts, and those that are damaged.
+
+    Args:
+        folder: A folder of experts; wherever experts are looked for unless given.
+        markdown: Write the page MODELS.md instead of a table.
+    """
+
+    folder: Path | None = None
+    markdown: bool = False
+
+    def run(self) -> int:
+        cards, damaged = models_page.read(self.folder)
+        if self.markdown and damaged:
+            raise ValueError(
+                f"a page lists only experts that can be loaded, but: {'; '.join(damaged.values())}"
+            )
+        if self.markdown:
+            sys.stdout.write(models_page.page(cards))
+        else:
+            print(models_page.table(cards, damaged))
+        return 1 if damaged else 0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one expert: composable-ebm train CONFIG.toml [options]. Its options: train --help."""
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        # accelerate is slow to load
+        return import_module("composable_ebm.train.__main__").main(list(self.arguments))
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Open the mixer, a page in the browser, until interrupted.
+
+    Args:
+        host: Address to serve on. One that others can reach needs --auth.
+        port: Port to serve on.
+        auth: user:password that a visitor must give.
+        max_chains: Most samples that a visitor may ask for at once.
+        device: Where to run, such as cpu or cuda.
+        num_threads: Threads of the CPU.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    auth: str | None = None
+    max_chains: int = 64
+    device: str = "cpu"
+    num_threads: int | None = None
+
+    def run(self) -> int:
+        user, colon, password = (self.auth or "").partition(":")
+        if self.auth is not None and not (user and colon and password):
+            raise ValueError("`--auth` must be user:password.")
+        if self.auth is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"{self.host} can be reached by others: give --auth user:password, or serve on 127.0.0.1."
+            )
+        if self.max_chains < 1:
+            raise ValueError(f"`--max-chains` must be at least 1, got {self.max_chains}.")
+        if not 0 < self.port < 65536:
+            raise ValueError(f"`--port` must be between 1 and 65535, got {self.port}.")
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        device = _device(self.device)
+        _mixer_page().serve(
+            host=self.host,
+            port=self.port,
+            auth=None if self.auth is None else (user, password),
+            max_chains=self.max_chains,
+            device=device,
+        )
+        return 0
+
+
+Command = (
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Models, tyro.conf.subcommand("models")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Mixer, tyro.conf.subcommand("mixer")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 2 for a request that makes no sense."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Training has options of its own, one for each field of its configuration.
+    command = Train(tuple(argv[1:])) if argv[:1] == ["train"] else _read(argv)
+    try:
+        return command.run()
+    except (ValueError, OSError) as error:
+        return _complain(error, 2)
+    except ChainDivergedError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _read(argv: list[str]) -> Sample | Models | Train | Mixer:
+    return tyro.cli(Command, prog="composable-ebm", description="Compose energy-based models.", args=argv)
+
+
+def _complain(error: Exception, status: int) -> int:
+    print(f"composable-ebm: {error}", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(f"  {note}", file=sys.stderr)
+    return status
+
+
+def _follow(bar: tqdm) -> Callable[[int, Chain], None]:
+    def callback(step: int, chain: Chain) -> None:
+        bar.update(step - bar.n)
+
+    return callback
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot run on device {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _mixer_page() -> ModuleType:
+    """The page: a part of the installed package, beside the package in a checkout."""
+    try:
+        return import_module("composable_ebm.demos.mixer.app")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("composable_ebm.demos"):
+            raise
+    return import_module("demos.mixer.app")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

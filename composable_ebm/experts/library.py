@@ -1,0 +1,48 @@
+"""Experts in memory, by name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from composable_ebm.energy import Energy
+from composable_ebm.experts.catalogue import catalogue, load_expert
+from composable_ebm.experts.checkpoint import CONFIG
+
+__all__ = ["Library"]
+
+
+class Library(Mapping[str, Energy]):
+    """Experts by name, each loaded once, when first named, and again when its files change.
+
+    A name is `family/name`, or the name alone where it is the only one. Safe to share between
+    threads.
+
+    Args:
+        device: Where to put them.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._loaded: dict[tuple[Path, int], Energy] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Energy:
+        folders = catalogue()
+        alone = [full for full in folders if full.split("/")[-1] == name]
+        folder = folders[alone[0] if len(alone) == 1 else name]
+        key = (folder, (folder / CONFIG).stat().st_mtime_ns)
+        with self._lock:
+            if key not in self._loaded:
+                self._loaded = {k: v for k, v in self._loaded.items() if k[0] != folder}
+                self._loaded[key] = load_expert(folder, self.device)
+            return self._loaded[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(catalogue())
+
+    def __len__(self) -> int:
+        return len(catalogue())
