@@ -17,6 +17,7 @@ _BETWEEN: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda a, b, t: a + t * (b - a),
     "geometric": lambda a, b, t: a * (b / a) ** t,
     "cosine": lambda a, b, t: b + (a - b) * 0.5 * (1 + math.cos(math.pi * t)),
+    "karras": lambda a, b, t: (a ** (1 / 7) + t * (b ** (1 / 7) - a ** (1 / 7))) ** 7,
 }
 
 
@@ -26,7 +27,8 @@ class Curve:
 
     Args:
         knots: (t, value), the t rising from 0 to 1.
-        between: "linear"; "geometric", equal ratios; or "cosine", flat at both ends of a piece.
+        between: "linear"; "geometric", equal ratios; "cosine", flat at both ends of a piece; or
+            "karras", noise levels that crowd at the low end (arXiv 2206.00364, eq. 5, ρ = 7).
     Raises:
         ValueError: If the knots do not rise from 0 to 1, or values are not positive where ratios
             are taken.
@@ -105,6 +107,11 @@ class Schedule:
         temperature: Multiplies the kernel's temperature T in exp(-E/T).
         noise_level: Standard deviation given to noise-conditioned energies, in data units.
         step_scale: Multiplies the step size, and the noise of a decoupled Langevin step.
+        noise_power: Step sizes are in units of σ^noise_power at noise level σ: 2 for Langevin and
+            MALA, whose step is a variance, 1 for HMC, whose step is a length, 0 for neither.
+        predict: Between noise levels σ > σ' chains move along the reverse diffusion,
+            x ← x - σ(σ - σ') ∂E/∂x, and from the last level to 0: a predictor, with the kernel as
+            corrector (Song et al. 2021, arXiv 2011.13456, section 4.2; the step is DDIM's).
         num_levels: How many distinct values; None is one per step. The steps of a run are shared
             out evenly between the levels.
     """
@@ -112,9 +119,13 @@ class Schedule:
     temperature: Callable[[float], float] | None = None
     noise_level: Callable[[float], float] | None = None
     step_scale: Callable[[float], float] | None = None
+    noise_power: float = 0.0
+    predict: bool = False
     num_levels: int | None = None
 
     def __post_init__(self) -> None:
+        if self.noise_level is None and (self.noise_power or self.predict):
+            raise ValueError("`noise_power` and `predict` need a `noise_level` curve.")
         if self.num_levels is not None and self.num_levels < 1:
             raise ValueError(f"`num_levels` must be at least 1, got {self.num_levels}.")
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from helpers import binary, expert, gaussians, points
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import composable_ebm as ceb
@@ -127,6 +127,11 @@ TEXTS = st.recursive(
 
 @settings(max_examples=200)
 @given(TEXTS)
+@example("a | b & c")
+@example("a & b | c")
+@example("-2*a | b - c & a / 2")
+@example("a - b - c")
+@example("-a*2 + ~b/4*3")
 def test_operators_bind_as_in_python(text):
     try:
         expected = eval(text, {}, VECTORS)
@@ -331,20 +336,20 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ceb.RecipeError) as caught:
         ceb.parse(text, VECTORS)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert len(str(caught.value)) < 10_200
     assert 0 <= caught.value.position <= len(text)
 
 
 @pytest.mark.parametrize("signs", ["-" * 9_000, "~" * 9_000, "1*" * 4_000])
 def test_long_but_meaningful_text_is_read_quickly(signs):
-    start = time.perf_counter()
+    start = time.process_time()
     energy = ceb.parse(signs + "a", VECTORS)
     assert energy(points(dtype=torch.float64)).isfinite().all()
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(
@@ -352,7 +357,7 @@ def test_long_but_meaningful_text_is_read_quickly(signs):
 )
 def test_deepest_nesting_is_read_printed_and_evaluated(opening, closing):
     depth = recipe.MAX_DEPTH - 1
-    start = time.perf_counter()
+    start = time.process_time()
 
     def from_a_deep_stack(frames):
         # A web server is a hundred frames deep before it parses anything.
@@ -362,7 +367,7 @@ def test_deepest_nesting_is_read_printed_and_evaluated(opening, closing):
     energy = from_a_deep_stack(150)
     assert ceb.parse(str(energy), VECTORS).key == energy.key
     assert energy(points(dtype=torch.float64)).isfinite().all()
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_too_long_too_many_and_too_deep_are_said_so():

@@ -400,6 +400,12 @@ def test_curves_have_the_values_of_their_formulas():
     assert [held(t) for t in (0, 0.5, 0.75, 1)] == [1, 1, 0.5, 0]
 
 
+def test_curve_runs_through_its_knots():
+    curve = ceb.schedules.through((0, 1.0), (0.1, 0.25), (1, 0.01))
+    assert [curve(t) for t in (0, 0.05, 0.1, 1)] == pytest.approx([1, 0.5, 0.25, 0.01])
+    assert repr(curve) == "through((0, 1), (0.1, 0.25), (1, 0.01), between='geometric')"
+
+
 def test_stored_settings_give_the_sampler_back_scaled_to_the_composition():
     curve = ceb.schedules.hold_then(ceb.schedules.cosine(1.0, 0.02), 0.75)
     stored = ceb.Annealed(ceb.Langevin(0.4, noise_scale=0.1), ceb.Schedule(step_scale=curve))
@@ -488,6 +494,13 @@ def test_adjusted_kernels_accept_as_often_as_in_ebmkit(ours, theirs):
         (lambda: ceb.UnderdampedLangevin(0.1, target_acceptance=0.5), "accepts every step .* use HMC"),
         (lambda: ceb.UnderdampedLangevin(0.1, friction=0), "`friction` must be positive and finite, got 0"),
         (lambda: geometric(1.0, 0.0), "a geometric curve needs positive values"),
+        (lambda: ceb.schedules.through((0.1, 1), (1, 2)), r"knots must rise from 0 to 1, got \[0.1, 1.0\]"),
+        (lambda: ceb.schedules.through((0, 1), (0.5, 2), (0.5, 3), (1, 2)), "knots must rise from 0 to 1"),
+        (lambda: ceb.schedules.Curve([(0, 1)]), "knots must rise from 0 to 1"),
+        (
+            lambda: ceb.schedules.through((0, 1), (1, 2), between="cubic"),
+            "one of linear, geometric, cosine, karras, got",
+        ),
         (lambda: ceb.schedules.hold_then(constant(1.0), 1.0), r"`share` must be in \[0, 1\), got 1.0"),
         (lambda: Schedule(num_levels=0), "`num_levels` must be at least 1, got 0"),
         (lambda: Schedule().values(linear(1.0, -1.0), 5), "finite and at least 0, got -0.5 at step 3"),

@@ -18,9 +18,9 @@ from composable_ebm.sampling.replay_buffer import ReplayBuffer
 from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, read_config
 from composable_ebm.train import trainer as trainer_module
 from composable_ebm.train.config import (
+    ConvEnergy,
     DataConfig,
     GenerationConfig,
-    NetworkConfig,
     OptimiserConfig,
     TrainConfig,
 )
@@ -51,7 +51,7 @@ def config(tmp_path):
         family="squares",
         name="side",
         data=DataConfig(name="squares", attribute="side"),
-        network=NetworkConfig(widths=(8, 8), hidden=16),
+        network=ConvEnergy(widths=(8, 8), hidden=16),
         objective=ContrastiveDivergence(cd_steps=3, buffer_size=64),
         generation=GenerationConfig(num_steps=10),
         optimiser=OptimiserConfig(ema=0.9),

@@ -39,15 +39,18 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise
 
 
-def save_expert(folder: str | Path, network: nn.Module, card: Card) -> Card:
+def save_expert(folder: str | Path, network: nn.Module, card: Card, half: bool = False) -> Card:
     """Writes an expert and returns its card with the hash, size and parameter count of the weights.
 
     Args:
         folder: Usually models/<family>/<name>.
         network: One of `NETWORKS`.
         card: Its description.
+        half: Stores floats in 16 bits; they are 32 again when loaded.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    if half:
+        state = {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
     content = save(state)
     card = replace(
         card,

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["NETWORKS", "ConvEnergy"]
+from composable_ebm.experts.diffused import DiffusedEnergy
+
+__all__ = ["NETWORKS", "ConvEnergy", "DiffusedEnergy"]
 
 
 class ConvEnergy(nn.Module):
@@ -82,5 +84,5 @@ class ConvEnergy(nn.Module):
             return F.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
 
 
-NETWORKS: dict[str, type[nn.Module]] = {"ConvEnergy": ConvEnergy}
+NETWORKS: dict[str, type[nn.Module]] = {"ConvEnergy": ConvEnergy, "DiffusedEnergy": DiffusedEnergy}
 """The networks that a checkpoint may name."""

@@ -134,6 +134,7 @@ class Chain:
             )
         }
         self._levels = schedule.levels(num_steps)
+        self._schedule = schedule
         self._adapt_until = num_warmup
         if isinstance(sampler, Annealed) and self._levels:
             self._adapt_until = max(num_warmup, self._levels.index(self._levels[-1]))
@@ -190,9 +191,6 @@ class Chain:
 
     def _step(self) -> None:
         index = self.num_steps
-        if index and self._level(index) != self._level(index - 1) and self._tables["noise_level"] is not None:
-            self._set_noise_level(index)
-            self._refresh()
         dynamics = self._dynamics(index)
         state, info = self.kernel.step(self.potential, self.state, self.noise, dynamics)
         norm = self._norm(state)
@@ -202,6 +200,26 @@ class Chain:
         if self.kernel.target_acceptance is not None and index < self._adapt_until:
             self._adapt(info, index)
         self.num_steps = index + 1
+        if self._tables["noise_level"] is not None:
+            self._change_noise_level(index)
+
+    def _change_noise_level(self, index: int) -> None:
+        """After the last step at a level: on to the next one, and from the last to no noise at all."""
+        last = index + 1 == len(self._levels)
+        if index >= len(self._levels) or (not last and self._level(index + 1) == self._level(index)):
+            return
+        if self._schedule.predict:
+            sigma = self._at("noise_level", index)
+            after = None if last else self._at("noise_level", index + 1)
+            assert sigma is not None
+            after = torch.zeros_like(sigma) if after is None else after
+            x = self.state.x - sigma * (sigma - after) * self.state.gradient
+            if last and self.energy.data_range is not None:
+                x = x.clamp(*self.energy.data_range)
+            self.state = self.state._replace(x=x)
+        if self._schedule.predict or not last:
+            self._set_noise_level(index + 1)
+            self._refresh()
 
     def _level(self, index: int) -> int:
         return self._levels[min(index, len(self._levels) - 1)] if self._levels else 0
@@ -225,6 +243,9 @@ class Chain:
         if (scale := self._at("step_scale", index)) is not None:
             step_size = step_size * scale
             noise_scale = None if noise_scale is None else noise_scale * scale
+        sigma = self._at("noise_level", index)
+        if sigma is not None and self._schedule.noise_power:
+            step_size = step_size * sigma**self._schedule.noise_power
         if (factor := self._at("temperature", index)) is not None:
             temperature = temperature * factor
         return Dynamics(step_size, temperature, noise_scale)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Not, Sum
+from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.engine import Callback, Chain, Sampler, evaluating
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.result import SampleResult, check_terms
@@ -58,7 +59,8 @@ def sample(
         sampler: A kernel or an annealed one; what the experts were calibrated with unless given,
             with its step divided by the sum of the absolute weights.
         init: States to start from, (batch, *event), or a data set to draw `num_chains` of them
-            from. Unless given: uniform noise over the data range, standard normal where there is none.
+            from. Unless given: noise of the first noise level of the schedule, or else uniform
+            over the data range, or standard normal where there is none.
         seed: Seeds the noise; 0 unless given.
         generator: Draws the noise instead of a seed, on the energy's device.
         coefficients: Replaces the coefficients of the composition, (n,) or (batch, n).
@@ -107,6 +109,8 @@ def sample(
         seed = 0 if seed is None else seed
         generator = torch.Generator(device).manual_seed(seed)
     x = initial_states(energy, num_chains, init, generator, device)
+    if init is None and (start_level := _start_level(sampler)) is not None:
+        x = start_level * torch.randn(x.shape, generator=generator, device=device)
     if mask is not None:
         mask = _fitting_mask(mask, x)
     start = time.perf_counter()
@@ -215,8 +219,9 @@ def _fitting_mask(mask: Tensor, x: Tensor) -> Tensor:
 def calibrated_sampler(energy: Energy) -> tuple[Sampler, int]:
     """The sampler and number of steps that the experts of a composition were calibrated with.
 
-    Of several experts, the one with the most steps decides. The step is divided by the sum of the
-    absolute weights, so that adding experts does not blow up the chain; the temperature stays.
+    Of several experts, the one with the most steps decides. The step is divided by the sum over
+    networks of their absolute net weight, so that adding experts does not blow up the chain; a ratio
+    of two values of one expert adds nothing. The temperature stays.
 
     Raises:
         ValueError: If no leaf has settings, or their kernels differ.
@@ -238,11 +243,19 @@ def calibrated_sampler(energy: Energy) -> tuple[Sampler, int]:
 def _total_weight(energy: Energy) -> float:
     """A bound on the gradient of a composition, in units of the gradient of one expert."""
     if isinstance(energy, Sum):
-        pairs = zip(energy.operands, energy.weights, strict=True)
-        return sum(float(abs(torch.as_tensor(w)).max()) * _total_weight(t) for t, w in pairs)
+        net: dict[int, Tensor] = {}
+        for term, weight in zip(energy.operands, energy.weights, strict=True):
+            shared = id(term.body() or term)
+            net[shared] = net.get(shared, torch.zeros(())) + torch.as_tensor(weight) * _total_weight(term)
+        return sum(float(weight.abs().max()) for weight in net.values())
     if isinstance(energy, (Mixture, Not)):
         return max(_total_weight(child) for child in energy.operands)
     return 1.0
+
+
+def _start_level(sampler: Sampler) -> float | None:
+    curve = sampler.schedule.noise_level if isinstance(sampler, Annealed) else None
+    return None if curve is None else curve(0.0)
 
 
 def _check_positive_term(energy: Energy, coefficients: Tensor | None) -> None:

@@ -37,8 +37,9 @@ def to_settings(sampler: Sampler) -> dict:
             anneal[name] = {"knots": [list(knot) for knot in curve.knots], "between": curve.between}
         elif curve is not None:
             raise ValueError(f"only a Curve can be stored; {name} follows {curve!r}.")
-    if schedule.num_levels is not None:
-        anneal["num_levels"] = schedule.num_levels
+    for field in fields(Schedule):
+        if field.name not in CURVES and (value := getattr(schedule, field.name)) != field.default:
+            anneal[field.name] = value
     return {**sampler.kernel.settings(), "anneal": anneal}
 
 
@@ -48,7 +49,7 @@ def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]
     Args:
         settings: "kernel" and its arguments; "num_steps"; and "anneal", the curves of a schedule
             ("temperature", "noise_level", "step_scale", each with "knots" and "between") and its
-            "num_levels".
+            other fields.
         factor: Multiplies the step size.
     Raises:
         ValueError: If the kernel or an argument is unknown.
@@ -63,13 +64,10 @@ def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]
     kernel = kernels[name](**values).scaled(factor)
     if not anneal:
         return kernel, num_steps
-    _refuse_unknown("anneal", anneal, [*CURVES, "num_levels"])
-    curves = {
-        name: Curve(**{**c, "knots": tuple(map(tuple, c["knots"]))})
-        for name, c in anneal.items()
-        if name in CURVES
-    }
-    return Annealed(kernel, Schedule(**curves, num_levels=anneal.get("num_levels"))), num_steps
+    _refuse_unknown("anneal", anneal, [field.name for field in fields(Schedule)])
+    for curve in set(anneal) & set(CURVES):
+        anneal[curve] = Curve(anneal[curve]["knots"], anneal[curve]["between"])
+    return Annealed(kernel, Schedule(**anneal)), num_steps
 
 
 def _refuse_unknown(what: str, values: Mapping, known: list[str]) -> None:

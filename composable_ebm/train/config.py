@@ -13,10 +13,19 @@ from composable_ebm.data.dataset import unknown_name
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.settings import to_settings
-from composable_ebm.schedules import Schedule, cosine, hold_then
+from composable_ebm.schedules import Curve, Schedule, cosine, hold_then
 from composable_ebm.train.objectives import ContrastiveDivergence
+from composable_ebm.train.score_matching import DenoisingScoreMatching
 
-__all__ = ["DataConfig", "GenerationConfig", "NetworkConfig", "OptimiserConfig", "TrainConfig", "read_config"]
+__all__ = [
+    "ConvEnergy",
+    "DataConfig",
+    "DiffusedEnergy",
+    "GenerationConfig",
+    "OptimiserConfig",
+    "TrainConfig",
+    "read_config",
+]
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
-    """The network and its sizes, see `experts.networks`."""
+class ConvEnergy:
+    """Sizes of a `experts.networks.ConvEnergy`."""
 
-    type: str = "ConvEnergy"
     widths: tuple[int, ...] = (32, 64, 64)
     patch: int = 2
     hidden: int = 128
+
+
+@dataclass(frozen=True)
+class DiffusedEnergy:
+    """Sizes of a `experts.diffused.DiffusedEnergy`."""
+
+    hidden: int = 512
+    components: int = 128
+    noise_range: tuple[float, ...] = (0.02, 10.0)
 
 
 @dataclass(frozen=True)
@@ -75,10 +92,15 @@ class GenerationConfig:
     Args:
         num_steps: Steps of the training sampler.
         cooldown: Share of them, at the end, in which step and noise fall to 2 %.
+        noise_levels: For noise-conditioned experts: levels from the network's largest to its
+            smallest, a predictor step between them, and Langevin steps at temperature 1 at each.
+        step_size: Of those steps, in units of the squared noise level.
     """
 
     num_steps: int = 300
     cooldown: float = 0.25
+    noise_levels: int = 40
+    step_size: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -100,13 +122,15 @@ class TrainConfig:
         accumulate: Batches whose gradients are summed into one optimiser step.
         cpu: Stays on the CPU.
         licence: Licence of the expert and its data.
+        init: Name or folder of an expert whose weights to start from, where they fit.
+        half: Stores the weights in 16 bits.
     """
 
     family: str = "digits"
     name: str = "digit"
     data: DataConfig = field(default_factory=DataConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    objective: ContrastiveDivergence = field(default_factory=ContrastiveDivergence)
+    network: ConvEnergy | DiffusedEnergy = field(default_factory=ConvEnergy)
+    objective: ContrastiveDivergence | DenoisingScoreMatching = field(default_factory=ContrastiveDivergence)
     sampler: Langevin = field(
         default_factory=lambda: Langevin(
             step_size=10.0, noise_scale=0.005, grad_clip=0.03, clamp=(-1.0, 1.0), noise_first=True
@@ -126,12 +150,19 @@ class TrainConfig:
     accumulate: int = 1
     cpu: bool = False
     licence: str = ""
+    init: str = ""
+    half: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_iterations", "log_every", "evaluate_every", "save_every", "accumulate")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if isinstance(self.network, DiffusedEnergy) != self.objective.noise_conditioned:
+            raise ValueError(
+                f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: score "
+                "matching over noise levels needs a DiffusedEnergy, contrastive divergence a ConvEnergy."
+            )
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f'`mixed_precision` must be "no" or "bf16", got {self.mixed_precision!r}.')
 
@@ -148,6 +179,14 @@ class TrainConfig:
     @property
     def sampler_settings(self) -> dict:
         """What is stored with the expert, see `sampling.from_settings`."""
+        if isinstance(self.network, DiffusedEnergy):
+            low, high = self.network.noise_range
+            levels = Curve(((0.0, high), (1.0, low)), "karras")
+            schedule = Schedule(
+                noise_level=levels, noise_power=2.0, predict=True, num_levels=self.generation.noise_levels
+            )
+            diffusing = Annealed(Langevin(self.generation.step_size), schedule)
+            return {**to_settings(diffusing), "num_steps": self.generation.num_steps}
         cooling = Schedule(step_scale=hold_then(cosine(1.0, 0.02), 1 - self.generation.cooldown))
         annealed = Annealed(self.sampler, cooling)
         sampler = annealed if self.generation.cooldown else self.sampler
@@ -182,10 +221,21 @@ def _build(kind: type, content: dict, defaults: object, where: str):
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}{name} is a table: write [{where}{name}].")
+            default = _choose(
+                hints[name], value.pop("type", type(default).__name__), default, f"{where}{name}"
+            )
             values[name] = _build(type(default), value, default, f"{where}{name}.")
         else:
             values[name] = _convert(value, hints[name], f"{where}{name}")
     return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
+
+
+def _choose(hint: object, name: str, default: object, where: str) -> object:
+    """The defaults of the dataclass called `name` among those that a table may be."""
+    options = {kind.__name__: kind for kind in (typing.get_args(hint) or (type(default),))}
+    if name not in options:
+        raise ValueError(unknown_name(f"type of {where}", name, options))
+    return default if type(default) is options[name] else options[name]()
 
 
 def _convert(value: object, hint: object, where: str) -> object:

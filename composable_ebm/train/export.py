@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from composable_ebm.data import LabelledImages
-from composable_ebm.energy import log_ratio
+from composable_ebm.experts.card import Card
 from composable_ebm.experts.checkpoint import save_expert
 from composable_ebm.experts.expert import Expert
 from composable_ebm.plotting import save_grid
@@ -22,7 +22,7 @@ HELD_OUT = 1024
 ROWS = 6
 METRICS = "metrics.jsonl"
 
-__all__ = ["Journal", "export", "held_out_metrics", "sample_values"]
+__all__ = ["Journal", "calibrated", "export", "held_out_metrics", "sample_values"]
 
 
 def sample_values(expert: Expert, per_value: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -133,36 +133,31 @@ class Journal:
 
 def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledImages) -> Expert:
     """Writes the expert with the energies of its own samples, its metrics and its training curve."""
-    per_value = max(16, 256 // len(expert.card.values))
-    samples = sample_values(expert, per_value)
-    device = next(expert.network.parameters()).device
-    ranges, gaps = {}, []
-    for value, x in samples.items():
-        one = expert[value] if len(expert.card.values) > 1 else expert
-        with torch.no_grad():
-            energies = one(x.to(device))
-            ranges[value] = _central(energies)
-            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-            gaps.append(log_ratio(one, x.to(device), noise).mean())
-    with torch.no_grad():
-        ranges["any"] = _central(expert["any"](torch.cat(list(samples.values())).to(device)))
-    metrics = {**held_out_metrics(expert, data), "sample_noise_log_ratio": float(torch.stack(gaps).mean())}
     curve = config.run_folder / METRICS
     card = expert.card
-    card = replace(
-        card,
-        energy_range=ranges,
-        metrics={k: round(v, 4) for k, v in metrics.items()},
-        training={
-            "command": f"accelerate launch -m composable_ebm.train configs/{card.full_name}.toml",
-            "machine": _machine(device),
-            **facts,
-        },
-    )
-    card = save_expert(config.model_folder, expert.network, card)
+    training = {
+        "command": f"accelerate launch -m composable_ebm.train configs/{card.full_name}.toml",
+        "machine": _machine(next(expert.network.parameters()).device),
+        **facts,
+    }
+    card = replace(calibrated(expert, data), training=training)
+    card = save_expert(config.model_folder, expert.network, card, half=config.half)
     if curve.exists():
         (Path(config.model_folder) / METRICS).write_text(curve.read_text())
     return Expert.standing(expert.network, card)
+
+
+def calibrated(expert: Expert, data: LabelledImages) -> Card:
+    """The card with the energies of samples drawn by the stored sampler, and held-out metrics."""
+    samples = sample_values(expert, max(16, 256 // len(expert.card.values)))
+    device = next(expert.network.parameters()).device
+    ranges = {}
+    with torch.no_grad():
+        for value, x in samples.items():
+            ranges[value] = _central(expert[value](x.to(device)))
+        ranges["any"] = _central(expert["any"](torch.cat(list(samples.values())).to(device)))
+    metrics = {name: round(value, 4) for name, value in held_out_metrics(expert, data).items()}
+    return replace(expert.card, energy_range=ranges, metrics=metrics)
 
 
 def _central(energies: torch.Tensor) -> tuple[float, float]:

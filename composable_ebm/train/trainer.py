@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,8 @@ from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.experts.card import Card
+from composable_ebm.experts.catalogue import load_expert
+from composable_ebm.experts.diffused import FIT_IMAGES, DiffusedEnergy
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.train.config import TrainConfig
@@ -51,6 +54,24 @@ def train(config: TrainConfig, accelerator: Accelerator | None = None) -> Expert
     return Trainer(config, accelerator).run()
 
 
+def start_from(network: nn.Module, init: str, data: LabelledImages) -> None:
+    """The weights of another expert wherever name and shape agree, or else what the data tells.
+
+    Raises:
+        ValueError: If the other expert has nothing in common with the network.
+    """
+    if not init:
+        if isinstance(network, DiffusedEnergy):
+            network.fit(data.batch(torch.arange(min(len(data), FIT_IMAGES))))
+        return
+    theirs = load_expert(init).network.state_dict()
+    mine = network.state_dict()
+    shared = {n: v for n, v in theirs.items() if n in mine and v.shape == mine[n].shape}
+    if not shared:
+        raise ValueError(f"`init`: {init} is another kind of network than a {type(network).__name__}.")
+    network.load_state_dict(shared, strict=False)
+
+
 class Trainer:
     """Everything one training needs, and its loop.
 
@@ -72,15 +93,12 @@ class Trainer:
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
 
         torch.manual_seed(config.seed)  # the same weights on every rank
-        options = {
-            "event_shape": list(self.data.event_shape),
-            "num_values": len(self.values),
-            "widths": list(config.network.widths),
-            "patch": config.network.patch,
-            "hidden": config.network.hidden,
-        }
-        self.network_options = {"type": config.network.type, **options}
-        network = NETWORKS[config.network.type](**options).to(self.device)
+        kind = type(config.network).__name__
+        sizes = {"event_shape": list(self.data.event_shape), "num_values": len(self.values)}
+        self.network_options = {**sizes, **asdict(config.network), "type": kind}
+        network = NETWORKS[kind](**sizes, **asdict(config.network))
+        start_from(network, config.init, self.data)
+        network = network.to(self.device)
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.optimiser.ema))
         optimiser = torch.optim.Adam(
             network.parameters(),
@@ -142,7 +160,7 @@ class Trainer:
                     progress.update(good_step - progress.n)
                     continue
                 journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
-                progress.set_postfix(gap=f"{metrics['energy_gap']:.3f}", rate=f"{self._rate():.1e}")
+                progress.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{self._rate():.1e}")
             if self.step % config.evaluate_every == 0 or self.step == config.num_iterations:
                 journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
             if saving:
@@ -206,18 +224,19 @@ class Trainer:
         return dict(zip(names, means.tolist(), strict=True))
 
     def _healthy(self, metrics: Mapping[str, float]) -> bool:
-        return all(map(math.isfinite, metrics.values())) and abs(metrics["energy_gap"]) < DIVERGED_GAP
+        return all(map(math.isfinite, metrics.values())) and abs(metrics.get("energy_gap", 0)) < DIVERGED_GAP
 
     def _roll_back(self, good: dict, metrics: Mapping[str, float]) -> None:
         """Back to the last good state, at half the learning rate and with other chains."""
         config = self.config
-        gap, step = metrics["energy_gap"], self.step
+        step, figure = self.step, "energy_gap" if "energy_gap" in metrics else "loss"
         self._restore(good)
         self.rollbacks += 1
         self.rate_factor *= 0.5
         for i, generator in enumerate(self.generators.values()):
             generator.manual_seed(generator.initial_seed() + 7919 * self.rollbacks + i)
-        message = f"diverged at iteration {step} (energy gap {gap:.3g}); back to {self.step}"
+        what = f"{figure.replace('_', ' ')} {metrics[figure]:.3g}"
+        message = f"diverged at iteration {step} ({what}); back to {self.step}"
         if self.rollbacks > MAX_ROLLBACKS:
             if self.accelerator.is_main_process:
                 export(config, self.expert(), self.facts(), self.held_out)
@@ -242,7 +261,8 @@ class Trainer:
             data_range=(-1.0, 1.0),
             network=self.network_options,
             sampler=config.sampler_settings,
-            temperature=config.sampler.implied_temperature,
+            temperature=1.0 if config.objective.noise_conditioned else config.sampler.implied_temperature,
+            noise_conditioned=config.objective.noise_conditioned,
             data=f"{self.data.name}, {len(self.data)} images",
             licence=config.licence,
         )

@@ -1,0 +1,157 @@
+"""A noise-conditioned energy: the energy of data plus Gaussian noise, at every noise level.
+
+At noise level σ the energy describes p * N(0, σ² I), whose score is what denoising score matching
+learns. Most of it is known beforehand: data with mean μ and covariance C, plus noise, looks first
+of all like N(μ, C + σ² I). The network only learns what is not Gaussian.
+
+    E(x, σ)[y] = ½ dᵀ(C + σ² I)⁻¹d + r(σ) g(u, σ) + c(u, σ)[y],    d = x - μ,  u = d/√(σ² + s²)
+
+    s     standard deviation of the data, per pixel
+    C     its principal components, and one variance for all other directions
+    r     2 √m √(σ² + s²)/σ², with m the mean squared error of the Gaussian's own denoiser: in the
+          denoised image x - σ² ∂E/∂x the network's part then has the size of what is left to explain
+    c     the values of the attribute, -log p(y | x, σ) up to a constant
+
+Reference:
+    Vincent (2011), A connection between score matching and denoising autoencoders.
+    Song and Ermon (2019), arXiv 1907.05600, for one network over noise levels.
+    Karras et al. (2022), arXiv 2206.00364, section 5, for the scaling of inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["DiffusedEnergy"]
+
+FIT_IMAGES = 10_000
+
+
+class DiffusedEnergy(nn.Module):
+    """A multilayer perceptron around a Gaussian skeleton; energies (batch, num_values) in nats.
+
+    Small images in which things have their place (faces, digits) suit it: matrix products are what
+    CPUs and GPUs do best.
+
+    Args:
+        event_shape: (channels, height, width).
+        num_values: Values of the attribute; 1 for an unconditional energy.
+        hidden: Units of each of the three hidden layers.
+        components: Principal components of the skeleton.
+        noise_range: Smallest and largest noise level it is trained for, in data units; without a
+            noise level given, it is evaluated at the smallest.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        num_values: int = 1,
+        hidden: int = 512,
+        components: int = 128,
+        noise_range: Sequence[float] = (0.02, 10.0),
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, object] = {
+            "event_shape": list(event_shape),
+            "num_values": num_values,
+            "hidden": hidden,
+            "components": components,
+            "noise_range": list(noise_range),
+        }
+        size = math.prod(event_shape)
+        low, high = noise_range
+        self.noise_range = (float(low), float(high))
+        self.mean: Tensor
+        self.axes: Tensor
+        self.variances: Tensor
+        self.residual: Tensor
+        self.spread: Tensor
+        self.frequencies: Tensor
+        self.signs: Tensor
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("axes", torch.eye(size)[:components].clone())
+        self.register_buffer("variances", torch.ones(components))
+        self.register_buffer("residual", torch.ones(()))  # variance of every other direction
+        self.register_buffer("spread", torch.ones(()))  # s
+        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
+        self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(64))
+        self.embed = nn.Linear(32, 64)
+        self.modulate = nn.Linear(64, 6 * hidden)
+        self.from_pixels = nn.Linear(size, hidden, bias=False)
+        self.from_components = nn.Linear(components, hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.third = nn.Linear(hidden, hidden)
+        self.linear_head = nn.Linear(hidden, 1)
+        self.quadratic_head = nn.Linear(hidden, 128, bias=False)
+        self.value_head = nn.Linear(hidden, num_values) if num_values > 1 else None
+        self._initialise(size, hidden)
+
+    def _initialise(self, size: int, hidden: int) -> None:
+        for layer in (self.from_components, self.second, self.third):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            layer.weight.data.mul_(1.4)
+        nn.init.normal_(self.from_pixels.weight, std=size**-0.5)
+        nn.init.normal_(self.quadratic_head.weight, std=0.4 * hidden**-0.5)
+        for head in (self.modulate, self.value_head):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Takes mean and principal components from images in [-1, 1], (n, *event)."""
+        x = images[:FIT_IMAGES].flatten(1).float()
+        self.mean.copy_(x.mean(0))
+        x = x - self.mean
+        variances, axes = torch.linalg.eigh(x.T @ x / len(x))
+        count = len(self.variances)
+        self.axes.copy_(axes[:, -count:].T)
+        self.variances.copy_(variances[-count:].clamp(min=1e-8))
+        self.residual.copy_(variances[:-count].clamp(min=1e-8).mean())
+        self.spread.copy_(x.square().mean().sqrt())
+
+    @property
+    def architecture(self) -> Hashable:
+        """Networks that agree in it may run as one batched pass."""
+        shared = tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
+        return (*shared, self.value_head is None)
+
+    def denoiser_error(self, sigma: Tensor) -> Tensor:
+        """m: mean squared error per pixel of the Gaussian skeleton's denoiser, shape of `sigma`."""
+        noise = sigma.square()
+        kept = (self.variances * noise[..., None] / (self.variances + noise[..., None])).sum(-1)
+        size = len(self.mean)
+        rest = (size - len(self.variances)) * self.residual * noise / (self.residual + noise)
+        return (kept + rest) / size
+
+    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
+        sigma = x.new_tensor(self.noise_range[0]) if noise_level is None else noise_level
+        sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
+        noise = sigma.square()
+        d = x.flatten(1) - self.mean
+        along = d @ self.axes.T
+        precision = 1 / (self.variances + noise[:, None])
+        scale = noise + self.spread.square()
+
+        waves = sigma.log()[:, None] * self.frequencies
+        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
+        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulate(embedding).chunk(6, dim=1)
+        start = self.from_pixels(d * scale.rsqrt()[:, None]) + self.from_components(along * precision.sqrt())
+        h = F.silu(start * (1 + gain1) + bias1)
+        h = h + F.silu(self.second(h) * (1 + gain2) + bias2)
+        h = h + F.silu(self.third(h) * (1 + gain3) + bias3)
+
+        # Energies are large and their differences small: sums in float32, whatever autocast does.
+        with torch.autocast(x.device.type, enabled=False):
+            h, d, along = h.float(), d.float(), along.float()
+            rest = 1 / (self.residual + noise)
+            gaussian = (rest * d.square().sum(1) + ((precision - rest[:, None]) * along.square()).sum(1)) / 2
+            g = self.linear_head(h)[:, 0] + (self.quadratic_head(h).square() * self.signs).sum(1) / 2
+            energy = gaussian + 2 * (self.denoiser_error(sigma) * scale).sqrt() / noise * g
+            return energy[:, None] if self.value_head is None else energy[:, None] + self.value_head(h)

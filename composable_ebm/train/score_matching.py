@@ -1,0 +1,100 @@
+"""Score matching: learning ∂E/∂x from data, without chains.
+
+Symbols: x data, x̃ = x + σξ with ξ standard normal, s(x) = -∂E/∂x the score of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from composable_ebm.train.objectives import Figures, Objective, Phase, Setting
+
+__all__ = ["DenoisingScoreMatching"]
+
+LEVELS = (0.05, 0.15, 0.4, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class DenoisingScoreMatching(Objective):
+    """Denoising score matching over noise levels, of a noise-conditioned energy:
+
+        L = mean_{x, σ, ξ} ‖x̃ - σ² ∂E(x̃, y, σ)/∂x̃ - x‖²/m(σ)  + β mean[-log softmax_y(-E(x̃, ·, σ))]_y
+
+    The denoised image x̃ - σ² ∂E/∂x̃ is the posterior mean of x when E is the energy of noisy
+    data at T = 1, so weights and log ratios of such experts are in nats. m(σ) is the error of the
+    network's Gaussian skeleton: L = 1 is no better than principal components at every level.
+
+    Args:
+        classification: β, 0 for a purely generative expert.
+        log_sigma_mean: Mean of log σ.
+        log_sigma_std: Its standard deviation.
+        uniform_share: Share of log-uniform σ over the network's whole range, so that no level starves.
+    Reference:
+        Vincent (2011), eq. 11; Song and Ermon (2019), arXiv 1907.05600, eq. 6; Karras et al.
+        (2022), arXiv 2206.00364, section 5, for log-normal levels.
+    """
+
+    noise_conditioned: ClassVar[bool] = True
+
+    classification: float = 0.1
+    log_sigma_mean: float = -1.0
+    log_sigma_std: float = 1.1
+    uniform_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.classification < 0 or self.log_sigma_std <= 0 or not 0 <= self.uniform_share <= 1:
+            raise ValueError(
+                "`classification` must be at least 0, `log_sigma_std` positive and `uniform_share` between "
+                f"0 and 1, got {self.classification}, {self.log_sigma_std} and {self.uniform_share}."
+            )
+
+    def begin(self, setting: Setting) -> Phase:
+        return _DenoisingPhase(self, setting)
+
+
+class _DenoisingPhase(Phase):
+    def __init__(self, objective: DenoisingScoreMatching, setting: Setting) -> None:
+        self.objective = objective
+        self.generator = setting.generator
+
+    def loss(self, model: nn.Module, network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Figures]:
+        sigma = self._levels(len(x), network.noise_range, x)  # type: ignore[arg-type]
+        xi = torch.randn(x.shape, generator=self.generator, device=x.device)
+        noisy = (x + sigma.reshape(-1, *[1] * (x.ndim - 1)) * xi).requires_grad_()
+        outputs = model(noisy, sigma)
+        energy = outputs.gather(1, y[:, None])[:, 0]
+        (gradient,) = torch.autograd.grad(energy.sum(), noisy, create_graph=True)
+        denoised = noisy - sigma.square().reshape(-1, *[1] * (x.ndim - 1)) * gradient
+        error = (denoised - x).square().flatten(1).mean(1) / network.denoiser_error(sigma)  # type: ignore[operator]
+        loss = error.mean()
+        figures = {"denoising": loss.detach()}
+        with torch.no_grad():
+            bucket = torch.bucketize(sigma, sigma.new_tensor(LEVELS))
+            for i in range(len(LEVELS) + 1):
+                inside = (bucket == i).float()
+                figures[f"denoising_{i}"] = (error * inside).sum() / inside.sum().clamp(min=1)
+        if self.objective.classification and outputs.shape[1] > 1:
+            cross_entropy = F.cross_entropy(-outputs, y)
+            loss = loss + self.objective.classification * cross_entropy
+            figures["cross_entropy"] = cross_entropy.detach()
+        return loss, {"loss": loss.detach(), **figures}
+
+    def _levels(self, count: int, noise_range: tuple[float, float], like: Tensor) -> Tensor:
+        """σ of a batch: log-normal, a share log-uniform, within the network's range."""
+        low, high = map(math.log, noise_range)
+        normal = self.objective.log_sigma_mean + self.objective.log_sigma_std * self._draw(
+            torch.randn, count, like
+        )
+        uniform = low + (high - low) * self._draw(torch.rand, count, like)
+        chosen = self._draw(torch.rand, count, like) < self.objective.uniform_share
+        return torch.where(chosen, uniform, normal).clamp(low, high).exp()
+
+    def _draw(self, draw: Callable[..., Tensor], count: int, like: Tensor) -> Tensor:
+        return draw((count,), generator=self.generator, device=like.device)
