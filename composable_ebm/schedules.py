@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 __all__ = ["Curve", "Schedule", "constant", "cosine", "geometric", "hold_then", "linear", "through"]
@@ -128,6 +128,10 @@ class Schedule:
             raise ValueError("`noise_power` and `predict` need a `noise_level` curve.")
         if self.num_levels is not None and self.num_levels < 1:
             raise ValueError(f"`num_levels` must be at least 1, got {self.num_levels}.")
+
+    def __str__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ", ".join(f"{name} {value}" for name, value in given.items())
 
     def _count(self, num_steps: int) -> int:
         # No more levels than steps, so that every run ends at the end of its curves.

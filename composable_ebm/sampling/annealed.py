@@ -34,3 +34,6 @@ class Annealed:
 
     kernel: Kernel
     schedule: Schedule
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.schedule}"

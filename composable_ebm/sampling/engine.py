@@ -90,7 +90,7 @@ class Chain:
         x: Starting states, (batch, *event).
         sampler: A kernel, or an annealed one.
         noise: Draws for the batch.
-        num_steps: Length of the run, which a schedule is stretched over.
+        num_steps: Length of the run, which a schedule is stretched over; not needed without one.
         coefficients: (n,) or (batch, n); those of the expression unless given.
         mask: 1 where states may move, 0 where they are held, broadcasting over (batch, *event).
         num_warmup: Steps at the start in which the step size adapts, if the kernel has a target.
@@ -104,13 +104,19 @@ class Chain:
         sampler: Sampler,
         noise: Noise,
         *,
-        num_steps: int = 0,
+        num_steps: int | None = None,
         coefficients: Tensor | None = None,
         mask: Tensor | None = None,
         num_warmup: int = 0,
         record: bool = True,
     ) -> None:
         schedule = sampler.schedule if isinstance(sampler, Annealed) else Schedule()
+        if num_steps is None:
+            if isinstance(sampler, Annealed):
+                raise ValueError(
+                    "an annealed chain needs `num_steps`, the length its schedule is stretched to."
+                )
+            num_steps = 0
         self.kernel = sampler.kernel if isinstance(sampler, Annealed) else sampler
         self.energy = energy
         self.noise = noise if mask is None else _MaskedNoise(noise, mask)

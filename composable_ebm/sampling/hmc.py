@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -40,6 +42,10 @@ class HMC(Kernel):
     @property
     def gradients_per_step(self) -> int:
         return self.num_leapfrog
+
+    def scaled(self, factor: float) -> Self:
+        # η = ε²/2, so the length ε goes with the root.
+        return replace(self, step_size=self.step_size * math.sqrt(factor))
 
     def step(
         self, potential: Potential, state: State, noise: Noise, dynamics: Dynamics

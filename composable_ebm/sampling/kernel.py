@@ -130,13 +130,16 @@ class Kernel(ABC):
         return Dynamics(*(x.new_tensor(v) for v in (self.step_size, self.temperature)))
 
     def scaled(self, factor: float) -> Self:
-        """The same kernel with `factor` times the step size."""
+        """The same kernel for an energy 1/factor times as steep: `factor` times the step η."""
         return replace(self, step_size=self.step_size * factor)
 
     def settings(self) -> dict[str, object]:
         """What differs from the defaults, as plain values that a JSON file can hold."""
         kept = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {"kernel": type(self).__name__, **kept}
+
+    def __str__(self) -> str:
+        return _call(type(self).__name__, {k: v for k, v in self.settings().items() if k != "kernel"})
 
     def init(self, potential: Potential, x: Tensor, noise: Noise) -> State:
         """The state of chains that stand at `x`."""
@@ -147,6 +150,11 @@ class Kernel(ABC):
         self, potential: Potential, state: State, noise: Noise, dynamics: Dynamics
     ) -> tuple[State, Info]:
         """One transition of every chain."""
+
+
+def _call(name: str, arguments: dict[str, object]) -> str:
+    texts = {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in arguments.items()}
+    return f"{name}({', '.join(f'{k}={v}' for k, v in texts.items())})"
 
 
 def metropolis(old: State, new: State, log_alpha: Tensor, noise: Noise) -> tuple[State, Info]:

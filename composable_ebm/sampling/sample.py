@@ -85,7 +85,7 @@ def sample(
         )
     _check_positive_term(energy, coefficients)
     if sampler is None:
-        sampler, calibrated_steps = calibrated_sampler(energy)
+        sampler, calibrated_steps = calibrated_sampler(energy, coefficients)
         num_steps = calibrated_steps if num_steps is None else num_steps
     num_steps = DEFAULT_STEPS if num_steps is None else num_steps
     for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
@@ -216,13 +216,16 @@ def _fitting_mask(mask: Tensor, x: Tensor) -> Tensor:
     return mask.to(x)
 
 
-def calibrated_sampler(energy: Energy) -> tuple[Sampler, int]:
+def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tuple[Sampler, int]:
     """The sampler and number of steps that the experts of a composition were calibrated with.
 
     Of several experts, the one with the most steps decides. The step is divided by the sum over
     networks of their absolute net weight, so that adding experts does not blow up the chain; a ratio
     of two values of one expert adds nothing. The temperature stays.
 
+    Args:
+        energy: A composition.
+        coefficients: Replaces its coefficients, (n,) or (batch, n).
     Raises:
         ValueError: If no leaf has settings, or their kernels differ.
     """
@@ -237,20 +240,25 @@ def calibrated_sampler(energy: Energy) -> tuple[Sampler, int]:
             f"the experts of {energy} were calibrated with different kernels, {sorted(kinds)}: give one."
         )
     settings = max((leaf.sampler_settings or {} for leaf in known), key=lambda s: s.get("num_steps", 0))
-    return from_settings(settings, 1 / max(1.0, _total_weight(energy)))
+    return from_settings(
+        settings,
+        1 / max(1.0, _total_weight(energy, energy.coefficients if coefficients is None else coefficients)),
+    )
 
 
-def _total_weight(energy: Energy) -> float:
+def _total_weight(energy: Energy, coefficients: Tensor) -> float:
     """A bound on the gradient of a composition, in units of the gradient of one expert."""
-    if isinstance(energy, Sum):
-        net: dict[int, Tensor] = {}
-        for term, weight in zip(energy.operands, energy.weights, strict=True):
-            shared = id(term.body() or term)
-            net[shared] = net.get(shared, torch.zeros(())) + torch.as_tensor(weight) * _total_weight(term)
-        return sum(float(weight.abs().max()) for weight in net.values())
-    if isinstance(energy, (Mixture, Not)):
-        return max(_total_weight(child) for child in energy.operands)
-    return 1.0
+    if not isinstance(energy, (Sum, Mixture, Not)):
+        return 1.0
+    own, blocks = energy._split(coefficients)
+    bounds = [_total_weight(child, block) for child, block in zip(energy.operands, blocks, strict=True)]
+    if not isinstance(energy, Sum):
+        return max(bounds)
+    net: dict[int, Tensor] = {}
+    for i, (term, bound) in enumerate(zip(energy.operands, bounds, strict=True)):
+        shared = id(term.body() or term)
+        net[shared] = net.get(shared, torch.zeros(())) + own[..., i].cpu() * bound
+    return float(torch.stack(torch.broadcast_tensors(*net.values())).abs().sum(0).max())
 
 
 def _start_level(sampler: Sampler) -> float | None:
@@ -259,13 +267,13 @@ def _start_level(sampler: Sampler) -> float | None:
 
 
 def _check_positive_term(energy: Energy, coefficients: Tensor | None) -> None:
-    if not isinstance(energy, Sum):
-        return
-    own = torch.as_tensor(energy.coefficients if coefficients is None else coefficients)
-    if own.shape[-1:] != (energy.num_coefficients,):
+    coefficients = energy.coefficients if coefficients is None else coefficients
+    if coefficients.shape[-1:] != (energy.num_coefficients,):
         return  # refused, with its shape, once the batch is known
-    weights = own[..., : len(energy.operands)].reshape(-1, len(energy.operands))
-    if not (weights > 0).any(dim=-1).all():
+    if isinstance(energy, Mixture):
+        for component, block in zip(energy.operands, energy._split(coefficients)[1], strict=True):
+            _check_positive_term(component, block)
+    if isinstance(energy, Sum) and not (energy._split(coefficients)[0] > 0).any(dim=-1).all():
         raise ValueError(
             f"{energy} has no term with a positive weight, so exp(-E) has no reason to be a density: "
             "add the expert to start from, e.g. base + ratio(a, b), or use ~a for a bounded NOT."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
@@ -49,6 +50,10 @@ class UnderdampedLangevin(Kernel):
     def init(self, potential: Potential, x: torch.Tensor, noise: Noise) -> State:
         momentum = math.sqrt(self.temperature) * noise.normal(x)
         return super().init(potential, x, noise)._replace(momentum=momentum)
+
+    def scaled(self, factor: float) -> Self:
+        # η = h²/2, so the length h goes with the root.
+        return replace(self, step_size=self.step_size * math.sqrt(factor))
 
     def step(
         self, potential: Potential, state: State, noise: Noise, dynamics: Dynamics
