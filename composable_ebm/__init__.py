@@ -10,7 +10,7 @@ out = ceb.sample(three + thick, num_chains=16, seed=0)
 from composable_ebm import analytic, diagnostics, schedules
 from composable_ebm.adapters import from_callable, from_classifier
 from composable_ebm.energy import Energy, Mixture, Not, Sum, log_ratio, mixture, negate, ratio
-from composable_ebm.experts import Card, CheckpointError, Expert, load_expert, save_expert
+from composable_ebm.experts import Card, CheckpointError, Expert, given, load_expert, save_expert
 from composable_ebm.experts.catalogue import catalogue
 from composable_ebm.partition import calibrate, log_z_difference
 from composable_ebm.recipe import RecipeError, parse
@@ -57,6 +57,7 @@ __all__ = [
     "diagnostics",
     "from_callable",
     "from_classifier",
+    "given",
     "load_expert",
     "log_ratio",
     "log_z_difference",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +116,44 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Say how well the experts of a family compose: a table, a plot, and a file of results.
+
+    Example: composable-ebm evaluate digits --samples 200
+
+    Args:
+        family: Family of experts, such as faces.
+        out: File of results, a .json; results/FAMILY.json unless given. The plot goes beside it.
+        forms: Ways to compose: sum, ratio, base ratio.
+        weight: Weight of every ratio; what each expert was calibrated with unless given.
+        samples: Samples of each row.
+        seeds: Rows are repeated for each.
+        sizes: Numbers of attributes asked for at once; all unless given.
+        num_threads: Threads of the CPU.
+    """
+
+    family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY")]
+    out: Path | None = None
+    forms: tuple[str, ...] = ("sum", "ratio")
+    weight: float | None = None
+    samples: int = 1000
+    seeds: tuple[int, ...] = (0,)
+    sizes: tuple[int, ...] = ()
+    num_threads: int | None = None
+
+    def run(self) -> int:
+        family = import_module("composable_ebm.evaluation.family")  # slow to load
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        out = self.out or Path("results") / f"{self.family}.json"
+        wanted = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("out", "num_threads")}
+        result = family.evaluate_family(family.Evaluation(**wanted), out)
+        print(family.table(result))
+        print(out)
+        return 0
+
+
+@dataclass(frozen=True)
 class Mixer:
     """Open the mixer, a page in the browser, until interrupted.
 
@@ -164,6 +202,7 @@ Command = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Mixer, tyro.conf.subcommand("mixer")]
 )
 
@@ -183,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _read(argv: list[str]) -> Sample | Models | Train | Mixer:
+def _read(argv: list[str]) -> Sample | Models | Train | Evaluate | Mixer:
     return tyro.cli(Command, prog="composable-ebm", description="Compose energy-based models.", args=argv)
 
 

@@ -50,7 +50,7 @@ def _digit():
 def test_sample_writes_a_picture_that_says_how_it_was_made(models, capsys):
     command = [
         "sample",
-        "toys/digit[1] + 2*thick",
+        "toys/digit[1] + 2*toys/thick",
         "--num-chains",
         "4",
         "--seed",
@@ -95,7 +95,7 @@ def test_sample_with_the_same_seed_writes_the_same_picture():
         (["toys/digit", "--out", "grid.jpg"], "`--out` must name a .png file, got grid.jpg"),
         (["toys/digit", "--device", "abacus"], "cannot run on device 'abacus'"),
         (["toys/digit", "--num-threads", "0"], "`--num-threads` must be at least 1, got 0"),
-        (["thick - thick"], "no term with a positive weight"),
+        (["toys/thick - toys/thick"], "no term with a positive weight"),
     ],
 )
 @pytest.mark.usefixtures("models")

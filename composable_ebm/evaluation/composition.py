@@ -7,7 +7,9 @@ coefficients for each chain. Samples are drawn from noise with the settings stor
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data import LabelledImages
-from composable_ebm.energy import Energy, Sum
+from composable_ebm.energy import Energy, Sum, ratio
 from composable_ebm.evaluation.judge import Judge, see
 from composable_ebm.evaluation.metrics import (
     entropy,
@@ -25,10 +27,10 @@ from composable_ebm.evaluation.metrics import (
     precision_recall,
     wilson_interval,
 )
-from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.expert import Expert, given
 from composable_ebm.sampling.sample import calibrated_sampler, sample
 
-FORMS = ("sum", "ratio")
+FORMS = ("sum", "ratio", "base ratio")
 
 __all__ = ["FORMS", "Request", "as_one_batch", "compose", "evaluate_row", "requests"]
 
@@ -37,33 +39,36 @@ Request = Mapping[str, int]
 
 
 def compose(
-    form: str, request: Request, experts: Mapping[str, Expert], base: Expert | None, weight: float
+    form: str,
+    request: Request,
+    experts: Mapping[str, Expert],
+    base: Expert | None,
+    weight: float | None = None,
 ) -> Energy:
     """The composition that asks for `request`.
 
-    "sum" is Σ wᵢ Eᵢ(x, aᵢ). "ratio" counts p(x) once: base + Σ wᵢ (Eᵢ(x, aᵢ) - Eᵢ(x)), each expert
-    against its own marginal; without a base expert the last attribute asked for brings p(x) along.
+    "sum" is Σ Eᵢ(x, aᵢ). "ratio" is `given`, which counts p(x) once; without a base expert the last
+    attribute asked for brings p(x) along. "base ratio" is base + Σ wᵢ (Eᵢ(x, aᵢ) - E_base(x)).
 
     Args:
         form: One of `FORMS`.
         request: What to ask for.
         experts: Attribute -> its expert.
         base: The expert of p(x), if the family has one.
-        weight: w, the same for all.
+        weight: w of the ratios, the same for all; what each was calibrated with unless given.
     """
     chosen = {name: experts[name][experts[name].card.values[value]] for name, value in request.items()}
     if form == "sum":
-        return sum((weight * e for e in list(chosen.values())[1:]), weight * next(iter(chosen.values())))
+        return functools.reduce(operator.add, chosen.values())
+    if form == "base ratio" and base is not None:
+        strengths = [e.card.weight if weight is None else weight for e in chosen.values()]
+        return sum((w * ratio(e, base) for w, e in zip(strengths, chosen.values(), strict=True)), base)
     if form != "ratio":
-        raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}.")
-    names = list(chosen)
-    start: Energy
+        raise ValueError(f"`form` must be one of {', '.join(FORMS)} (the last with a base), got {form!r}.")
     if base is None:
-        *names, carrier = names
-        start = chosen[carrier]
-    else:
-        start = base
-    return sum((weight * (chosen[n] - experts[n]["any"]) for n in names), start)
+        *others, carrier = chosen.values()
+        return given(carrier, *others, weight=weight)
+    return given(base, *chosen.values(), weight=weight)
 
 
 def as_one_batch(expressions: Sequence[Energy]) -> tuple[Energy, Tensor]:
@@ -126,7 +131,7 @@ def sample_row(
     count: int,
     experts: Mapping[str, Expert],
     base: Expert | None,
-    weight: float,
+    weight: float | None,
     seed: int,
 ) -> Row:
     """Draws `count` samples, each for a request of `size` attributes."""

@@ -38,7 +38,7 @@ class Evaluation:
     Args:
         family: Family of experts; its data set has the same name.
         forms: Ways to compose, see `composition.FORMS`.
-        weight: Weight of every attribute.
+        weight: Weight of every ratio; what each expert was calibrated with unless given.
         samples: Samples of each row.
         seeds: Seeds; rows are repeated for each.
         sizes: Numbers of attributes asked for at once; all unless given.
@@ -48,8 +48,8 @@ class Evaluation:
     """
 
     family: str
-    forms: tuple[str, ...] = FORMS
-    weight: float = 1.0
+    forms: tuple[str, ...] = FORMS[:2]
+    weight: float | None = None
     samples: int = 1000
     seeds: tuple[int, ...] = (0,)
     sizes: tuple[int, ...] = ()

@@ -35,6 +35,7 @@ class Card:
         energy_range: Value (or "any") -> energies between which 99.8 % of its own samples lie.
         temperature: T at which exp(-E/T) describes those samples.
         noise_conditioned: Whether the network takes a noise level.
+        weight: Weight of its ratio in `given` at which compositions were most reliable.
         weights: "sha256", "bytes" and "parameters" of the weights file.
         data: What it was trained on.
         training: Command, machine, minutes, and settings that differ from the defaults.
@@ -54,6 +55,7 @@ class Card:
     energy_range: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     temperature: float | None = None
     noise_conditioned: bool = False
+    weight: float = 1.0
     weights: Mapping = field(default_factory=dict)
     data: str = ""
     training: Mapping = field(default_factory=dict)

@@ -122,6 +122,7 @@ class TrainConfig:
         accumulate: Batches whose gradients are summed into one optimiser step.
         cpu: Stays on the CPU.
         licence: Licence of the expert and its data.
+        weight: Weight of the expert's ratio in `composable_ebm.given`.
         init: Name or folder of an expert whose weights to start from, where they fit.
         half: Stores the weights in 16 bits.
     """
@@ -150,6 +151,7 @@ class TrainConfig:
     accumulate: int = 1
     cpu: bool = False
     licence: str = ""
+    weight: float = 1.0
     init: str = ""
     half: bool = False
 

@@ -265,6 +265,7 @@ class Trainer:
             noise_conditioned=config.objective.noise_conditioned,
             data=f"{self.data.name}, {len(self.data)} images",
             licence=config.licence,
+            weight=config.weight,
         )
         return Expert.standing(weights, card)
 
