@@ -27,7 +27,7 @@ def moments(num_steps: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--recipe", default="digits/digit[3] + digits/thick")
+    parser.add_argument("--recipe", default="digits/digit[3] + digits/slanted")
     parser.add_argument("--num-chains", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=IMAGES / "chain_snapshots.png")
