@@ -17,7 +17,7 @@ from composable_ebm.sampling.settings import from_settings
 
 DEFAULT_STEPS = 200
 
-__all__ = ["calibrated_sampler", "initial_states", "sample"]
+__all__ = ["calibrated_sampler", "check_positive_term", "initial_states", "sample"]
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ def sample(
         raise TypeError(
             f"`energy` must be an Energy, got {type(energy).__name__}; wrap it with from_callable."
         )
-    _check_positive_term(energy, coefficients)
+    check_positive_term(energy, coefficients)
     if sampler is None:
         sampler, calibrated_steps = calibrated_sampler(energy, coefficients)
         num_steps = calibrated_steps if num_steps is None else num_steps
@@ -266,13 +266,14 @@ def _start_level(sampler: Sampler) -> float | None:
     return None if curve is None else curve(0.0)
 
 
-def _check_positive_term(energy: Energy, coefficients: Tensor | None) -> None:
+def check_positive_term(energy: Energy, coefficients: Tensor | None = None) -> None:
+    """Raises ValueError if exp(-E) has no reason to be a density."""
     coefficients = energy.coefficients if coefficients is None else coefficients
     if coefficients.shape[-1:] != (energy.num_coefficients,):
         return  # refused, with its shape, once the batch is known
     if isinstance(energy, Mixture):
         for component, block in zip(energy.operands, energy._split(coefficients)[1], strict=True):
-            _check_positive_term(component, block)
+            check_positive_term(component, block)
     if isinstance(energy, Sum) and not (energy._split(coefficients)[0] > 0).any(dim=-1).all():
         raise ValueError(
             f"{energy} has no term with a positive weight, so exp(-E) has no reason to be a density: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -13,7 +13,22 @@ from torch import Tensor
 
 from composable_ebm.plotting import image_grid
 
-__all__ = ["caption", "data_uri", "download", "figure", "montage", "note", "placeholder", "report"]
+from .terms import Term
+
+__all__ = [
+    "caption",
+    "data_uri",
+    "download",
+    "figure",
+    "live_caption",
+    "montage",
+    "nats",
+    "note",
+    "open_picture",
+    "placeholder",
+    "report",
+    "term_table",
+]
 
 
 def montage(states: Tensor, data_range: tuple[float, float]) -> Image.Image:
@@ -49,15 +64,52 @@ def figure(picture: Image.Image, uri: str, line: str, alt: str) -> str:
 
 def placeholder() -> str:
     """What is shown before the first picture."""
-    blank = '<div class="blank">Press Sample</div>'
+    blank = '<div class="blank">Press Play or Sample</div>'
     return f'<figure class="picture">{blank}<figcaption>&nbsp;</figcaption></figure>'
+
+
+def open_picture() -> str:
+    """A way to choose a saved picture; it may be dropped on the page as well."""
+    field = '<input type="file" id="open-picture" accept="image/png">'
+    return f"<label>Restore from a saved picture: drop it here, or {field}</label>"
 
 
 def caption(step: int, total: int, energy: float, rate: float, stopped: bool = False) -> str:
     """Where the run is, in a line."""
     where = f"stopped at step {step}" if stopped else f"step {step}"
-    parts = (f"{where} of {total}", f"mean energy {energy:.3g} nats", f"{rate:.0f} steps/s")
+    parts = (f"{where} of {total}", f"mean energy {nats(energy)} nats", f"{rate:.0f} steps/s")
     return " · ".join(f"<span>{part}</span>" for part in parts)
+
+
+def live_caption(step: int, energy: float, rate: float, stopped: bool = False) -> str:
+    """Where chains without an end are, in a line."""
+    where = f"stopped at step {step}" if stopped else f"step {step}"
+    parts = (where, f"mean energy {nats(energy)} nats", f"{rate:.0f} frames/s")
+    return " · ".join(f"<span>{part}</span>" for part in parts)
+
+
+def term_table(found: Sequence[Term]) -> str:
+    """What each term says about the picture: a row each, with a bar where it is a probability."""
+    rows = []
+    for term in found:
+        name = html.escape(term.name)
+        if term.probability is None:
+            says = "<td></td>"
+        else:
+            percent = f"{100 * term.probability:.0f} %"
+            says = f'<td><span class="bar" style="--share: {percent.replace(" ", "")}"></span>{percent}</td>'
+        rows.append(
+            f'<tr><th scope="row">{name}</th><td>{term.weight:g}</td><td>{nats(term.energy)}</td>{says}</tr>'
+        )
+    head = "".join(
+        f'<th scope="col">{label}</th>' for label in ("Expert", "Weight", "Energy (nats)", "Satisfied")
+    )
+    return f'<table class="terms"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def nats(energy: float) -> str:
+    """An energy for people: a nat counts, in energies of thousands too."""
+    return f"{energy:,.0f}" if abs(energy) >= 1000 else f"{energy:.3g}"
 
 
 def download(uri: str, name: str) -> str:

@@ -5,7 +5,10 @@ Pure functions, so that the page has nothing to decide and everything here can b
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,20 +17,48 @@ from composable_ebm.experts import Card
 
 AND, NOT = "AND", "NOT"
 ANY = "any"
-MAX_WEIGHT = 4.0
+MAX_WEIGHT = 12.0
 MAX_SEED = 2**31 - 1
+DEFAULT_STEPS = 200
+
+# Where the controls start, for experts of these names: family, then what is on and how.
+FIRST_FAMILY = "faces"
+START = {"faces/smile": AND, "faces/glasses": AND, "faces/beard": NOT}
+
+MAX_TEXTS = 300_000
+
+_TERM = re.compile(
+    r"(?:(?P<weight>[0-9.]+)\*)?(?:ratio\()?(?P<not>~)?(?P<name>\w+/\w+)(?:\[(?P<value>\w+)\])?(?:, .*\))?",
+    re.ASCII,
+)
+_NUMBER = re.compile(r"[0-9]{1,12}", re.ASCII)
 
 __all__ = ["AND", "ANY", "MAX_SEED", "MAX_WEIGHT", "NOT", "Choice", "Limits", "Request", "Row"]
 
 
 class Row(NamedTuple):
-    """An expert as a row of controls. `values`: what can be chosen, empty where nothing can."""
+    """An expert as a row of controls.
+
+    Attributes:
+        name: family/name.
+        family: Experts that compose.
+        label: What the row is called.
+        hint: A word of explanation.
+        values: What can be chosen, empty where nothing can.
+        base: Whether it is the p(x) that its family shares.
+        against: What its density is divided by beside the base, so that p(x) is counted once; empty
+            in a family without a base.
+        weight: Where its weight starts.
+    """
 
     name: str
     family: str
     label: str
     hint: str
     values: tuple[str, ...]
+    base: bool = False
+    against: str = ""
+    weight: float = 1.0
 
 
 class Choice(NamedTuple):
@@ -45,6 +76,7 @@ class Limits:
 
     max_chains: int = 64
     max_steps: int = 2000
+    max_players: int = 24
 
 
 @dataclass(frozen=True)
@@ -58,42 +90,155 @@ class Request:
 
 
 def rows(cards: Mapping[str, Card]) -> list[Row]:
-    """One row for each expert: those with many values first, as they say what the picture is of.
+    """One row for each expert. In a family the base comes first, then experts with many values, as they
+    say what the picture is of.
 
     A binary expert needs no choice of a value: AND is its second value, NOT its first.
     """
+    bases = {card.family: name for name, card in reversed(cards.items()) if _is_base(card)}
     made = []
     for name, card in cards.items():
-        binary = len(card.values) == 2
-        hint = f"NOT: {card.values[0]}" if binary else ""
-        choices = (ANY, *card.values) if len(card.values) > 2 else ()
-        made.append(Row(name, card.family, card.values[1] if binary else card.name, hint, choices))
-    return sorted(made, key=lambda row: (row.family, not row.values))
+        values = card.values
+        base = bases.get(card.family)
+        against = f"{name}[any]" if len(values) > 1 else (base or "")
+        made.append(
+            Row(
+                name,
+                card.family,
+                values[1] if len(values) == 2 else card.name,
+                _hint(values, name == base),
+                (ANY, *values) if len(values) > 2 else (),
+                base=name == base,
+                against=against if base and name != base else "",
+                weight=clamp(card.weight, 0.0, MAX_WEIGHT, 1.0),
+            )
+        )
+    started = list(START)
+
+    def place(row: Row) -> tuple:
+        wanted = started.index(row.name) if row.name in started else len(started)
+        return (row.family != FIRST_FAMILY, row.family, not row.base, wanted, not row.values)
+
+    return sorted(made, key=place)
+
+
+def _hint(values: tuple[str, ...], base: bool) -> str:
+    if base:
+        return "what all these pictures share, p(x), counted once"
+    return f"NOT: {values[0]}" if len(values) == 2 else ""
+
+
+def _is_base(card: Card) -> bool:
+    return card.attribute == "image" and len(card.values) == 1
 
 
 def defaults(all_rows: Sequence[Row]) -> list[Choice]:
-    """Where the controls start: in each family its first expert is on, and the first binary one."""
+    """Where the controls start: each base is on, and what `START` names; in a family that it does not
+    name, the first expert of many values and the first other one."""
+    named = {row.family for row in all_rows if row.name in START}
     seen: set[tuple[str, bool]] = set()
     choices = []
     for row in all_rows:
         kind = (row.family, bool(row.values))
+        first = row.family not in named and kind not in seen
+        on = row.base or row.name in START or first
         value = "3" if "3" in row.values else (row.values or (ANY,))[min(1, len(row.values))]
-        choices.append(Choice(kind not in seen, value, AND, 1.0))
-        seen.add(kind)
+        choices.append(Choice(on, value, START.get(row.name, AND), row.weight))
+        if not row.base:
+            seen.add(kind)
     return choices
 
 
 def compose(all_rows: Sequence[Row], choices: Sequence[Choice], family: str) -> str:
-    """The recipe that the controls of one family describe; empty if none of its experts is on."""
+    """The recipe that the controls of one family describe; empty if none of its experts is on.
+
+    Where the base is on, each of the others is a ratio beside it, so that p(x) is counted once.
+    """
+    chosen = [
+        (row, choice, 1.0 if row.base else clamp(choice.weight, 0.0, MAX_WEIGHT, 1.0))
+        for row, choice in zip(all_rows, choices, strict=True)
+        if row.family == family and choice.on
+    ]
+    ratios = any(row.base for row, _, _ in chosen)
     terms = []
-    for row, choice in zip(all_rows, choices, strict=True):
-        weight = clamp(choice.weight, 0.0, MAX_WEIGHT, 1.0)
-        if row.family != family or not choice.on or not weight:
-            continue
-        chosen = f"[{choice.value}]" if choice.value in row.values and choice.value != ANY else ""
-        term = f"{'~' if choice.role == NOT else ''}{row.name}{chosen}"
+    for row, choice, weight in chosen:
+        value = f"[{choice.value}]" if choice.value in row.values and choice.value != ANY else ""
+        if not weight or (ratios and row.values and not value):
+            continue  # any value against any value says nothing
+        term = f"{'~' if choice.role == NOT and not row.base else ''}{row.name}{value}"
+        if ratios and row.against:
+            term = f"ratio({term}, {row.against})"
         terms.append(term if weight == 1 else f"{weight:g}*{term}")
     return " + ".join(terms)
+
+
+def decompose(all_rows: Sequence[Row], recipe: str) -> tuple[str, list[Choice]] | None:
+    """The family and controls that `compose` turns into `recipe`; None if there are none."""
+    named = {row.name: i for i, row in enumerate(all_rows)}
+    for family in dict.fromkeys(row.family for row in all_rows):
+        choices = [choice._replace(on=False) for choice in defaults(all_rows)]
+        for term in recipe.split(" + "):
+            match = _TERM.match(term)
+            if match is None or (i := named.get(match["name"])) is None:
+                break
+            value = match["value"] or (ANY if ANY in all_rows[i].values else choices[i].value)
+            role = NOT if match["not"] else AND
+            choices[i] = Choice(True, value, role, clamp(match["weight"] or 1, 0.0, MAX_WEIGHT, 1.0))
+        if recipe and compose(all_rows, choices, family) == recipe:
+            return family, choices
+    return None
+
+
+def restored(text: Any, limits: Limits) -> Request:
+    """What a saved picture asks for, from its texts as one JSON object.
+
+    Raises:
+        ValueError: If it carries no recipe or its numbers are out of the limits.
+    """
+    try:
+        texts = json.loads(text if len(text) <= MAX_TEXTS else "")
+    except (TypeError, ValueError, RecursionError):
+        texts = None
+    if not isinstance(texts, dict) or not isinstance(texts.get("recipe"), str):
+        raise ValueError(
+            "This picture carries no recipe. Pictures saved here do, unless they were edited since."
+        )
+    numbers = {}
+    for name, default in (("num_chains", 16), ("num_steps", DEFAULT_STEPS), ("seed", 0)):
+        written = str(texts.get(name, default))
+        numbers[name] = int(written) if _NUMBER.fullmatch(written) else written
+    try:
+        return checked(texts["recipe"], limits=limits, **numbers)
+    except ValueError as error:
+        raise ValueError(f"This picture's {error}") from error
+
+
+def as_python(asked: Request) -> str:
+    """A script that makes the same picture."""
+    return (
+        "import composable_ebm as ceb\n\n"
+        f"mix = ceb.parse({asked.recipe!r})\n"
+        f"out = ceb.sample(mix, num_chains={asked.num_chains}, "
+        f"num_steps={asked.num_steps}, seed={asked.seed})\n"
+        "print(out.report())\n"
+        'out.save("grid.png")\n'
+    )
+
+
+def as_command(asked: Request) -> str:
+    """A command line that makes the same picture."""
+    return (
+        f"composable-ebm sample {shlex.quote(asked.recipe)} --num-chains {asked.num_chains} "
+        f"--num-steps {asked.num_steps} --seed {asked.seed} --out grid.png"
+    )
+
+
+def steps(cards: Mapping[str, Card]) -> dict[str, int]:
+    """The steps that the experts of each family were calibrated with."""
+    known: dict[str, int] = {}
+    for card in cards.values():
+        known[card.family] = max(known.get(card.family, 0), int(card.sampler.get("num_steps", 0)))
+    return {family: count or DEFAULT_STEPS for family, count in known.items()}
 
 
 def clamp(value: Any, low: float, high: float, default: float) -> float:
@@ -110,7 +255,7 @@ def clamped(recipe: Any, num_chains: Any, num_steps: Any, seed: Any, limits: Lim
     return Request(
         str(recipe or ""),
         int(clamp(num_chains, 1, limits.max_chains, 16)),
-        int(clamp(num_steps, 1, limits.max_steps, 200)),
+        int(clamp(num_steps, 1, limits.max_steps, DEFAULT_STEPS)),
         int(clamp(seed, 0, MAX_SEED, 0)),
     )
 

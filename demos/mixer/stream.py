@@ -17,7 +17,7 @@ from .state import Request
 
 SECONDS_PER_FRAME = 0.06
 
-__all__ = ["Frame", "stream"]
+__all__ = ["Frame", "denoised", "stream"]
 
 
 class Frame(NamedTuple):
@@ -27,6 +27,15 @@ class Frame(NamedTuple):
     states: Tensor
     energy: float
     rate: float
+
+
+def denoised(chain: Chain) -> Tensor:
+    """What the chains look like: their states, less the noise that they carry on purpose.
+
+    At noise level σ the mean of clean states given a noisy one is x - σ² ∂E/∂x (Tweedie's formula).
+    """
+    sigma = chain.potential.noise_level
+    return chain.x if sigma is None else chain.x - sigma.square() * chain.state.gradient
 
 
 def stream(energy: Energy, request: Request, stop: threading.Event) -> Iterator[Frame | SampleResult]:
@@ -43,7 +52,7 @@ def stream(energy: Energy, request: Request, stop: threading.Event) -> Iterator[
         now = time.perf_counter()
         if step == 1 or now - shown >= SECONDS_PER_FRAME:
             shown = now
-            frames.put(Frame(step, chain.x, float(chain.state.energy.mean()), step / (now - start)))
+            frames.put(Frame(step, denoised(chain), float(chain.state.energy.mean()), step / (now - start)))
         return stop.is_set()
 
     with ThreadPoolExecutor(1) as executor:
