@@ -433,7 +433,8 @@ def test_a_steered_chain_samples_the_new_recipe():
         for _ in range(STIR_STEPS + 30):
             live.step()
         x, level = live.chain.x, live.noise_level
-        odds = ceb.Sum([hat["any"], hat], [1.0, -1.0])(x, noise_level=level)
+        with torch.no_grad():
+            odds = ceb.Sum([hat["any"], hat], [1.0, -1.0])(x, noise_level=level)
         shares.append(float(odds.exp().mean()))
     assert shares[1] < shares[0] - 0.2
 

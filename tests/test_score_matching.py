@@ -105,6 +105,25 @@ def test_the_last_predictor_step_removes_the_noise_that_is_left():
     assert out.samples.std().item() < 0.01
 
 
+def test_a_predictor_step_to_nowhere_freezes_the_chain():
+    def energy(x, noise_level):
+        # From the second level on, the gradient of the first chain is too large to square.
+        steep = torch.where(noise_level < 0.5, 1e30, 1.0) * torch.tensor([1.0, 0.0])
+        return (x[:, 0] * steep) + x[:, 0].square() / 2
+
+    target = ceb.from_callable(energy, name="cliff", event_shape=(1,), noise_conditioned=True)
+    schedule = ceb.Schedule(noise_level=ceb.schedules.geometric(1.0, 0.1), predict=True, num_levels=2)
+    out = ceb.sample(
+        target,
+        num_chains=2,
+        num_steps=4,
+        sampler=ceb.Annealed(ceb.Langevin(0.1), schedule),
+        on_divergence="report",
+    )
+    assert out.divergence.chains.tolist() == [True, False]
+    assert out.samples.isfinite().all()
+
+
 def test_noise_power_and_predict_need_noise_levels():
     with pytest.raises(ValueError, match="need a `noise_level` curve"):
         ceb.Schedule(predict=True)

@@ -214,6 +214,9 @@ class Chain:
         last = index + 1 == len(self._levels)
         if index >= len(self._levels) or (not last and self._level(index + 1) == self._level(index)):
             return
+        if last and not self._schedule.predict:
+            return
+        x = None
         if self._schedule.predict:
             sigma = self._at("noise_level", index)
             after = None if last else self._at("noise_level", index + 1)
@@ -222,10 +225,8 @@ class Chain:
             x = self.state.x - sigma * (sigma - after) * self.state.gradient
             if last and self.energy.data_range is not None:
                 x = x.clamp(*self.energy.data_range)
-            self.state = self.state._replace(x=x)
-        if self._schedule.predict or not last:
-            self._set_noise_level(index + 1)
-            self._refresh()
+        self._set_noise_level(index + 1)
+        self._refresh(x)
 
     def _level(self, index: int) -> int:
         return self._levels[min(index, len(self._levels) - 1)] if self._levels else 0
@@ -237,12 +238,14 @@ class Chain:
     def _set_noise_level(self, index: int) -> None:
         self.potential.noise_level = self._at("noise_level", index)
 
-    def _refresh(self) -> None:
-        """Energies and gradients of the current states under a target that has moved."""
+    def _refresh(self, x: Tensor | None = None) -> None:
+        """Energies and gradients under a target that has moved, at `x` or at the current states."""
+        state = self.state if x is None else self.state._replace(x=x)
         if self.kernel.energy_is_current:
             with evaluating(self.energy):
-                energy, gradient = self.potential(self.state.x)
-            self.state = self.state._replace(energy=energy, gradient=gradient)
+                energy, gradient = self.potential(state.x)
+            state = state._replace(energy=energy, gradient=gradient)
+        self._freeze(state, self._norm(state))
 
     def _dynamics(self, index: int) -> Dynamics:
         step_size, temperature, noise_scale = self.dynamics
