@@ -135,7 +135,7 @@ class Box(Analytic):
         self.register_buffer("high", high)
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        width = x.new_tensor(self.softness)
+        width = x.new_full((), self.softness)
         if noise_level is not None:
             width = (width.square() + noise_level.reshape(-1, 1).square()).sqrt()
         # Φ(b) - Φ(a) on the side where both are small keeps its digits far outside the box:

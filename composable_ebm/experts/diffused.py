@@ -131,7 +131,7 @@ class DiffusedEnergy(nn.Module):
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
-        sigma = x.new_tensor(self.noise_range[0]) if noise_level is None else noise_level
+        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
         sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
         noise = sigma.square()
         d = x.flatten(1) - self.mean

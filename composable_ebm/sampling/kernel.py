@@ -127,7 +127,7 @@ class Kernel(ABC):
 
     def dynamics(self, x: Tensor) -> Dynamics:
         """The settings as tensors on the device of `x`."""
-        return Dynamics(*(x.new_tensor(v) for v in (self.step_size, self.temperature)))
+        return Dynamics(*(x.new_full((), v) for v in (self.step_size, self.temperature)))
 
     def scaled(self, factor: float) -> Self:
         """The same kernel for an energy 1/factor times as steep: `factor` times the step η."""

@@ -79,7 +79,7 @@ class Langevin(Kernel):
         return replace(self, step_size=self.step_size * factor, noise_scale=noise)
 
     def dynamics(self, x: Tensor) -> Dynamics:
-        noise = None if self.noise_scale is None else x.new_tensor(self.noise_scale)
+        noise = None if self.noise_scale is None else x.new_full((), self.noise_scale)
         return super().dynamics(x)._replace(noise_scale=noise)
 
     def init(self, potential: Potential, x: Tensor, noise: Noise) -> State:

@@ -63,6 +63,7 @@ class _DenoisingPhase(Phase):
     def __init__(self, objective: DenoisingScoreMatching, setting: Setting) -> None:
         self.objective = objective
         self.generator = setting.generator
+        self.levels = torch.tensor(LEVELS, device=setting.generator.device)
 
     def loss(self, model: nn.Module, network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Figures]:
         sigma = self._levels(len(x), network.noise_range, x)  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ class _DenoisingPhase(Phase):
         loss = error.mean()
         figures = {"denoising": loss.detach()}
         with torch.no_grad():
-            bucket = torch.bucketize(sigma, sigma.new_tensor(LEVELS))
+            bucket = torch.bucketize(sigma, self.levels)
             for i in range(len(LEVELS) + 1):
                 inside = (bucket == i).float()
                 figures[f"denoising_{i}"] = (error * inside).sum() / inside.sum().clamp(min=1)
