@@ -28,6 +28,7 @@ def main(config_path: str, out: str) -> None:
     )
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps({"num_processes": accelerator.num_processes, "ranks": found}))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,13 @@ def train(config: TrainConfig, accelerator: Accelerator | None = None) -> Expert
     Raises:
         TrainingDivergedError: If it diverged more than three times; the last good expert is written.
     """
-    return Trainer(config, accelerator).run()
+    trainer = Trainer(config, accelerator)
+    try:
+        return trainer.run()
+    finally:
+        if accelerator is None:
+            # A process group that is still open when the interpreter goes can abort the process.
+            trainer.accelerator.end_training()
 
 
 def start_from(network: nn.Module, init: str, data: LabelledImages) -> None:
