@@ -547,7 +547,8 @@ def test_chain_refuses_coefficients_that_do_not_fit():
 
 
 def test_ratio_inside_a_sum_with_a_base_is_sampled():
-    ceb.sample(a + ceb.ratio(b, c), num_steps=1, sampler=ceb.Langevin(0.1))
+    out = ceb.sample(a + ceb.ratio(b, c), num_steps=1, sampler=ceb.Langevin(0.1))
+    assert out.samples.isfinite().all()
 
 
 # --- divergence ----------------------------------------------------------------------------------
