@@ -9,20 +9,28 @@ out = ceb.sample(three + thick, num_chains=16, seed=0)
 
 from composable_ebm import analytic, diagnostics, schedules
 from composable_ebm.adapters import from_callable, from_classifier
+from composable_ebm.annealed_importance import exact_log_z, log_z
+from composable_ebm.bits import on_bits
+from composable_ebm.diffusion import from_denoiser, from_diffusers, from_noise_predictor, from_score
 from composable_ebm.energy import Energy, Mixture, Not, Sum, log_ratio, mixture, negate, ratio
-from composable_ebm.experts import Card, CheckpointError, Expert, given, load_expert, save_expert
+from composable_ebm.experts import Card, CheckpointError, Expert, given, load_expert, push_to_hub, save_expert
 from composable_ebm.experts.catalogue import catalogue
 from composable_ebm.partition import calibrate, log_z_difference
 from composable_ebm.recipe import RecipeError, parse
 from composable_ebm.sampling import (
+    DMALA,
     HMC,
     MALA,
     Annealed,
     Chain,
     ChainDivergedError,
+    Engine,
+    Frame,
+    Gibbs,
     Kernel,
     Langevin,
     Noise,
+    Run,
     SampleResult,
     UnderdampedLangevin,
     sample,
@@ -32,6 +40,7 @@ from composable_ebm.schedules import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "DMALA",
     "HMC",
     "MALA",
     "Annealed",
@@ -40,13 +49,17 @@ __all__ = [
     "ChainDivergedError",
     "CheckpointError",
     "Energy",
+    "Engine",
     "Expert",
+    "Frame",
+    "Gibbs",
     "Kernel",
     "Langevin",
     "Mixture",
     "Noise",
     "Not",
     "RecipeError",
+    "Run",
     "SampleResult",
     "Schedule",
     "Sum",
@@ -55,15 +68,23 @@ __all__ = [
     "calibrate",
     "catalogue",
     "diagnostics",
+    "exact_log_z",
     "from_callable",
     "from_classifier",
+    "from_denoiser",
+    "from_diffusers",
+    "from_noise_predictor",
+    "from_score",
     "given",
     "load_expert",
     "log_ratio",
+    "log_z",
     "log_z_difference",
     "mixture",
     "negate",
+    "on_bits",
     "parse",
+    "push_to_hub",
     "ratio",
     "sample",
     "save_expert",

@@ -1,4 +1,4 @@
-"""Anything as an energy: functions, classifiers, scores of noise-conditioned networks."""
+"""Anything as an energy: functions and classifiers. Scores and denoisers are in `diffusion`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ class _Callable(Energy):
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         return self.function(x, noise_level) if self.noise_conditioned else self.function(x)
 
+    def body(self) -> nn.Module | None:
+        return self.function if isinstance(self.function, nn.Module) and not self.noise_conditioned else None
+
+    def read(self, outputs: Tensor) -> Tensor:
+        return outputs
+
 
 def from_callable(
     function: Callable[..., Tensor],
@@ -62,9 +68,10 @@ def from_callable(
 
 
 class _Classifier(Energy):
-    def __init__(self, model: nn.Module, label: int, name: str) -> None:
+    def __init__(self, model: nn.Module, label: int, noise_conditioned: bool, name: str) -> None:
         super().__init__()
         self.model = model
+        self.noise_conditioned = noise_conditioned
         self.label = label
         self.name = name
 
@@ -84,7 +91,7 @@ class _Classifier(Energy):
         return -torch.log_softmax(outputs.float(), dim=1)[:, self.label]
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        return self.read(self.model(x))
+        return self.read(self.model(x, noise_level) if self.noise_conditioned else self.model(x))
 
 
 def from_classifier(
@@ -94,11 +101,16 @@ def from_classifier(
     name: str | None = None,
     event_shape: Sequence[int] | None = None,
     data_range: tuple[float, float] | None = None,
+    noise_conditioned: bool = False,
 ) -> Energy:
     """E(x) = -log p(label | x), the likelihood of an attribute as an energy.
 
     Added to an expert of p(x) it gives p(x | label) by Bayes' rule; several labels of one model
     share one forward pass. By itself it is no density: it says nothing about what images look like.
+
+    Beside noise-conditioned experts it should know noisy states, p(label | x, σ): one that was
+    trained on clean states only pushes noise in directions that mean nothing (Dhariwal and Nichol
+    2021, arXiv 2105.05233, section 4).
 
     Args:
         model: Logits (batch, labels) from states.
@@ -106,8 +118,9 @@ def from_classifier(
         name: What recipes print; "classifier[label]" unless given.
         event_shape: Shape of one state; None accepts any.
         data_range: Smallest and largest value of the data; None if unbounded.
+        noise_conditioned: Calls `model(x, noise_level)`; the level is None outside annealing.
     """
-    energy = _Classifier(model, int(label), name or f"classifier[{label}]")
+    energy = _Classifier(model, int(label), noise_conditioned, name or f"classifier[{label}]")
     energy.event_shape = None if event_shape is None else tuple(event_shape)
     energy.data_range = data_range
     return energy

@@ -6,6 +6,7 @@ imported by the subcommand that needs it.
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import sys
 from collections.abc import Callable, Sequence
@@ -116,39 +117,68 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Evaluate:
-    """Say how well the experts of a family compose: a table, a plot, and a file of results.
+class Generate:
+    """Draw many samples into a folder, in shards: generate RECIPE --out DIR. Options: generate --help."""
 
-    Example: composable-ebm evaluate digits --samples 200
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+
+    def run(self) -> int:
+        # accelerate is slow to load
+        return import_module("composable_ebm.generate").main(list(self.arguments))
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Say how well the experts of a family compose: tables, plots, and a file of results.
+
+    What is done is kept, so that the same command goes on where it was stopped.
+    Example: composable-ebm evaluate digits --parts rows --samples 200
 
     Args:
         family: Family of experts, such as faces.
-        out: File of results, a .json; results/FAMILY.json unless given. The plot goes beside it.
-        forms: Ways to compose: sum, ratio, base ratio.
+        out: File of results, a .json; results/FAMILY.json unless given. The plots go beside it.
+        parts: What to measure: rows, negation, alternatives, detection, agreement, stability.
+        forms: Ways to compose, ratio, weight 1, sum, base ratio, tuned; rivals ebmkit, diffusion, joint.
         weight: Weight of every ratio; what each expert was calibrated with unless given.
-        samples: Samples of each row.
+        samples: Samples of each row of the first form.
+        other_samples: Samples of each row of the other forms, and of each NOT and OR.
+        chains: Chains of each test of one expert alone.
         seeds: Rows are repeated for each.
         sizes: Numbers of attributes asked for at once; all unless given.
+        held_out: Ask only for combinations that no expert saw; results go to FAMILY_held_out.json.
+        combinations: Those combinations, such as glasses+beard; what the experts' cards say unless given.
         num_threads: Threads of the CPU.
     """
 
     family: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FAMILY")]
     out: Path | None = None
-    forms: tuple[str, ...] = ("sum", "ratio")
+    parts: tuple[str, ...] = ("rows", "negation", "alternatives", "detection", "agreement", "stability")
+    forms: tuple[str, ...] = (
+        *("ratio", "weight 1", "sum", "base ratio", "tuned"),
+        *("ebmkit", "diffusion", "joint"),
+    )
     weight: float | None = None
     samples: int = 1000
+    other_samples: int = 400
+    chains: int = 64
     seeds: tuple[int, ...] = (0,)
     sizes: tuple[int, ...] = ()
+    held_out: bool = False
+    combinations: tuple[str, ...] = ()
     num_threads: int | None = None
 
     def run(self) -> int:
         family = import_module("composable_ebm.evaluation.family")  # slow to load
+        report = import_module("composable_ebm.evaluation.report")
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
-        out = self.out or Path("results") / f"{self.family}.json"
+        name = f"{self.family}_held_out" if self.held_out else self.family
+        out = self.out or Path("results") / f"{name}.json"
         wanted = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("out", "num_threads")}
+        if self.held_out:
+            wanted["parts"] = ("rows",)
         result = family.evaluate_family(family.Evaluation(**wanted), out)
-        print(family.table(result))
+        print(report.table(result))
         print(out)
         return 0
 
@@ -202,6 +232,7 @@ Command = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Mixer, tyro.conf.subcommand("mixer")]
 )
@@ -209,9 +240,14 @@ Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 2 for a request that makes no sense."""
+    if argv is None:
+        # What the imports made lives to the end of the process. Looking through it for garbage once
+        # more, at exit, takes half a second.
+        gc.freeze()
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Training has options of its own, one for each field of its configuration.
-    command = Train(tuple(argv[1:])) if argv[:1] == ["train"] else _read(argv)
+    # These have options of their own, one for each field of their configuration.
+    own: dict[str, type[Train | Generate]] = {"train": Train, "generate": Generate}
+    command = own[argv[0]](tuple(argv[1:])) if argv and argv[0] in own else _read(argv)
     try:
         return command.run()
     except (ValueError, OSError) as error:
@@ -222,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _read(argv: list[str]) -> Sample | Models | Train | Evaluate | Mixer:
+def _read(argv: list[str]) -> Sample | Models | Train | Generate | Evaluate | Mixer:
     return tyro.cli(Command, prog="composable-ebm", description="Compose energy-based models.", args=argv)
 
 

@@ -1,6 +1,6 @@
-"""Convergence diagnostics of Markov chains: effective sample size and split R-hat.
+"""Diagnostics: effective sample size and split R-hat of chains, Fisher divergence of energies.
 
-Draws are a tensor (draws, chains) of one scalar statistic. Both diagnostics are computed on
+Draws are a tensor (draws, chains) of one scalar statistic. Both diagnostics of chains are computed on
 rank-normalised draws of split chains, so that they neither need finite variance nor miss a drift
 within chains.
 
@@ -12,11 +12,18 @@ Reference:
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["ess", "r_hat"]
+__all__ = ["ess", "fisher_divergence", "r_hat"]
+
+
+class Scored(Protocol):
+    """What has a score, as every energy does."""
+
+    def score(self, x: Tensor) -> Tensor: ...
 
 
 def ess(draws: Tensor) -> float:
@@ -98,3 +105,20 @@ def _effective(draws: Tensor) -> float:
     tau = -1 + 2 * float(monotone.sum()) + max(0.0, float(rho[2 * end]))
     total = n * chains
     return total / max(tau, 1 / math.log10(total))
+
+
+def fisher_divergence(energy: Scored, truth: Scored, x: Tensor) -> float:
+    """½ mean ‖∇E - ∇E*‖² over samples of the truth: how far the gradients of an energy are off.
+
+    It is 0 where both are one density up to a constant, and blind to the proportions of modes that do
+    not touch: gradients do not know them.
+
+    Args:
+        energy: What was learned.
+        truth: The energy E* of the density that `x` was drawn from.
+        x: Samples of it, (batch, *event).
+    Reference:
+        Hyvärinen (2005), Estimation of non-normalized statistical models by score matching, eq. 2.
+    """
+    difference = (energy.score(x) - truth.score(x)).detach()
+    return float(difference.flatten(1).square().sum(1).mean() / 2)

@@ -27,6 +27,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,23 @@ from composable_ebm.weights import (
     weight_on,
 )
 
+if TYPE_CHECKING:
+    from composable_ebm.conditionals import Conditionals
+
 LeafEnergies = Mapping[Hashable, Tensor]
 
-__all__ = ["Energy", "Mixture", "Not", "Sum", "log_ratio", "mixture", "negate", "ratio"]
+__all__ = [
+    "Energy",
+    "Mixture",
+    "Not",
+    "Sum",
+    "known_by_gradient",
+    "log_ratio",
+    "mixture",
+    "negate",
+    "ratio",
+    "require_values",
+]
 
 
 class Energy(nn.Module, ABC):
@@ -60,6 +75,10 @@ class Energy(nn.Module, ABC):
             by it whether a request was met.
         sampler_settings: Sampler and number of steps it was calibrated with, or None.
         noise_conditioned: Whether `energy` uses the noise level.
+        binary: Whether states are bits, 0 or 1. A composition with such a term lives on bits.
+        has_value: Whether the number that `energy` returns is an energy. Of a diffusion model only
+            the score is known: sums of such energies have the right gradient, see
+            `known_by_gradient`, and whatever compares values refuses them.
     Example:
         >>> both = smile + 2 * glasses        # p ∝ p_smile · p_glasses²
         >>> either = smile | glasses          # p ∝ p_smile + p_glasses
@@ -75,6 +94,8 @@ class Energy(nn.Module, ABC):
     energy_range: tuple[float, float] | None = None
     sampler_settings: Mapping | None = None
     noise_conditioned: bool = False
+    binary: bool = False
+    has_value: bool = True
 
     @abstractmethod
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
@@ -190,6 +211,10 @@ class Energy(nn.Module, ABC):
         """What `~` gives; a finite attribute overrides it with the expert of its other values."""
         return negate(self)
 
+    def conditionals(self) -> Conditionals | None:
+        """What Gibbs sampling has to know; None where conditionals have no closed form."""
+        return None
+
     def named(self, name: str) -> Energy:
         """Sets the name that recipes and reports print, and returns the energy itself."""
         self.name = name
@@ -270,6 +295,8 @@ class _Node(Energy):
         self.event_shape = _shared("event_shape", "image space", children)
         self.data_range = _shared("data_range", "data range", children)
         self.noise_conditioned = any(child.noise_conditioned for child in children)
+        self.binary = any(child.binary for child in children)
+        self.has_value = all(child.has_value for child in children)
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         return self(x, noise_level=noise_level)
@@ -297,7 +324,8 @@ class _Node(Energy):
     @property
     def coefficients(self) -> Tensor:
         blocks = [stack_weights(self._own()), *(child.coefficients for child in self.operands)]
-        rows = torch.broadcast_shapes(*(block.shape[:-1] for block in blocks))
+        # Not torch.broadcast_shapes, whose first call loads sympy, half a second of a cold start.
+        rows = max((block.shape[:-1] for block in blocks), key=lambda shape: (len(shape), *shape))
         blocks = [block.expand(*rows, block.shape[-1]) for block in blocks]
         return torch.cat([block.to(blocks[0].device) for block in blocks], dim=-1)
 
@@ -413,6 +441,7 @@ class Mixture(_Node):
         log_z: Sequence[float] | None = None,
     ) -> None:
         super().__init__(components)
+        require_values("an OR weighs its components by their energies", components)
         self.weights = tuple(float(w) for w in ([1.0] * len(components) if weights is None else weights))
         self.log_z = tuple(float(z) for z in ([0.0] * len(components) if log_z is None else log_z))
         for label, values in (("weights", self.weights), ("log_z", self.log_z)):
@@ -486,6 +515,7 @@ class Not(_Node):
 
     def __init__(self, operand: Energy, threshold: float) -> None:
         super().__init__([operand])
+        require_values("a bounded NOT compares the energy with a threshold", [operand])
         self.threshold = float(threshold)
         if not math.isfinite(self.threshold):
             raise ValueError(f"`threshold` of a Not must be finite, got {threshold}.")
@@ -559,8 +589,39 @@ def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:
         energy: Any energy.
         x1: States, shape (batch, *event).
         x2: States, shape (batch, *event).
+    Raises:
+        ValueError: If only the gradient of the energy is known.
     """
+    require_values("a log ratio is a difference of energies", [energy])
     return energy(x2) - energy(x1)
+
+
+def known_by_gradient(x: Tensor, gradient: Tensor, value: Tensor | float = 0.0) -> Tensor:
+    """Numbers (batch,) whose gradient at `x` is `gradient`, for energies known by their score alone:
+
+        E(x) = value + ⟨gradient, x - x₀⟩,    x₀ = x without its graph.
+
+    Sums, weights and ratios of them then have the right score, by the same backward pass as every
+    other energy. An energy that returns them says `has_value = False`.
+
+    Args:
+        x: States, shape (batch, *event).
+        gradient: -score at `x`, the same shape; it may depend on parameters, but not on `x` through
+            autograd: take it at `x.detach()`.
+        value: The number itself, (batch,), where something is known of it.
+    """
+    return value + (gradient * (x - x.detach())).flatten(1).sum(1)
+
+
+def require_values(reason: str, energies: Iterable[Energy]) -> None:
+    """Raises ValueError, with the reason, if an energy is known only by its gradient."""
+    for energy in energies:
+        if not energy.has_value:
+            raise ValueError(
+                f"{reason}, and {energy} is known only by its gradient (it is a score, as of a diffusion "
+                "model). Sums, weights and ratios of it are right; sample them with a kernel that compares "
+                "no energies, such as Langevin under an Annealed schedule."
+            )
 
 
 # -- the machinery of evaluation ----------------------------------------------------------------
@@ -633,9 +694,13 @@ def _shared(attribute: str, noun: str, energies: Sequence[Energy]):
     known = [(e, getattr(e, attribute)) for e in energies if getattr(e, attribute) is not None]
     for energy, value in known[1:]:
         if value != known[0][1]:
+            hint = ""
+            if attribute == "data_range" and known[0][0].binary != energy.binary:
+                real = known[0][0] if energy.binary else energy
+                hint = f" To ask {real} about bits: on_bits({real})."
             raise ValueError(
                 f"energies compose only in one {noun}: {known[0][0]} has {attribute} {known[0][1]}, "
-                f"{energy} has {value}."
+                f"{energy} has {value}.{hint}"
             )
     return known[0][1] if known else None
 

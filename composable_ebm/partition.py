@@ -10,6 +10,16 @@ Bennett's acceptance ratio combines both: ΔF = -log Z_b/Z_a solves
 
     Σ σ(ΔF - W) = Σ σ(-ΔF - W').
 
+Noise-conditioned energies have a Z at every noise level σ. A diffused mixture is the mixture of the
+diffused components in the same proportions,
+
+    (w_a p_a + w_b p_b) * N(0, σ² I) = w_a (p_a * N(0, σ² I)) + w_b (p_b * N(0, σ² I)),
+
+and chains choose their component early, at high noise, where components overlap. So an annealed mixture
+needs Z_b(σ)/Z_a(σ) at every level, and there needs no walks: chains of each component, at each level on
+their way, give W = E_b(x, σ) - E_a(x, σ) under a and W' = E_a - E_b under b. Where components no longer
+overlap the ratio is loose, and nothing hangs on it.
+
 Reference:
     Neal (2001), Annealed importance sampling, arXiv physics/9803008.
     Bennett (1976), Efficient estimation of free energy differences from Monte Carlo data, eq. 12.
@@ -18,20 +28,22 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from composable_ebm.analytic import Analytic
-from composable_ebm.energy import Energy, Mixture, Sum
+from composable_ebm.energy import Energy, Mixture, Sum, require_values
+from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.engine import Chain, Sampler
 from composable_ebm.sampling.kernel import Kernel, Noise
 from composable_ebm.sampling.sample import sample
 
 BOOTSTRAPS = 100
 
-__all__ = ["LogZDifference", "calibrate", "log_z_difference"]
+__all__ = ["LogZ", "LogZDifference", "calibrate", "log_z_difference", "log_z_over_noise"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ def log_z_difference(
     Raises:
         ValueError: If the kernel is not at temperature 1.
     """
+    require_values("log Z is estimated from energies", [a, b])
     if sampler.implied_temperature != 1:
         raise ValueError(
             "normalising constants are those of exp(-E): use a kernel at temperature 1, got "
@@ -100,11 +113,14 @@ def log_z_difference(
             chain.advance(steps_per_level)
         return work.double()
 
-    forward, backward = works(a, b), works(b, a)
+    return from_works(works(a, b), works(b, a), generator)
+
+
+def from_works(forward: Tensor, backward: Tensor, generator: torch.Generator) -> LogZDifference:
+    """log Z_b - log Z_a from the works of equally many walks from a to b and from b to a, (walks,)."""
+    count = len(forward)
     draws = [
-        _bennett(
-            *(w[torch.randint(num_chains, (num_chains,), generator=generator)] for w in (forward, backward))
-        )
+        _bennett(*(w[torch.randint(count, (count,), generator=generator)] for w in (forward, backward)))
         for _ in range(BOOTSTRAPS)
     ]
     return LogZDifference(
@@ -115,23 +131,112 @@ def log_z_difference(
     )
 
 
-def calibrate(mixture: Mixture, sampler: Kernel, **options) -> Mixture:
+def calibrate(mixture: Mixture, sampler: Sampler, **options) -> Mixture:
     """The mixture with estimated log Zᵢ, so that its weights are the proportions of its components.
 
     Args:
         mixture: An OR of energies.
-        sampler: See `log_z_difference`.
-        options: The other arguments of `log_z_difference`.
+        sampler: A kernel, see `log_z_difference`; or one annealed over noise levels, for
+            noise-conditioned energies, with which the mixture is then to be sampled.
+        options: The other arguments of `log_z_difference`, or of `log_z_over_noise`.
     Example:
         >>> half_and_half = calibrate(smile | glasses, MALA(step_size=1e-4))
+        >>> sampler, num_steps = calibrated_sampler(digit[3])
+        >>> either = calibrate(digit[3] | digit[8], sampler, num_steps=num_steps)
     """
     if not isinstance(mixture, Mixture):
         raise TypeError(
             f"only a mixture has proportions to calibrate, got {type(mixture).__name__} {mixture}."
         )
+    if isinstance(sampler, Annealed):
+        levels, log_z = log_z_over_noise(mixture.operands, sampler, **options)
+        normalised = [e + LogZ(levels, z) for e, z in zip(mixture.operands, log_z.unbind(1), strict=True)]
+        return Mixture(normalised, mixture.weights)
     first, *others = mixture.operands
-    log_z = [0.0, *(log_z_difference(first, other, sampler, **options).value for other in others)]
-    return Mixture(mixture.operands, mixture.weights, log_z)
+    differences = [0.0, *(log_z_difference(first, other, sampler, **options).value for other in others)]
+    return Mixture(mixture.operands, mixture.weights, differences)
+
+
+def log_z_over_noise(
+    energies: Sequence[Energy],
+    sampler: Annealed,
+    *,
+    num_steps: int,
+    num_chains: int = 256,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """log Zᵢ(σ) - log Z₀(σ) of noise-conditioned energies, at every noise level of a sampler.
+
+    Args:
+        energies: E₀, E₁, ...
+        sampler: Annealed over noise levels; chains of each energy run by it from noise.
+        num_steps: Steps of those chains.
+        num_chains: Chains of each energy.
+        seed: Seeds everything.
+    Returns:
+        Noise levels from high to low, (levels,), and the differences in nats, (levels, energies).
+    Raises:
+        ValueError: If the sampler is not annealed over noise levels, or an energy takes none.
+    """
+    require_values("log Z is estimated from energies", energies)
+    if sampler.schedule.noise_level is None:
+        raise ValueError(
+            "log Z over noise needs a sampler annealed over noise levels; at one energy use a kernel."
+        )
+    if deaf := [str(energy) for energy in energies if not energy.noise_conditioned]:
+        raise ValueError(f"{', '.join(deaf)} takes no noise level: calibrate with a kernel, MALA or HMC.")
+    # Every level: energies of all components at the states of the chains of each, (chains, energies).
+    visited: list[dict[float, list[Tensor]]] = []
+    for energy in energies:
+        found: dict[float, list[Tensor]] = {}
+
+        def look(step: int, chain: Chain, found: dict[float, list[Tensor]] = found) -> None:
+            sigma = chain.potential.noise_level
+            if step == num_steps or sigma is None:
+                return  # the last state carries no noise
+            with torch.no_grad():
+                seen = torch.stack([e(chain.x, noise_level=sigma) for e in energies], dim=1)
+            found.setdefault(float(sigma), []).append(seen.double().cpu())
+
+        sample(energy, num_chains=num_chains, num_steps=num_steps, sampler=sampler, seed=seed, callback=look)
+        visited.append(found)
+    levels = sorted(visited[0], reverse=True)
+    log_z = torch.zeros(len(levels), len(energies))
+    for row, level in enumerate(levels):
+        own = [torch.cat(found[level]) for found in visited]
+        for i in range(1, len(energies)):
+            forward, backward = own[0][:, i] - own[0][:, 0], own[i][:, 0] - own[i][:, i]
+            log_z[row, i] = _bennett(forward, backward)
+    return torch.tensor(levels), log_z
+
+
+class LogZ(Energy):
+    """log Z(σ), the same for all states: added to an energy it normalises it at each noise level.
+
+    Between levels it is linear in log σ; without a noise level it is that of the lowest one.
+
+    Args:
+        levels: Noise levels, falling, (levels,).
+        log_z: In nats, up to what all components of a mixture share, (levels,).
+    """
+
+    noise_conditioned = True
+    name = "log_z"
+
+    def __init__(self, levels: Tensor, log_z: Tensor) -> None:
+        super().__init__()
+        self.log_levels: Tensor
+        self.log_z: Tensor
+        self.register_buffer("log_levels", levels.log().flip(0))  # rising, as searchsorted needs
+        self.register_buffer("log_z", log_z.flip(0).clone())
+
+    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        if noise_level is None or len(self.log_z) == 1:
+            return self.log_z[0].expand(len(x))
+        at = noise_level.log().clamp(self.log_levels[0], self.log_levels[-1])
+        above = torch.searchsorted(self.log_levels, at).clamp(1, len(self.log_levels) - 1)
+        low, high = self.log_levels[above - 1], self.log_levels[above]
+        return torch.lerp(self.log_z[above - 1], self.log_z[above], (at - low) / (high - low)).expand(len(x))
 
 
 def _samples(

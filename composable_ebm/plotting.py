@@ -178,7 +178,7 @@ def save_grid(
         info.add_text(key, text)
     image = Image.fromarray(image_grid(images, columns, scale=scale))
     with _whole(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info, optimize=True)
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def plot_trace(trace: Trace, title: str, path: str | Path) -> None:

@@ -10,6 +10,7 @@ prints can be pasted into a script or back into `parse`:
     unary   := ("-" | "~") unary | atom                     ~ is NOT
     atom    := number | name | name[value] | (either)
              | ratio(either, either)
+             | on_bits(either)                              an expert of grey levels, asked about bits
              | negate(either, threshold=number)
              | mixture([either, ...], weights=[number, ...], log_z=[number, ...])
 
@@ -24,6 +25,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
+from composable_ebm.bits import on_bits
 from composable_ebm.energy import Energy, mixture, negate, ratio
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.library import Library
@@ -97,6 +99,7 @@ class _Parser:
             "ratio": self._ratio,
             "negate": self._negate,
             "mixture": self._mixture,
+            "on_bits": lambda: on_bits(self._energy()),
         }
 
     def parse(self) -> Energy:

@@ -1,22 +1,25 @@
 """Evaluation: figures against known answers, requests and compositions against their definitions."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 import composable_ebm as ceb
-from composable_ebm.evaluation.composition import as_one_batch, compose, requests, right
+from composable_ebm.evaluation.composition import compose
 from composable_ebm.evaluation.detection import auroc
-from composable_ebm.evaluation.family import _floor, family_experts
 from composable_ebm.evaluation.judge import KINDS, Judge
 from composable_ebm.evaluation.metrics import (
     entropy,
     frechet_distance,
+    kolmogorov_smirnov,
     nearest_distance,
     precision_recall,
     wilson_interval,
 )
+from composable_ebm.evaluation.rows import right
+from composable_ebm.evaluation.task import requests
 
 SHAPE = (1, 8, 8)
 
@@ -77,6 +80,13 @@ def test_entropy_of_a_fair_coin_is_log_two():
     assert entropy(torch.tensor([0.5, 0.5, 0.0])) == pytest.approx(math.log(2))
 
 
+def test_kolmogorov_smirnov_is_the_largest_gap_between_the_steps():
+    a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([2.5, 3.5])
+    assert kolmogorov_smirnov(a, b) == 0.5
+    assert kolmogorov_smirnov(a, a) == 0
+    assert kolmogorov_smirnov(a, a + 10) == 1
+
+
 def test_auroc_is_the_share_of_ordered_pairs():
     positive, negative = torch.tensor([3.0, 2.0, 2.0]), torch.tensor([1.0, 2.0])
     pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
@@ -87,12 +97,12 @@ def test_auroc_is_the_share_of_ordered_pairs():
 
 
 def test_requests_cover_every_subset_evenly_and_every_value():
-    values = {"a": 2, "b": 2, "c": 3}
-    grouped = requests(values, 2, 100, torch.Generator().manual_seed(0))
-    assert sorted(grouped) == [("a", "b"), ("a", "c"), ("b", "c")]
-    assert sum(map(len, grouped.values())) == 100
-    assert max(map(len, grouped.values())) - min(map(len, grouped.values())) <= 1
-    assert {request["c"] for request in grouped["a", "c"]} == {0, 1, 2}
+    askable = {"a": (0, 1), "b": (0, 1), "c": (0, 1, 2)}
+    asked = requests(askable, 2, 100, torch.Generator().manual_seed(0))
+    counts = Counter(tuple(request) for request in asked)
+    assert sorted(counts) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert {request["c"] for request in asked if "c" in request} == {0, 1, 2}
 
 
 def test_right_needs_every_value_asked_for():
@@ -102,46 +112,22 @@ def test_right_needs_every_value_asked_for():
 
 
 def test_the_sum_form_adds_experts_and_the_ratio_form_counts_the_base_once(experts):
+    terms = {name: {i: e[v] for i, v in enumerate(e.card.values)} for name, e in experts.items()}
     request, base = {"side": 1, "size": 2}, expert("base", "image")
     right_side, large = experts["side"]["right"], experts["size"]["l"]
     x = torch.rand(3, *SHAPE)
-    plain = compose("sum", request, experts, base, 2.0)
+    plain = compose("sum", request, terms, base, 2.0)
     assert torch.allclose(plain(x), right_side(x) + large(x))
-    ratio = compose("ratio", request, experts, base, 2.0)
+    ratio = compose("ratio", request, terms, base, 2.0)
     log_p = [experts[n]["any"](x) - e(x) for n, e in (("side", right_side), ("size", large))]
     assert torch.allclose(ratio(x), base(x) - 2 * sum(log_p), atol=1e-5)
+    bayes = compose("weight 1", request, terms, base, 2.0)
+    assert torch.allclose(bayes(x), base(x) - sum(log_p), atol=1e-5)
     # Without a base, the last attribute brings p(x) along.
-    carried = compose("ratio", request, experts, None, 1.0)
+    carried = compose("ratio", request, terms, None, 1.0)
     assert torch.allclose(carried(x), large(x) - log_p[0], atol=1e-5)
-
-
-def test_compositions_in_one_batch_equal_each_by_itself(experts):
-    side, size = experts["side"], experts["size"]
-    expressions = [
-        side["left"] + size["s"],
-        2 * side["right"] - size["any"],
-        size["l"],
-        side["left"] + side["right"],
-    ]
-    whole, coefficients = as_one_batch(expressions)
-    x = torch.rand(4, *SHAPE)
-    together = whole(x, coefficients=coefficients)
-    apart = torch.cat([e(x[i : i + 1]) for i, e in enumerate(expressions)])
-    assert torch.allclose(together, apart, atol=1e-6)
-    with pytest.raises(ValueError, match="only sums of experts run as one batch"):
-        as_one_batch([side["left"] | size["s"]])
-
-
-def test_the_floor_is_the_chance_of_guessing_all(experts):
-    floor = _floor(experts)
-    assert floor["1"] == pytest.approx((1 / 2 + 1 / 3) / 2, abs=1e-4)
-    assert floor["2"] == pytest.approx(1 / 6, abs=1e-4)
-
-
-def test_a_family_without_experts_is_refused_by_name(monkeypatch, tmp_path):
-    monkeypatch.setenv("COMPOSABLE_EBM_MODELS", str(tmp_path))
-    with pytest.raises(ValueError, match="'cats' has no experts to compose; families with experts"):
-        family_experts("cats")
+    with pytest.raises(ValueError, match="`form` must be one of ratio, weight 1, sum"):
+        compose("base ratio", request, terms, None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,14 +9,14 @@ import composable_ebm
 
 ROOT = Path(composable_ebm.__file__).parent
 FLOORS = {
-    1: "data diagnostics energy plotting schedules weights",
-    2: "adapters analytic experts sampling",
-    3: "partition recipe train",
+    1: "conditionals data diagnostics energy packed plotting schedules weights",
+    2: "adapters analytic diffusion bits experts sampling",
+    3: "annealed_importance boltzmann partition recipe train",
     4: "evaluation models_page",
     5: "cli generate",
 }
 FLOOR = {part: floor for floor, parts in FLOORS.items() for part in parts.split()}
-BESIDE = {("energy", "weights")}
+BESIDE = {("energy", "weights"), ("annealed_importance", "partition")}
 """Who may import whom on one floor."""
 HEAVY = {
     "accelerate": {"train", "generate"},

@@ -240,7 +240,7 @@ def test_unknown_values_list_the_near_ones():
         ("toys/digit[", 11, r"expected a value in \[ \]"),
         ("toys/digit[1", 12, r"expected '\]', got 'the end'"),
         ("a.energy", 1, "'.' has no meaning in a recipe"),
-        ("exec(a)", 0, "a recipe calls nothing but ratio, negate, mixture; got 'exec'"),
+        ("exec(a)", 0, "a recipe calls nothing but ratio, negate, mixture, on_bits; got 'exec'"),
         ("a(b)", 0, "a recipe calls nothing but"),
         ("ratio(a)", 7, r"expected ',', got '\)'"),
         ("ratio(a, 2)", 9, "2 is a number, not an energy"),

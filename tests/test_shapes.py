@@ -11,6 +11,11 @@ def scenes():
     return shapes.load("train", num_images=2000)
 
 
+@pytest.fixture(scope="module")
+def many_scenes():
+    return shapes.load("train", num_images=8000)
+
+
 def taken(data):
     """The truth about the cells, shape (n, cells)."""
     return torch.stack([data.labels[f"at_{cell}"] for cell in data.values["position"]], dim=1).bool()
@@ -29,6 +34,26 @@ def test_cells_that_are_taken_are_those_with_ink(scenes):
     assert ink[taken(scenes)].min() > 10 * ink[~taken(scenes)].max()
 
 
+def test_cells_taken_reads_the_truth_off_the_pixels(scenes):
+    x = scenes.batch(torch.arange(len(scenes)))
+    assert (shapes.cells_taken(x) == taken(scenes)).all()
+    noisy = x + 0.05 * torch.randn(x.shape)
+    assert (shapes.cells_taken(noisy) == taken(scenes)).all()
+    background = (torch.tensor(shapes.BACKGROUND) / 127.5 - 1).view(1, 3, 1, 1)
+    assert not shapes.cells_taken(torch.lerp(background.expand_as(x), x, 0.2)).any()
+
+
+@pytest.mark.parametrize(("asked", "weight"), [(1, 1.0), (2, 1.0), (2, 2.0), (3, 0.5)])
+def test_count_shares_are_those_of_scenes_weighted_by_their_ratios(many_scenes, asked, weight):
+    count, cells = many_scenes.labels["count"] + 1, taken(many_scenes)
+    # p(position = c | x) = [c is taken]/count, for many different choices of `asked` cells.
+    choices = torch.stack([torch.randperm(16)[:asked] for _ in range(150)])
+    hits = cells[:, choices].all(dim=2).sum(dim=1)
+    weights = hits * count.double() ** (-weight * asked)
+    shares = torch.stack([weights[count == n].sum() for n in range(1, 6)]) / weights.sum()
+    torch.testing.assert_close(shares, shapes.count_shares(asked, weight), atol=0.03, rtol=0)
+
+
 def test_labelled_cell_is_one_of_those_taken(scenes):
     assert taken(scenes).gather(1, scenes.labels["position"][:, None]).all()
 
@@ -38,8 +63,8 @@ def test_count_is_the_number_of_cells_taken(scenes):
     assert scenes.values["count"] == ("1", "2", "3", "4", "5")
 
 
-def test_values_are_equally_likely():
-    data = shapes.load("train", num_images=8000)
+def test_values_are_equally_likely(many_scenes):
+    data = many_scenes
     for name in ("position", "shape", "colour", "count"):
         counts = data.labels[name].bincount().double()
         expected = 8000 / len(data.values[name])
@@ -47,8 +72,8 @@ def test_values_are_equally_likely():
         assert (counts - expected).abs().max() < 4.5 * expected**0.5, name
 
 
-def test_labelled_object_is_any_of_those_in_the_scene():
-    data = shapes.load("train", num_images=8000)
+def test_labelled_object_is_any_of_those_in_the_scene(many_scenes):
+    data = many_scenes
     taken_cells, position = taken(data), data.labels["position"]
     several = data.labels["count"] > 0
     first_of_all = position == taken_cells.int().argmax(dim=1)  # in reading order

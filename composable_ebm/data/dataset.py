@@ -6,6 +6,7 @@ an expert of an attribute learns from the images that have a label for it, the b
 """
 
 import difflib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -130,6 +131,36 @@ class LabelledImages:
         """The images that have a label for an attribute."""
         self.attribute(attribute)
         return self.select(self.labels[attribute] != UNLABELLED)
+
+    def jointly(self, attributes: str) -> "LabelledImages":
+        """The same images with one attribute more, whose values are combinations of several.
+
+        Args:
+            attributes: Names joined by "+", each with at most ten values.
+        Returns:
+            Images with an attribute of that name: its values are the labels written one after the
+            other, "00", "01", ...; images that lack one of the labels have none.
+        Raises:
+            ValueError: If an attribute is unknown or has more than ten values.
+        Example:
+            >>> faces.jointly("smile+glasses").values["smile+glasses"]
+            ('00', '01', '10', '11')
+        """
+        names = attributes.split("+")
+        counts = [len(self.attribute(name)) for name in names]
+        if max(counts) > 10:
+            raise ValueError(f"an attribute of {attributes!r} has more than ten values: {counts}.")
+        label = torch.zeros_like(self.labels[names[0]])
+        known = torch.ones_like(label, dtype=torch.bool)
+        for name, count in zip(names, counts, strict=True):
+            label = label * count + self.labels[name]
+            known &= self.labels[name] != UNLABELLED
+        values = tuple("".join(map(str, digits)) for digits in itertools.product(*map(range, counts)))
+        return replace(
+            self,
+            labels={**self.labels, attributes: torch.where(known, label, UNLABELLED)},
+            values={**self.values, attributes: values},
+        )
 
     def to(self, device: torch.device | str) -> "LabelledImages":
         """The same data set with its tensors on another device."""

@@ -7,8 +7,9 @@ Either layout will do:
     photos/more/002.jpg         more/002.jpg,,red      photos/dog/001.png
 
 The table has the column `file`, a path inside the folder, and a column for each attribute. Its
-values are the entries of its column, in order; an empty one leaves the image unlabelled. The folders
-are those of `torchvision.datasets.ImageFolder`.
+values are the entries of its column, in order; an empty one leaves the image unlabelled. Spaces and
+hyphens inside an entry become underscores, since values are named in recipes. The folders are those
+of `torchvision.datasets.ImageFolder`.
 
 The split of an image depends on the name of its file alone: 80 % of the names are for training, 10 %
 for validation and 10 % for tests. New images and another machine leave the others where they are.
@@ -16,6 +17,7 @@ for validation and 10 % for tests. New images and another machine leave the othe
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,6 +34,7 @@ TABLE = "attributes.csv"
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MODES = {1: "L", 3: "RGB"}
 MAX_VALUES = 200
+_SEPARATORS = re.compile(r"(?<=\w)[\s-]+(?=\w)")  # -1 stays -1
 
 
 def load(
@@ -105,7 +108,8 @@ def _read_classes(root: Path) -> tuple[list[str], dict[str, list[str]]]:
             f"subfolder of images for each class: {err}"
         ) from err
     files = [Path(path).relative_to(root).as_posix() for path, _ in found.samples]
-    return files, {"class": [found.classes[index] for _, index in found.samples]}
+    classes = [_SEPARATORS.sub("_", name) for name in found.classes]
+    return files, {"class": [classes[index] for _, index in found.samples]}
 
 
 def _read_table(table: Path) -> tuple[list[str], dict[str, list[str]]]:
@@ -124,7 +128,7 @@ def _read_table(table: Path) -> tuple[list[str], dict[str, list[str]]]:
         if len(row) != len(header):
             raise ValueError(f"row {line} of {table} must have {len(header)} columns, got {len(row)}: {row}.")
         for name, entry in zip(header, row, strict=True):
-            columns[name].append(entry.strip())
+            columns[name].append(_SEPARATORS.sub("_", entry.strip()) if name != "file" else entry.strip())
     files = [Path(file).as_posix() for file in columns.pop("file")]
     if len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)

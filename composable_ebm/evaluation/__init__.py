@@ -1,4 +1,4 @@
-"""Evaluation: judges, composition accuracy, diversity and detection, as tables and plots."""
+"""Evaluation: judges, composition accuracy, diversity, detection and calibration, as tables and plots."""
 
 from composable_ebm.evaluation.family import Evaluation, evaluate_family
 

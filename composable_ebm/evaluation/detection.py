@@ -29,26 +29,38 @@ def detection(experts: Mapping[str, Expert], base: Expert | None, data: Labelled
     """AUROC of each expert's energies on held-out images.
 
     Returns:
-        "data against noise" by the marginal energy of the base, or else of each expert;
-        "<attribute>" by log p(value | x) = E(x) - E(x, value), each value against the others, averaged.
+        "data against noise" (uniform), "against Gaussian noise" (with the mean and spread of each pixel)
+        and "against upside-down data", by the marginal energy of the base, or else of each expert;
+        "<attribute> by log ratio", log p(value | x) = E(x) - E(x, value), and "<attribute> by energy",
+        E(x, value) alone: each value against the others, averaged.
     """
     index = torch.arange(min(LIMIT, len(data)))
     x = data.batch(index)
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(x.shape, generator=generator) * 2 - 1
+    spread = torch.randn(x.shape, generator=generator)
+    alike = (x.mean(0) + x.std(0) * spread).clamp(-1, 1)
+    strangers = {"noise": noise, "Gaussian noise": alike, "upside-down data": x.flip(2)}
     found = {}
     for name, expert in experts.items() if base is None else {"base": base}.items():
         marginal = expert["any"]
-        found[f"data against noise, {name}"] = auroc(-marginal(x), -marginal(noise))
+        own = -marginal(x)
+        for stranger, states in strangers.items():
+            found[f"data against {stranger}, {name}"] = auroc(own, -marginal(states))
     for name, expert in experts.items():
+        if name not in data.labels:
+            continue
         labels = data.labels[name][index]
-        scores = []
-        for position, value in enumerate(expert.card.values):
-            has, lacks = x[labels == position], x[(labels >= 0) & (labels != position)]
-            if not len(has) or not len(lacks):
-                continue
-            ratio = expert["any"] - expert[value]
-            scores.append(auroc(ratio(has), ratio(lacks)))
-        if scores:
-            found[name] = sum(scores) / len(scores)
+        energies = torch.stack([expert[value](x) for value in expert.card.values], dim=1)
+        for words, scores in (
+            ("log ratio", expert["any"](x)[:, None] - energies),
+            ("energy", -energies),
+        ):
+            values = []
+            for position in range(len(expert.card.values)):
+                has, lacks = labels == position, (labels >= 0) & (labels != position)
+                if has.any() and lacks.any():
+                    values.append(auroc(scores[has, position], scores[lacks, position]))
+            if values:
+                found[f"{name} by {words}"] = sum(values) / len(values)
     return {name: round(value, 4) for name, value in found.items()}

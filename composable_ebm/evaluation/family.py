@@ -1,34 +1,43 @@
-"""`composable-ebm evaluate FAMILY`: the table and the plot of a family of experts."""
+"""`composable-ebm evaluate FAMILY`: everything that is measured of a family of experts, in one file.
+
+Each part is written down as soon as it is done, so that an evaluation that was stopped goes on where it
+stood; what was kept is thrown away when the whole is finished, or when experts or settings change.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from composable_ebm.data import load_data
-from composable_ebm.evaluation.composition import FORMS, ceiling, evaluate_row, neighbours, sample_row
+from composable_ebm.data import LabelledImages, load_data
+from composable_ebm.evaluation.agreement import agreement, stability
+from composable_ebm.evaluation.choice import alternatives, negation
+from composable_ebm.evaluation.composition import FORMS, sample_row
 from composable_ebm.evaluation.detection import detection
-from composable_ebm.evaluation.judge import KINDS, load_judge
-from composable_ebm.experts.card import Card
-from composable_ebm.experts.catalogue import cards, load_expert
+from composable_ebm.evaluation.judge import KINDS, Judge, load_judge
+from composable_ebm.evaluation.report import plot, plot_agreement
+from composable_ebm.evaluation.rivals import RIVALS, Missing, sample_rival
+from composable_ebm.evaluation.rows import bounds, evaluate_row
+from composable_ebm.evaluation.task import Task, requests, task_of
+from composable_ebm.evaluation.tuning import tune
 from composable_ebm.experts.checkpoint import write_atomic
-from composable_ebm.experts.expert import Expert
-from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, figure, save_figure
 
-# Attributes whose experts are composed, in order; others of the family are left out.
-ATTRIBUTES = {
-    "digits": ("digit", "thick", "slanted"),
-    "faces": ("smile", "glasses", "beard", "curly", "grey_hair"),
-}
-BASE = "image"
+PARTS = ("rows", "negation", "alternatives", "detection", "agreement", "stability")
+ALONE = ("agreement", "stability")  # done for each expert by itself
+REQUEST_SEED = 40_000
 
-__all__ = ["Evaluation", "evaluate_family"]
+__all__ = ["PARTS", "Evaluation", "evaluate_family"]
 
 
 @dataclass(frozen=True)
@@ -37,139 +46,246 @@ class Evaluation:
 
     Args:
         family: Family of experts; its data set has the same name.
-        forms: Ways to compose, see `composition.FORMS`.
+        parts: What to measure, see `PARTS`.
+        forms: Ways to compose, see `composition.FORMS`, and rivals, see `rivals.RIVALS`.
         weight: Weight of every ratio; what each expert was calibrated with unless given.
         samples: Samples of each row.
+        other_samples: Samples of rows of forms after the first, and in all of each NOT and OR.
+        chains: Chains of each test of one expert alone.
         seeds: Seeds; rows are repeated for each.
         sizes: Numbers of attributes asked for at once; all unless given.
-        judges: Kinds of judges; the first one's features measure distances.
+        held_out: Asks only for combinations that no expert saw.
+        combinations: Those combinations; the ones that all cards name unless given.
+        judges: Kinds of judges; the first one's features measure distances, the last one tunes.
         root: Folder of the data.
         cache: Where judges are kept.
+        progress: Where finished parts are kept until the whole is done.
     """
 
     family: str
-    forms: tuple[str, ...] = FORMS[:2]
+    parts: tuple[str, ...] = PARTS
+    forms: tuple[str, ...] = FORMS + RIVALS
     weight: float | None = None
     samples: int = 1000
+    other_samples: int = 400
+    chains: int = 64
     seeds: tuple[int, ...] = (0,)
     sizes: tuple[int, ...] = ()
+    held_out: bool = False
+    combinations: tuple[str, ...] = ()
     judges: tuple[str, ...] = KINDS
     root: str = ""
     cache: str = "runs/judges"
+    progress: str = "runs/evaluation"
+
+    def __post_init__(self) -> None:
+        for name, known in (("parts", PARTS), ("forms", FORMS + RIVALS)):
+            if unknown := [value for value in getattr(self, name) if value not in known]:
+                raise ValueError(f"`{name}` are {', '.join(known)}, got {', '.join(map(repr, unknown))}.")
+
+
+class Progress:
+    """Finished parts on disk.
+
+    Args:
+        folder: One for each set of experts and settings.
+        total: Number of parts, for the progress bar.
+        title: Of the progress bar.
+    """
+
+    def __init__(self, folder: Path, total: int, title: str) -> None:
+        self.folder = folder
+        self.bar = tqdm(total=total, desc=title, dynamic_ncols=True)
+
+    def part(self, name: str, compute: Callable[[], object]):
+        """What `compute` gives, or gave before."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+        else:
+            found = compute()
+            write_atomic(path, json.dumps(found).encode())
+            found = json.loads(path.read_text())  # the same types, computed or kept
+        self.bar.update()
+        return found
+
+    def finish(self) -> None:
+        """Throws everything away."""
+        self.bar.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def evaluate_family(evaluation: Evaluation, out: str | Path) -> dict:
-    """Evaluates a family and writes the results as JSON, and a plot beside it.
+    """Evaluates a family and writes the results as JSON, with plots beside it.
 
     Args:
         evaluation: What to evaluate.
-        out: A .json file; the plot has the same name and ends in .png.
+        out: A .json file; the plots have its name and end in .png and _agreement.png.
     Returns:
         The content of the file.
     Raises:
-        ValueError: If the family has no experts to compose.
+        ValueError: If the family has no experts to compose, or nothing was held out that is asked for.
     """
-    experts, base = family_experts(evaluation.family)
-    root = evaluation.root or None
-    train = load_data(evaluation.family, "train", root)
-    held_out = load_data(evaluation.family, "validation", root)
-    judged = {kind: load_judge(evaluation.family, kind, root, evaluation.cache) for kind in evaluation.judges}
-    judges = {kind: judge for kind, (judge, _) in judged.items()}
-    attributes = list(experts)
-    result: dict = {
-        "family": evaluation.family,
-        "experts": {name: e.card.weights["sha256"][:12] for name, e in experts.items()},
-        "settings": {
-            "weight": evaluation.weight,
-            "samples": evaluation.samples,
-            "seeds": list(evaluation.seeds),
-        },
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "threads": torch.get_num_threads(),
-        "judges": {
-            kind: {k: round(v, 4) for k, v in accuracy.items()} for kind, (_, accuracy) in judged.items()
-        },
-        "ceiling": ceiling(next(iter(judges.values())), evaluation.family, held_out, attributes),
-        "floor": _floor(experts),
-        "rows": [],
-    }
-    sizes = evaluation.sizes or tuple(range(1, len(attributes) + 1))
-    plan = [(f, k, s) for f in evaluation.forms for k in sizes for s in evaluation.seeds]
-    for form, size, seed in tqdm(plan, desc=f"evaluate {evaluation.family}", dynamic_ncols=True):
-        row = sample_row(form, size, evaluation.samples, experts, base, evaluation.weight, seed)
-        found = evaluate_row(row, evaluation.family, judges, held_out)
-        result["rows"].append({"form": form, "attributes_asked": size, "seed": seed, **found})
-    result["nearest_training_image"] = neighbours(row.samples, train, held_out)
-    result["detection"] = detection(experts, base, held_out)
+    task = task_of(evaluation.family, evaluation.combinations)
+    if evaluation.held_out and not task.held_out:
+        raise ValueError(
+            f"the experts of {task.family!r} name no combination that all were trained without; name some "
+            'with `combinations`, such as "glasses+beard".'
+        )
+    setting, accuracies = _prepare(evaluation, task)
+    result = {**_provenance(evaluation, task), "judges": accuracies}
+    result["ceiling"], result["floor"] = bounds(setting.first, task, setting.pool)
+    plan = _plan(evaluation, task)
+    parts = [name for name in PARTS[1:] if name in evaluation.parts]
+    alone = [name for name in ALONE if name in parts]
+    total = len(plan) + len(parts) + len(alone) * (len(task.all_experts) - 1) + _tunes(evaluation)
+    progress = Progress(_progress_folder(evaluation, result), total, f"evaluate {evaluation.family}")
+    result.update(_all_rows(setting, plan, progress))
+    for name in parts:
+        result[name] = (
+            {
+                expert: progress.part(f"{name} {expert}", partial(_alone, setting, name, expert))
+                for expert in task.all_experts
+            }
+            if name in alone
+            else progress.part(name, partial(_part, setting, name))
+        )
     out = Path(out)
     write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
-    plot(result, out.with_suffix(".png"))
+    if result["rows"]:
+        plot(result, out.with_suffix(".png"))
+    if alone:
+        plot_agreement(result, out.with_name(f"{out.stem}_agreement.png"))
+    progress.finish()
     return result
 
 
-def family_experts(family: str) -> tuple[dict[str, Expert], Expert | None]:
-    """The experts to compose, by attribute, and the expert of p(x) if there is one."""
-    known: dict[str, Card] = {n: c for n, c in cards()[0].items() if c.family == family}
-    by_attribute = {card.attribute: name for name, card in known.items()}
-    wanted = ATTRIBUTES.get(family, tuple(a for a in by_attribute if a != BASE))
-    found = {a: load_expert(by_attribute[a]) for a in wanted if a in by_attribute}
-    if not found:
-        there = ", ".join(sorted({name.split("/")[0] for name in cards()[0]})) or "none"
-        raise ValueError(f"the family {family!r} has no experts to compose; families with experts: {there}.")
-    return found, load_expert(by_attribute[BASE]) if BASE in by_attribute else None
+@dataclass(frozen=True)
+class _Setting:
+    """What every measurement needs: real images to compare with, and those that experts learnt from."""
+
+    evaluation: Evaluation
+    task: Task
+    judges: dict[str, Judge]
+    pool: LabelledImages
+    train: LabelledImages
+
+    @property
+    def first(self) -> Judge:
+        """The judge of the table."""
+        return next(iter(self.judges.values()))
 
 
-def table(result: dict) -> str:
-    """The accuracies as text: a row for each form, a column for each number of attributes."""
-    sizes = sorted({row["attributes_asked"] for row in result["rows"]})
-    judge = next(iter(result["judges"]))
-    lines = ["form    " + "".join(f"{k:>8}" for k in sizes)]
-    for form in dict.fromkeys(row["form"] for row in result["rows"]):
-        lines.append(f"{form:<8}" + "".join(f"{100 * a:8.1f}" for a in _curve(result, form, judge, sizes)))
-    for name in ("ceiling", "floor"):
-        lines.append(f"{name:<8}" + "".join(f"{100 * result[name][str(k)]:8.1f}" for k in sizes))
-    return "\n".join(lines)
-
-
-def plot(result: dict, path: Path) -> None:
-    """Accuracy against the number of attributes, with the ceiling and the floor."""
-    sizes = sorted({row["attributes_asked"] for row in result["rows"]})
-    judge = next(iter(result["judges"]))
-    fig, axes = figure(1, 1, width=6.0, height=3.6)
-    axis = axes[0, 0]
-    for form, colour in zip(
-        dict.fromkeys(r["form"] for r in result["rows"]), (ORANGE, BLUE, GREEN), strict=False
-    ):
-        heights = [100 * a for a in _curve(result, form, judge, sizes)]
-        axis.plot(sizes, heights, marker="o", color=colour, label=form)
-    axis.plot(sizes, [100 * result["ceiling"][str(k)] for k in sizes], color=INK, ls=":", label="real images")
-    axis.plot(sizes, [100 * result["floor"][str(k)] for k in sizes], color=GREY, ls="--", label="chance")
-    axis.set(
-        xlabel="attributes asked for at once", ylabel="all of them right, %", ylim=(0, 102), xticks=sizes
+def _prepare(evaluation: Evaluation, task: Task) -> tuple[_Setting, dict]:
+    root = evaluation.root or None
+    judged = {kind: load_judge(evaluation.family, kind, root, evaluation.cache) for kind in evaluation.judges}
+    setting = _Setting(
+        evaluation,
+        task,
+        judges={kind: judge for kind, (judge, _) in judged.items()},
+        pool=task.reference(root),
+        train=task.seen_in_training(load_data(evaluation.family, "train", root)),
     )
-    axis.set_title(f"Composing {result['family']} experts")
-    axis.legend()
-    save_figure(fig, path)
+    return setting, {
+        kind: {name: round(value, 4) for name, value in accuracy.items()}
+        for kind, (_, accuracy) in judged.items()
+    }
 
 
-def _curve(result: dict, form: str, judge: str, sizes: Sequence[int]) -> list[float]:
-    means = []
-    for size in sizes:
-        rows = [r for r in result["rows"] if r["form"] == form and r["attributes_asked"] == size]
-        means.append(sum(r[f"accuracy_{judge}"]["value"] for r in rows) / len(rows))
-    return means
+def _plan(evaluation: Evaluation, task: Task) -> list[tuple[str, int, int]]:
+    """Form, size and seed of every row."""
+    sizes = evaluation.sizes or task.sizes
+    if evaluation.held_out:
+        sizes = tuple(k for k in sizes if k >= min(map(len, task.held_out)))
+    plan = [(f, k, s) for f in evaluation.forms for k in sizes for s in evaluation.seeds]
+    return plan if "rows" in evaluation.parts else []
 
 
-def _floor(experts: dict[str, Expert]) -> dict[str, float]:
-    """Accuracy of guessing, for the first k attributes averaged over subsets of equal size."""
-    chances = [1 / len(e.card.values) for e in experts.values()]
-    floor = {}
-    elementary = [1.0] + [0.0] * len(chances)
-    for chance in chances:
-        for k in range(len(chances), 0, -1):
-            elementary[k] += elementary[k - 1] * chance
-    count = 1.0
-    for k in range(1, len(chances) + 1):
-        count = count * (len(chances) - k + 1) / k
-        floor[str(k)] = round(elementary[k] / count, 4)
-    return floor
+def _tunes(evaluation: Evaluation) -> bool:
+    return "tuned" in evaluation.forms and "rows" in evaluation.parts
+
+
+def _all_rows(setting: _Setting, plan: list[tuple[str, int, int]], progress: Progress) -> dict:
+    """The rows, the weights that were tuned for them, and why some could not be drawn."""
+    evaluation = setting.evaluation
+    found: dict = {"rows": [], "missing": {}}
+    if _tunes(evaluation):
+        last = list(setting.judges.values())[-1]
+        found["tuned"] = progress.part("tuned", partial(tune, setting.task, last, evaluation.other_samples))
+    for form, size, seed in plan:
+        weights = found["tuned"]["weights"] if form == "tuned" else evaluation.weight
+        row = progress.part(f"row {form} {size} {seed}", partial(_row, setting, form, size, seed, weights))
+        if "missing" in row:
+            found["missing"][form] = row["missing"]
+        else:
+            found["rows"].append({"form": form, "attributes_asked": size, "seed": seed, **row})
+    return found
+
+
+def _row(
+    setting: _Setting, form: str, size: int, seed: int, weights: dict[str, float] | float | None
+) -> dict:
+    """One row: the same requests for every form."""
+    evaluation, task = setting.evaluation, setting.task
+    count = evaluation.samples if form == evaluation.forms[0] else evaluation.other_samples
+    generator = torch.Generator().manual_seed(REQUEST_SEED + seed)
+    asked = requests(task.askable, size, count, generator, task.held_out if evaluation.held_out else ())
+    if form == "base ratio" and task.base is None:
+        return {"missing": f"the family {task.family!r} has no expert of p(x)."}
+    try:
+        if form in RIVALS:
+            row = sample_rival(form, asked, task, seed)
+        else:
+            row = sample_row(form, asked, task, weights, seed)
+    except Missing as error:
+        return {"missing": str(error)}
+    return evaluate_row(row, task, setting.judges, setting.pool, setting.train)
+
+
+def _part(setting: _Setting, name: str) -> object:
+    """A measurement of the whole family."""
+    task, seed, count = setting.task, setting.evaluation.seeds[0], setting.evaluation.other_samples
+    if name == "detection":
+        return detection(task.experts, task.base, setting.pool)
+    return {"negation": negation, "alternatives": alternatives}[name](task, setting.first, count, seed)
+
+
+def _alone(setting: _Setting, name: str, expert: str) -> dict:
+    """A measurement of one expert."""
+    measure = {"agreement": agreement, "stability": stability}[name]
+    evaluation = setting.evaluation
+    return measure(setting.task, expert, setting.first, setting.pool, evaluation.chains, evaluation.seeds[0])
+
+
+def _provenance(evaluation: Evaluation, task: Task) -> dict:
+    settings = {k: v for k, v in asdict(evaluation).items() if k not in ("root", "cache", "progress")}
+    return {
+        "family": task.family,
+        "experts": {name: e.card.weights.get("sha256", "")[:12] for name, e in task.all_experts.items()},
+        "weights": {name: e.card.weight for name, e in task.experts.items()},
+        "held_out": [
+            "+".join(f"{name}={value}" for name, value in request.items()) for request in task.held_out
+        ],
+        "settings": settings,
+        "versions": {
+            "composable_ebm": version("composable_ebm"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _progress_folder(evaluation: Evaluation, provenance: dict) -> Path:
+    kept = {k: provenance[k] for k in ("family", "experts", "weights", "held_out", "settings", "versions")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(evaluation.progress) / f"{evaluation.family}-{digest}"
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return models[0] if models else platform.processor() or platform.machine()

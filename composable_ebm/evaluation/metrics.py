@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["entropy", "frechet_distance", "nearest_distance", "precision_recall", "wilson_interval"]
+__all__ = [
+    "entropy",
+    "frechet_distance",
+    "kolmogorov_smirnov",
+    "nearest_distance",
+    "precision_recall",
+    "wilson_interval",
+]
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -47,6 +54,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
+    """Largest difference between the distribution functions of two sets of numbers, (n,) and (m,)."""
+    a, b = a.sort().values, b.sort().values
+    points = torch.cat([a, b])
+    shares = [torch.searchsorted(x, points, right=True).double() / len(x) for x in (a, b)]
+    return float((shares[0] - shares[1]).abs().max())
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:

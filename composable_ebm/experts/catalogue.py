@@ -15,7 +15,7 @@ from composable_ebm.experts.expert import Expert
 
 ENVIRONMENT = "COMPOSABLE_EBM_MODELS"
 
-__all__ = ["catalogue", "load_expert", "model_folders"]
+__all__ = ["catalogue", "find_folder", "load_expert", "model_folders"]
 
 
 def model_folders() -> list[Path]:
@@ -65,29 +65,41 @@ def load_expert(name: str | Path, device: torch.device | str | None = None) -> E
     Example:
         >>> three = load_expert("digits/digit")[3]
     """
-    known = catalogue()
-    if str(name) in known:
-        return load_folder(known[str(name)], device)
-    folder = Path(name)
-    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
-        return load_folder(folder, device)
-    near = difflib.get_close_matches(str(name), known, 3) or [k for k in known if k.endswith(f"/{name}")]
-    reason = ""
-    if (
-        not near
-        and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))
-        and str(name).split("/")[0] not in _families(known)
-    ):
+    try:
+        return load_folder(find_folder(name), device)
+    except KeyError as error:
+        if not _may_be_on_the_hub(str(name)):
+            raise
         try:
             return load_folder(_download(str(name)), device)
-        except (OSError, ValueError) as error:
-            reason = f" The Hub did not give one either: {str(error).splitlines()[0]}"
+        except (OSError, ValueError) as reason:
+            said = str(reason).splitlines() or [type(reason).__name__]
+            raise KeyError(f"{error.args[0]} The Hub did not give one either: {said[0]}") from reason
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder of an expert on this machine, given by name or as a folder.
+
+    Raises:
+        KeyError: If there is no such expert; the message lists near names.
+    """
+    known, folder = catalogue(), Path(name)
+    if str(name) in known:
+        return known[str(name)]
+    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
+        return folder
+    near = difflib.get_close_matches(str(name), known, 3) or [k for k in known if k.endswith(f"/{name}")]
     hint = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(known) or 'none'}."
-    raise KeyError(f"no expert named {str(name)!r}.{hint}{reason}")
+    raise KeyError(f"no expert named {str(name)!r}.{hint}")
 
 
-def _families(known: dict[str, Path]) -> set[str]:
-    return {name.split("/")[0] for name in known}
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether a name looks like user/repository, and not like a slip in the name of an expert here."""
+    known = catalogue()
+    families = {other.split("/")[0] for other in known}
+    shaped = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    slip = difflib.get_close_matches(name, known, 1, cutoff=0.85)
+    return shaped and name.split("/")[0] not in families and not slip
 
 
 def _download(repository: str) -> Path:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
@@ -117,7 +118,8 @@ def _build(card: Card, path: Path) -> nn.Module:
         raise CheckpointError(f"{path} names the network {kind!r}; this version knows {', '.join(NETWORKS)}.")
     build: Callable[..., nn.Module] = NETWORKS[kind]
     try:
-        network = build(**options)
+        with _Undrawn():
+            network = build(**options)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} gives {kind} arguments that do not fit: {error}.") from error
     outputs = options.get("num_values", 1)
@@ -127,6 +129,15 @@ def _build(card: Card, path: Path) -> nn.Module:
             f"{outputs} for shape {tuple(options.get('event_shape', ()))}."
         )
     return network
+
+
+class _Undrawn(TorchFunctionMode):
+    """Networks built inside draw no initial weights, which takes most of the time of loading one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _read(path: Path) -> bytes:

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.experts.diffused_pass import DiffusedPass
+from composable_ebm.experts.skeleton import GaussianSkeleton
+
 __all__ = ["DiffusedEnergy"]
 
-FIT_IMAGES = 10_000
 
-
-class DiffusedEnergy(nn.Module):
+class DiffusedEnergy(GaussianSkeleton):
     """A multilayer perceptron around a Gaussian skeleton; energies (batch, num_values) in nats.
 
     Small images in which things have their place (faces, digits) suit it: matrix products are what
@@ -47,6 +48,8 @@ class DiffusedEnergy(nn.Module):
             noise level given, it is evaluated at the smallest.
     """
 
+    together = DiffusedPass
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -55,7 +58,7 @@ class DiffusedEnergy(nn.Module):
         components: int = 128,
         noise_range: Sequence[float] = (0.02, 10.0),
     ) -> None:
-        super().__init__()
+        super().__init__(event_shape, components, noise_range)
         self.options: dict[str, object] = {
             "event_shape": list(event_shape),
             "num_values": num_values,
@@ -64,20 +67,8 @@ class DiffusedEnergy(nn.Module):
             "noise_range": list(noise_range),
         }
         size = math.prod(event_shape)
-        low, high = noise_range
-        self.noise_range = (float(low), float(high))
-        self.mean: Tensor
-        self.axes: Tensor
-        self.variances: Tensor
-        self.residual: Tensor
-        self.spread: Tensor
         self.frequencies: Tensor
         self.signs: Tensor
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("axes", torch.eye(size)[:components].clone())
-        self.register_buffer("variances", torch.ones(components))
-        self.register_buffer("residual", torch.ones(()))  # variance of every other direction
-        self.register_buffer("spread", torch.ones(()))  # s
         self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
         self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(64))
         self.embed = nn.Linear(32, 64)
@@ -102,32 +93,11 @@ class DiffusedEnergy(nn.Module):
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
 
-    @torch.no_grad()
-    def fit(self, images: Tensor) -> None:
-        """Takes mean and principal components from images in [-1, 1], (n, *event)."""
-        x = images[:FIT_IMAGES].flatten(1).float()
-        self.mean.copy_(x.mean(0))
-        x = x - self.mean
-        variances, axes = torch.linalg.eigh(x.T @ x / len(x))
-        count = len(self.variances)
-        self.axes.copy_(axes[:, -count:].T)
-        self.variances.copy_(variances[-count:].clamp(min=1e-8))
-        self.residual.copy_(variances[:-count].clamp(min=1e-8).mean())
-        self.spread.copy_(x.square().mean().sqrt())
-
     @property
     def architecture(self) -> Hashable:
         """Networks that agree in it may run as one batched pass."""
         shared = tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
         return (*shared, self.value_head is None)
-
-    def denoiser_error(self, sigma: Tensor) -> Tensor:
-        """m: mean squared error per pixel of the Gaussian skeleton's denoiser, shape of `sigma`."""
-        noise = sigma.square()
-        kept = (self.variances * noise[..., None] / (self.variances + noise[..., None])).sum(-1)
-        size = len(self.mean)
-        rest = (size - len(self.variances)) * self.residual * noise / (self.residual + noise)
-        return (kept + rest) / size
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
@@ -149,7 +119,8 @@ class DiffusedEnergy(nn.Module):
 
         # Energies are large and their differences small: sums in float32, whatever autocast does.
         with torch.autocast(x.device.type, enabled=False):
-            h, d, along = h.float(), d.float(), along.float()
+            wide = torch.promote_types(h.dtype, torch.float32)
+            h, d, along = h.to(wide), d.to(wide), along.to(wide)
             rest = 1 / (self.residual + noise)
             gaussian = (rest * d.square().sum(1) + ((precision - rest[:, None]) * along.square()).sum(1)) / 2
             g = self.linear_head(h)[:, 0] + (self.quadratic_head(h).square() * self.signs).sum(1) / 2

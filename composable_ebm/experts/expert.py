@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from composable_ebm.conditionals import Conditionals
 from composable_ebm.energy import Energy, Mixture, negate
 from composable_ebm.experts.card import Card
 
@@ -72,6 +73,8 @@ class Expert(Energy):
         self.data_range = card.data_range
         self.sampler_settings = card.sampler or None
         self.noise_conditioned = card.noise_conditioned
+        self.has_value = getattr(network, "has_value", True)
+        self.binary = getattr(network, "binary", False)
         self.energy_range = card.energy_range.get("any" if value is None else card.values[value])
 
     @classmethod
@@ -114,6 +117,10 @@ class Expert(Energy):
     @property
     def key(self) -> Hashable:
         return ("expert", id(self.network), self.value)
+
+    def conditionals(self) -> Conditionals | None:
+        offer = getattr(self.network, "conditionals", None)
+        return None if offer is None or self.value is None else offer(self.value)
 
     def complement(self) -> Energy:
         """The expert of the other value, the mixture of the other values, or a bounded negation."""

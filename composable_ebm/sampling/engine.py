@@ -1,12 +1,14 @@
-"""The one loop over Markov chain steps: training, `sample` and the mixer all run on it.
+"""The one loop over Markov chain steps: training, `sample`, `Engine` and the mixer all run on it.
 
-Nothing in the loop waits for the device: schedules, coefficients, traces and the count of diverged
-chains are tensors there, and are read once at the end.
+`Batch` is the loop, over the rows of one run or of several; `Chain` is a batch of one run. Nothing
+in the loop waits for the device: schedules, coefficients, traces and the count of diverged chains
+are tensors there, and are read once at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,15 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy
-from composable_ebm.sampling.annealed import Annealed
+from composable_ebm.sampling.block import Block, MaskedNoise, Rows, Sampler, joined
 from composable_ebm.sampling.fusion import FusedPotential
-from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
-from composable_ebm.schedules import Schedule
+from composable_ebm.sampling.graphs import (
+    Capturable,
+    Move,
+    Moved,
+    Step,
+    StepGraphs,
+    Tensors,
+    Weights,
+    evaluate_rows,
+    step_rows,
+    weights_of,
+)
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
 
-Sampler = Kernel | Annealed
 Callback = Callable[[int, "Chain"], object]
 
-__all__ = ["Callback", "Chain", "ChainDivergedError", "Divergence", "Sampler", "Trace"]
+__all__ = ["Batch", "Callback", "Chain", "ChainDivergedError", "Divergence", "Sampler", "Trace"]
 
 
 class ChainDivergedError(RuntimeError):
@@ -78,8 +90,153 @@ class Trace:
     step_size: Tensor
 
 
-class Chain:
-    """Running chains of one composition; `advance` is the loop.
+class Batch(ABC):
+    """Blocks of rows that take their steps together; `advance` is the loop.
+
+    All blocks run one kernel, up to its step size, temperature and noise scale, on states of one
+    shape; each has its own composition, noise, schedule and place in it. Blocks join and leave
+    between steps. What a block draws and where it goes does not depend on the others.
+
+    Args:
+        graphs: Captures steps and replays them; every step runs by itself without.
+    Attributes:
+        blocks: In the order of their rows.
+        rows: The chains of all blocks; only there while there is a block.
+        clock: Steps that the batch has taken.
+    """
+
+    def __init__(self, graphs: StepGraphs | None = None) -> None:
+        self.blocks: list[Block] = []
+        self.rows: Rows
+        self.clock = 0
+        self.graphs = graphs
+        self._weights = Weights((), "")
+        self._modules: list[nn.Module] = []
+
+    @abstractmethod
+    def potential_of(self, blocks: Sequence[Block]) -> Capturable:
+        """Energies and gradients of the rows of `blocks`, at their noise levels of the moment."""
+
+    @property
+    def state(self) -> State:
+        """States of all rows, their energies, gradients, and momenta where there are any."""
+        return self.rows.state
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each block."""
+        return [block.size for block in self.blocks]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def begin(self, block: Block, x: Tensor) -> Rows:
+        """The rows of a block whose chains stand at `x`, (rows, *event), before any step."""
+        with evaluating(block.energy.modules()):
+            state = block.kernel.init(self.potential_of([block]), x.detach(), block.noise)
+        return Rows.new(state, self.clock)
+
+    def join(self, block: Block, rows: Rows) -> None:
+        """Adds a block, whose rows count the steps of this batch."""
+        self.rows = Rows.cat([self.rows, rows]) if self.blocks else rows
+        self._regroup([*self.blocks, block])
+
+    def leave(self, block: Block) -> Rows:
+        """Takes a block out, and gives back its rows."""
+        parts = self.rows.split(self.sizes)
+        rows = parts.pop(self.blocks.index(block))
+        if parts:
+            self.rows = Rows.cat(parts)
+        self._regroup([other for other in self.blocks if other is not block])
+        return rows
+
+    def rows_of(self, block: Block) -> Rows:
+        """The rows of one block."""
+        return self.rows.split(self.sizes)[self.blocks.index(block)]
+
+    def refresh(self, blocks: Sequence[Block]) -> None:
+        """Energies and gradients of blocks whose target has moved."""
+        parts = self.rows.split(self.sizes)
+        places = [self.blocks.index(block) for block in blocks]
+        changed = Rows.cat([parts[i] for i in places])
+        rows = self._evaluated(blocks, changed, changed.state.x)
+        self._put(parts, places, rows)
+
+    def advance(self, num_steps: int) -> Tensor:
+        """Takes `num_steps` steps with every chain and returns the states, (batch, *event)."""
+        with evaluating(self._modules):
+            if self.graphs is not None:
+                self._weights = weights_of(self._modules, self.potential_of(self.blocks).copies_weights)
+            for _ in range(num_steps):
+                self._step()
+        return self.state.x
+
+    def _move(self, move: Move, numbers: Tensors) -> tuple[Moved, str]:
+        """One move of all rows, and why it was not replayed."""
+        kernel, potential = self.blocks[0].kernel, self.potential_of(self.blocks)
+        normal = all(type(block.noise) in (Noise, MaskedNoise) for block in self.blocks)
+        step = Step(move, kernel, potential, self.rows, numbers, self._noise, self.clock, normal)
+        return (step.taken(), "") if self.graphs is None else self.graphs.take(step, self._weights)
+
+    def _regroup(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+        self._modules = list({id(m): m for block in blocks for m in block.energy.modules()}.values())
+        noises = [block.noise for block in blocks]
+        self._noise = noises[0] if len(noises) == 1 else _BlockNoise(noises, self.sizes)
+
+    def _step(self) -> None:
+        each = [block.scheduled() for block in self.blocks]
+        dynamics = tuple(joined(column, self.sizes) for column in zip(*each, strict=True))
+        moved, reason = self._move(step_rows, dynamics)
+        self.rows = moved.rows
+        self._note(moved.norm, Info(moved.acceptance), [numbers.step_size for numbers in each])
+        if self.graphs is not None:
+            for block in self.blocks:
+                block.replayed += not reason
+                block.plain_because = reason or block.plain_because
+        self.clock += 1
+        if leaving := [block for block in self.blocks if block.stepped()]:
+            self._change_noise_level(leaving)
+
+    def _note(self, norm: Tensor, info: Info, step_sizes: list[Tensor]) -> None:
+        if not any(block.record or block.adapts for block in self.blocks):
+            return
+        none = [None] * len(self.blocks)
+        norms = norm.split(self.sizes)
+        acceptance = none if info.acceptance is None else info.acceptance.split(self.sizes)
+        parts = zip(self.blocks, self.rows.split(self.sizes), norms, acceptance, step_sizes, strict=True)
+        for block, rows, block_norm, accepted, step_size in parts:
+            block.note(rows, block_norm, Info(accepted), step_size)
+
+    def _change_noise_level(self, leaving: list[Block]) -> None:
+        """From one noise level on to the next one, and from the last to no noise at all."""
+        parts = self.rows.split(self.sizes)
+        places = [self.blocks.index(block) for block in leaving]
+        moves = [block.predicted(parts[i].state) for block, i in zip(leaving, places, strict=True)]
+        x = moves[0] if len(moves) == 1 else torch.cat(moves)
+        if leaving == self.blocks and leaving[0].kernel.energy_is_current:
+            self.rows = self._move(evaluate_rows, (x,))[0].rows
+            return
+        self._put(parts, places, self._evaluated(leaving, Rows.cat([parts[i] for i in places]), x))
+
+    def _evaluated(self, blocks: Sequence[Block], rows: Rows, x: Tensor) -> Rows:
+        """The rows of some blocks, moved to `x`."""
+        state = rows.state._replace(x=x)
+        potential = self.potential_of(blocks)
+        if blocks[0].kernel.energy_is_current:
+            with evaluating(self._modules):
+                energy, gradient = potential(x)
+            state = state._replace(energy=energy, gradient=gradient)
+        return rows.moved(state, self.clock)
+
+    def _put(self, parts: list[Rows], places: Sequence[int], rows: Rows) -> None:
+        for i, part in zip(places, rows.split([parts[i].alive.numel() for i in places]), strict=True):
+            parts[i] = part
+        self.rows = Rows.cat(parts)
+
+
+class Chain(Batch):
+    """Running chains of one composition: a batch of one block.
 
     Coefficients, temperature and step size may be changed between calls of `advance` and take
     effect at the next step. `noise` may hold several generators, one for each block of rows, so
@@ -95,6 +252,7 @@ class Chain:
         mask: 1 where states may move, 0 where they are held, broadcasting over (batch, *event).
         num_warmup: Steps at the start in which the step size adapts, if the kernel has a target.
         record: Keeps a trace.
+        graphs: Captures steps and replays them, see `graphs`; pays where a chain is long.
     """
 
     def __init__(
@@ -109,49 +267,45 @@ class Chain:
         mask: Tensor | None = None,
         num_warmup: int = 0,
         record: bool = True,
+        graphs: StepGraphs | None = None,
     ) -> None:
-        schedule = sampler.schedule if isinstance(sampler, Annealed) else Schedule()
-        if num_steps is None:
-            if isinstance(sampler, Annealed):
-                raise ValueError(
-                    "an annealed chain needs `num_steps`, the length its schedule is stretched to."
-                )
-            num_steps = 0
-        self.kernel = sampler.kernel if isinstance(sampler, Annealed) else sampler
+        super().__init__(graphs)
         self.energy = energy
-        self.noise = noise if mask is None else _MaskedNoise(noise, mask)
-        self.record = record
         coefficients = energy.coefficients if coefficients is None else coefficients
         energy.check_coefficients(coefficients, len(x))
+        self.block = Block(
+            energy, x, sampler, noise, num_steps=num_steps, mask=mask, num_warmup=num_warmup, record=record
+        )
         self.potential = FusedPotential(
             energy,
             coefficients.to(device=x.device, dtype=x.dtype),
             mask,
             stack=x.device.type != "cpu",
         )
-        self.dynamics = self.kernel.dynamics(x)
-        self.num_steps = 0
-        self._tables = {
-            name: None if values is None else x.new_tensor(values)
-            for name, values in (
-                ("temperature", schedule.values(schedule.temperature, num_steps)),
-                ("noise_level", schedule.values(schedule.noise_level, num_steps)),
-                ("step_scale", schedule.values(schedule.step_scale, num_steps)),
-            )
-        }
-        self._levels = schedule.levels(num_steps)
-        self._schedule = schedule
-        self._adapt_until = num_warmup
-        if isinstance(sampler, Annealed) and self._levels:
-            self._adapt_until = max(num_warmup, self._levels.index(self._levels[-1]))
-        self._history: list[tuple[Tensor | None, ...]] = []
-        self._alive = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        self._bad_step = torch.full((x.shape[0],), -1, device=x.device)
-        self._largest = x.new_zeros(x.shape[0])
-        self._set_noise_level(0)
-        with evaluating(energy):
-            self.state = self.kernel.init(self.potential, x.detach(), self.noise)
-        self._freeze(self.state, self._norm(self.state))
+        self.join(self.block, self.begin(self.block, x))
+
+    def potential_of(self, blocks: Sequence[Block]) -> FusedPotential:
+        self.potential.noise_level = self.block.noise_level
+        return self.potential
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel, without its schedule."""
+        return self.block.kernel
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken."""
+        return self.block.num_steps
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """Step size, temperature and noise scale before the schedule's factors; assign to change them."""
+        return self.block.dynamics
+
+    @dynamics.setter
+    def dynamics(self, value: Dynamics) -> None:
+        self.block.dynamics = value
 
     @property
     def x(self) -> Tensor:
@@ -167,141 +321,60 @@ class Chain:
     def coefficients(self, value: Tensor) -> None:
         self.energy.check_coefficients(value, len(self.x))
         self.potential.coefficients = value.to(self.potential.coefficients)
-        self._refresh()
-
-    def advance(self, num_steps: int) -> Tensor:
-        """Takes `num_steps` steps with every chain and returns the states, (batch, *event)."""
-        with evaluating(self.energy):
-            for _ in range(num_steps):
-                self._step()
-        return self.state.x
+        self.refresh([self.block])
 
     def final_energies(self) -> Tensor:
         """Energies of the current states, (batch,), without a gradient."""
-        with evaluating(self.energy):
+        self.potential.noise_level = self.block.noise_level
+        with evaluating(self._modules):
             return self.potential.energy(self.state.x)
 
     def trace(self) -> Trace:
         """The trace so far. Reading it waits for the device; asking for it does not."""
-        if not self._history:
-            empty = self._largest.new_zeros(0, self._largest.shape[0])
-            return Trace(empty, empty, None, self._largest.new_zeros(0))
-        energy, norm, acceptance, step_size = zip(*self._history, strict=True)
-        accepted = None if acceptance[0] is None else torch.stack(acceptance)
-        steps = torch.stack(torch.broadcast_tensors(*step_size))  # one size for all chains, or one each
-        return Trace(torch.stack(energy), torch.stack(norm), accepted, steps)
+        return trace_of(self.block, self.rows)
 
     def divergence(self) -> Divergence:
         """Which chains have diverged so far."""
-        return Divergence(~self._alive, self._bad_step, self._largest)
-
-    def _step(self) -> None:
-        index = self.num_steps
-        dynamics = self._dynamics(index)
-        state, info = self.kernel.step(self.potential, self.state, self.noise, dynamics)
-        norm = self._norm(state)
-        self._freeze(state, norm)
-        if self.record:
-            self._history.append((self.state.energy, norm, info.acceptance, dynamics.step_size))
-        if self.kernel.target_acceptance is not None and index < self._adapt_until:
-            self._adapt(info, index)
-        self.num_steps = index + 1
-        if self._tables["noise_level"] is not None:
-            self._change_noise_level(index)
-
-    def _change_noise_level(self, index: int) -> None:
-        """After the last step at a level: on to the next one, and from the last to no noise at all."""
-        last = index + 1 == len(self._levels)
-        if index >= len(self._levels) or (not last and self._level(index + 1) == self._level(index)):
-            return
-        if last and not self._schedule.predict:
-            return
-        x = None
-        if self._schedule.predict:
-            sigma = self._at("noise_level", index)
-            after = None if last else self._at("noise_level", index + 1)
-            assert sigma is not None
-            after = torch.zeros_like(sigma) if after is None else after
-            x = self.state.x - sigma * (sigma - after) * self.state.gradient
-            if last and self.energy.data_range is not None:
-                x = x.clamp(*self.energy.data_range)
-        self._set_noise_level(index + 1)
-        self._refresh(x)
-
-    def _level(self, index: int) -> int:
-        return self._levels[min(index, len(self._levels) - 1)] if self._levels else 0
-
-    def _at(self, name: str, index: int) -> Tensor | None:
-        table = self._tables[name]
-        return None if table is None or not len(table) else table[min(index, len(table) - 1)]
-
-    def _set_noise_level(self, index: int) -> None:
-        self.potential.noise_level = self._at("noise_level", index)
-
-    def _refresh(self, x: Tensor | None = None) -> None:
-        """Energies and gradients under a target that has moved, at `x` or at the current states."""
-        state = self.state if x is None else self.state._replace(x=x)
-        if self.kernel.energy_is_current:
-            with evaluating(self.energy):
-                energy, gradient = self.potential(state.x)
-            state = state._replace(energy=energy, gradient=gradient)
-        self._freeze(state, self._norm(state))
-
-    def _dynamics(self, index: int) -> Dynamics:
-        step_size, temperature, noise_scale = self.dynamics
-        if (scale := self._at("step_scale", index)) is not None:
-            step_size = step_size * scale
-            noise_scale = None if noise_scale is None else noise_scale * scale
-        sigma = self._at("noise_level", index)
-        if sigma is not None and self._schedule.noise_power:
-            step_size = step_size * sigma**self._schedule.noise_power
-        if (factor := self._at("temperature", index)) is not None:
-            temperature = temperature * factor
-        return Dynamics(step_size, temperature, noise_scale)
-
-    @staticmethod
-    def _norm(state: State) -> Tensor:
-        return state.gradient.flatten(1).norm(dim=1)
-
-    def _freeze(self, new: State, norm: Tensor) -> None:
-        """Takes `new` for the chains that are finite; the others stay where they were, for good."""
-        finite = new.energy.isfinite() & norm.isfinite()
-        self._bad_step = torch.where(self._alive & ~finite, self.num_steps, self._bad_step)
-        self._alive = self._alive & finite
-        self._largest = torch.maximum(self._largest, torch.where(finite, norm, 0.0))
-        self.state = State(
-            *(
-                None
-                if after is None or before is None
-                else torch.where(expand(self._alive, after), after, before)
-                for before, after in zip(self.state, new, strict=True)
-            )  # type: ignore[arg-type]
-        )
-
-    def _adapt(self, info: Info, index: int) -> None:
-        """Robbins-Monro on log η towards the target acceptance, the same for all chains."""
-        assert info.acceptance is not None
-        assert self.kernel.target_acceptance is not None
-        gain = max(0.05, (index + 1) ** -0.5)
-        error = (info.acceptance * self._alive).sum() / self._alive.sum() - self.kernel.target_acceptance
-        self.dynamics = self.dynamics._replace(step_size=self.dynamics.step_size * torch.exp(gain * error))
+        return divergence_of(self.rows)
 
 
-class _MaskedNoise(Noise):
-    """Noise that is zero where states are held."""
+def trace_of(block: Block, rows: Rows) -> Trace:
+    """What a block has recorded, at its rows of the moment."""
+    if not block.history:
+        empty = rows.largest.new_zeros(0, block.size)
+        return Trace(empty, empty, None, rows.largest.new_zeros(0))
+    energy, norm, acceptance, step_size = zip(*block.history, strict=True)
+    accepted = None if acceptance[0] is None else torch.stack(acceptance)
+    steps = torch.stack(torch.broadcast_tensors(*step_size))  # one size for all chains, or one each
+    return Trace(torch.stack(energy), torch.stack(norm), accepted, steps)
 
-    def __init__(self, noise: Noise, mask: Tensor) -> None:
-        super().__init__(*noise.sources)
-        self.mask = mask
+
+def divergence_of(rows: Rows) -> Divergence:
+    """Which of the rows have diverged."""
+    return Divergence(~rows.alive, rows.bad_step, rows.largest)
+
+
+class _BlockNoise(Noise):
+    """Draws of several blocks, each from its own noise."""
+
+    def __init__(self, noises: Sequence[Noise], sizes: Sequence[int]) -> None:
+        super().__init__(*(source for noise in noises for source in noise.sources))
+        self.noises = noises
+        self.sizes = list(sizes)
 
     def normal(self, like: Tensor) -> Tensor:
-        return super().normal(like) * self.mask
+        parts = zip(self.noises, like.split(self.sizes), strict=True)
+        return torch.cat([noise.normal(part) for noise, part in parts])
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every submodule's own mode afterwards."""
-    training = [m for m in module.modules() if m.training]
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Evaluation mode inside; the own mode of each module afterwards.
+
+    Args:
+        modules: All of them, such as `energy.modules()`.
+    """
+    training = [m for m in modules if m.training]
     for m in training:
         m.training = False
     try:

@@ -4,22 +4,35 @@ A composition is a function of the energies of its leaves, so its gradient is on
 through one forward pass in which
 
     leaves that read one network (values of one conditional expert)  share its output;
+    networks that say how (`together`)                               run as one pass of their own making;
     networks of one architecture                                     run as one batched pass (CUDA);
-    everything else                                                  is evaluated by itself.
+    chains of known layers                                           run compiled (CPU, see `compiled`);
+    everything else                                                  is evaluated by itself, by autograd.
 
 Each form equals the plain one to float tolerance. Only the input gradient is computed. On a CPU the
 networks run one after another: there the batched pass, a grouped convolution, is the slower form
 from 16 chains on (81 ms against 59 for three digit experts at 64 chains, one thread).
+
+A class of networks may have an attribute `together`, a class of one pass over several of them:
+`together.groups(networks)` tells which may go together, `together(networks)` builds the pass,
+`.applies(x)` whether it serves such states, and `(x, noise_level)` gives outputs (networks, batch,
+...) and the function that pulls their cotangents back to x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from copy import copy
+from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from composable_ebm.energy import Energy, naming, one_per_state
+from composable_ebm.energy import Energy, Sum, naming, one_per_state
+from composable_ebm.packed import versions
+from composable_ebm.sampling.compiled import CompiledNetwork, Pullback
 
 __all__ = ["FusedPotential", "fuse"]
 
@@ -50,6 +63,104 @@ def _stack_padded(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tensors)
 
 
+class _ByHand(torch.autograd.Function):
+    """Outputs whose gradient is computed by hand: `evaluate` gives them and pulls cotangents back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, Pullback]]) -> Tensor:
+        outputs, ctx.pull_back = evaluate(x)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, cotangent: Tensor) -> tuple[Tensor, None]:
+        return ctx.pull_back(cotangent), None
+
+
+Reader = tuple[nn.Module, list[Energy]]
+"""A network and the leaves that read it."""
+
+
+class Group:
+    """Networks that are evaluated together, in the fastest form that serves the states given.
+
+    Args:
+        readers: The networks, and who reads each.
+    Attributes:
+        path: The form of the last evaluation, in words.
+    """
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self.readers = list(readers)
+        self.networks = [network for network, _ in readers]
+        self.noise_conditioned = readers[0][1][0].noise_conditioned
+        self.path = ""
+        together = _together(self.networks[0])
+        self._together = together(self.networks) if together is not None else None
+        single = len(readers) == 1 and self._together is None
+        self._compiled = CompiledNetwork(self.networks[0]) if single else None
+        self._stacked: Stacked | None = None
+        self._stacked_version: tuple = ()
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether it works on copies of the networks' weights."""
+        return self._together is not None or len(self.networks) > 1
+
+    def __call__(self, x: Tensor, noise_level: Tensor | None) -> Sequence[Tensor]:
+        """Outputs of each network, at noise levels () or (batch,)."""
+        level = noise_level if self.noise_conditioned else None
+        if self._together is not None and self._together.applies(x):
+            self.path = "in one pass, gradient by hand"
+            return _ByHand.apply(x, lambda states: self._together(states, level))
+        if self._compiled is not None and level is None and self._compiled.applies(x):
+            outputs = _ByHand.apply(x, self._compiled)
+            self.path = self._compiled.path
+            return [outputs]
+        self.path = "by autograd"
+        if len(self.networks) > 1 and self._together is None:
+            version = tuple(versions(network) for network in self.networks)
+            if self._stacked is None or version != self._stacked_version:
+                self._stacked, self._stacked_version = Stacked(self.networks), version
+            return self._stacked(x, level)  # type: ignore
+        return [network(x) if level is None else network(x, level) for network in self.networks]
+
+    def describe(self) -> str:
+        """How many networks of what kind, and how they ran."""
+        kind, count = type(self.networks[0]).__name__, len(self.networks)
+        text = f"one {kind}" if count == 1 else f"{count} {kind}"
+        if count > 1 and self._together is None:
+            text += " in one batched pass"
+        readers = sum(len(leaves) for _, leaves in self.readers)
+        text += f", read by {readers} terms" if readers > count else ""
+        return text + (f" ({self.path})" if self.path else "")
+
+
+def _together(network: nn.Module):
+    """The pass that the class of a network names itself: one that overrides `forward` inherits none."""
+    return vars(type(network)).get("together")
+
+
+def _grouped(readers: Sequence[Reader], stack: bool) -> list[Group]:
+    """Networks sorted into groups that are evaluated together."""
+    kinds: dict[Hashable, list[Reader]] = {}
+    for network, leaves in readers:
+        together = _together(network)
+        kind: Hashable = id(network)
+        if together is not None:
+            kind = (type(network), leaves[0].noise_conditioned)
+        elif stack:
+            kind = (type(network), getattr(network, "architecture", id(network)), leaves[0].noise_conditioned)
+        kinds.setdefault(kind, []).append((network, leaves))
+    groups = []
+    for members in kinds.values():
+        networks = [network for network, _ in members]
+        together = _together(networks[0])
+        parts = [list(range(len(members)))] if together is None else together.groups(networks)
+        groups += [Group([members[i] for i in part]) for part in parts]
+    return groups
+
+
 class LeafPlan:
     """How to evaluate the leaves of a composition: `plan(x, noise_level)` -> energies by key."""
 
@@ -57,44 +168,29 @@ class LeafPlan:
         self.composition = composition
         leaves = list(composition.leaves())
         self.alone = [leaf for leaf in leaves if leaf.body() is None]
-        readers: dict[int, tuple[nn.Module, list[Energy]]] = {}
+        readers: dict[int, Reader] = {}
         for leaf in leaves:
             if (body := leaf.body()) is not None:
                 readers.setdefault(id(body), (body, []))[1].append(leaf)
-        architectures: dict[Hashable, list[tuple[nn.Module, list[Energy]]]] = {}
-        for body, group in readers.values():
-            kind = (type(body), getattr(body, "architecture", id(body)), group[0].noise_conditioned)
-            architectures.setdefault(kind if stack else id(body), []).append((body, group))
-        self.groups = list(architectures.values())
-        self.stacks = [Stacked([b for b, _ in g]) if len(g) > 1 else None for g in self.groups]
+        self.groups = _grouped(list(readers.values()), stack)
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:
         energies = {}
         for leaf in self.alone:
             with naming(leaf, self.composition):
                 energies[leaf.key] = one_per_state(leaf, leaf.energy(x, noise_level), x)
-        for group, stacked in zip(self.groups, self.stacks, strict=True):
-            body, (first, *_) = group[0]
-            level = noise_level if first.noise_conditioned else None
-            with naming(first, self.composition):
-                if stacked is not None:
-                    outputs = stacked(x, level)
-                else:
-                    outputs = (body(x) if level is None else body(x, level))[None]
-            for (_, leaves), output in zip(group, outputs, strict=True):
+        for group in self.groups:
+            with naming(group.readers[0][1][0], self.composition):
+                outputs = group(x, noise_level)
+            for (_, leaves), output in zip(group.readers, outputs, strict=True):
                 for leaf in leaves:
                     with naming(leaf, self.composition):
                         energies[leaf.key] = one_per_state(leaf, leaf.read(output), x)
         return energies
 
     def describe(self) -> str:
-        """One line for reports."""
-        parts = []
-        for group in self.groups:
-            kind = type(group[0][0]).__name__
-            how = f"{len(group)} {kind} in one batched pass" if len(group) > 1 else f"one {kind}"
-            readers = sum(len(leaves) for _, leaves in group)
-            parts.append(how + (f", read by {readers} terms" if readers > len(group) else ""))
+        """One line for reports: which networks, and by which path they were last evaluated."""
+        parts = [group.describe() for group in self.groups]
         if self.alone:
             parts.append(f"{len(self.alone)} energ{'y' if len(self.alone) == 1 else 'ies'} alone")
         return "; ".join(parts)
@@ -121,6 +217,8 @@ class FusedPotential:
         stack: See `fuse`.
     Attributes:
         evaluations: How many times a gradient was taken.
+        may_be_constant: Whether an energy that does not depend on `x` is taken for constant; refused
+            otherwise. For parts of a composition, of which the whole has been checked.
     """
 
     def __init__(
@@ -136,6 +234,7 @@ class FusedPotential:
         self.mask = mask
         self.plan = fuse(energy, stack)
         self.evaluations = 0
+        self.may_be_constant = False
 
     def energy(self, x: Tensor) -> Tensor:
         """E(x), shape (batch,), without gradient."""
@@ -147,6 +246,8 @@ class FusedPotential:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             energy = self._evaluate(x)
+            if not energy.requires_grad and self.may_be_constant:
+                return energy, torch.zeros_like(x)
             if not energy.requires_grad:
                 raise ValueError(
                     f"the energy of {self.composition} does not depend on `x` by a path that autograd "
@@ -154,6 +255,37 @@ class FusedPotential:
                 )
             (gradient,) = torch.autograd.grad(energy.sum(), x, materialize_grads=True)
         return energy.detach(), gradient if self.mask is None else gradient * self.mask
+
+    # -- for steps that are captured, see `graphs` -------------------------------------------------
+
+    @cached_property
+    def structure(self) -> Hashable:
+        """Equal for potentials of one composition up to the weights of its terms."""
+        whole = self.composition
+        terms = whole.operands if isinstance(whole, Sum) else ()
+        key = (type(whole), *(term.key for term in terms)) if terms else whole.key
+        return key, tuple(len(group.networks) for group in self.plan.groups)
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether it works on copies of weights, in layouts of their own or stacked."""
+        return any(group.copies_weights for group in self.plan.groups)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Coefficients, noise level and mask."""
+        return self.coefficients, self.noise_level, self.mask
+
+    def reading(self, tensors: Sequence[Tensor | None]) -> Self:
+        """The same potential, reading `tensors` instead of its own."""
+        other = copy(self)
+        coefficients, other.noise_level, other.mask = tensors
+        assert coefficients is not None
+        other.coefficients = coefficients
+        return other
+
+    def count(self, gradients: int) -> None:
+        """Counts gradients that were taken elsewhere."""
+        self.evaluations += gradients
 
     def _evaluate(self, x: Tensor) -> Tensor:
         return self.composition.combine(self.plan(x, self.noise_level), self.coefficients)

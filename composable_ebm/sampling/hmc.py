@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -29,6 +29,8 @@ class HMC(Kernel):
     Reference:
         Neal (2011), MCMC using Hamiltonian dynamics, arXiv 1206.1901, section 5.2.
     """
+
+    needs_energy: ClassVar[bool] = True
 
     num_leapfrog: int = 10
 

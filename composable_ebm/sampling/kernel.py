@@ -16,15 +16,34 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-Potential = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""x, (batch, *event) -> energies (batch,) and their gradient ∂E/∂x (batch, *event)."""
+from composable_ebm.energy import Energy, require_values
 
 __all__ = ["Dynamics", "Info", "Kernel", "Noise", "Potential", "State", "expand"]
+
+
+class Potential(Protocol):
+    """x, (batch, *event) -> energies (batch,) and their gradient ∂E/∂x (batch, *event).
+
+    Attributes:
+        composition: What is evaluated. Kernels that draw from conditional distributions ask it for
+            them; the others only call the potential.
+        coefficients: Those of the composition, (n,) or (batch, n).
+        mask: 1 where states may move, 0 where they are held; None if all may.
+    """
+
+    @property
+    def composition(self) -> Energy: ...
+    @property
+    def coefficients(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class State(NamedTuple):
@@ -71,6 +90,29 @@ class Noise:
         """Uniform on [0, 1), one a row of `like`, shape (batch,)."""
         return self._draw(torch.rand, torch.Size(), like)
 
+    def uniforms(self, like: Tensor) -> Tensor:
+        """Uniform on [0, 1), shape, dtype and device of `like`."""
+        return self._draw(torch.rand, like.shape[1:], like)
+
+    def bits(self, probability: Tensor) -> Tensor:
+        """1 with the given probabilities, (batch, *event), and 0 otherwise."""
+        return (self.uniforms(probability) < probability).to(probability.dtype)
+
+    def binomial(self, count: Tensor, probability: Tensor) -> Tensor:
+        """How many of `count` bits are 1, for `count` () or (batch,) and probabilities (batch, units)."""
+        blocks, start = [], 0
+        for generator, rows in self.sources:
+            p = probability[start : start + rows]
+            n = count if count.ndim == 0 else count[start : start + rows, None]
+            start += rows
+            # A read of `count` would wait for the device; on a CPU single bits are the faster draw.
+            if not n.is_cuda and bool((n == 1).all()):
+                u = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+                blocks.append((u < p).to(p.dtype))
+            else:
+                blocks.append(torch.binomial(n.expand_as(p).contiguous(), p, generator=generator))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
     def _draw(self, draw: Callable[..., Tensor], event: Sequence[int], like: Tensor) -> Tensor:
         blocks = [
             draw((rows, *event), generator=generator, dtype=like.dtype, device=like.device)
@@ -100,6 +142,9 @@ class Kernel(ABC):
     step_size: float
     temperature: float = 1.0
     target_acceptance: float | None = None
+
+    needs_energy: ClassVar[bool] = False
+    """Whether steps are accepted or not by the energies at both ends, not by gradients alone."""
 
     def __post_init__(self) -> None:
         for name in ("step_size", "temperature"):
@@ -140,6 +185,21 @@ class Kernel(ABC):
 
     def __str__(self) -> str:
         return _call(type(self).__name__, {k: v for k, v in self.settings().items() if k != "kernel"})
+
+    def check(self, energy: Energy) -> None:
+        """Raises ValueError where this kernel cannot move the states of `energy`."""
+        if self.needs_energy:
+            require_values(f"{type(self).__name__} accepts steps by differences of energy", [energy])
+        if energy.binary:
+            raise ValueError(
+                f"{type(self).__name__} takes real steps, and {energy} lives on bits: use Gibbs() where its "
+                "conditionals have a closed form, or the relaxation DMALA(step_size=0.2), which follows the "
+                "same gradient from bit to bit and samples any differentiable energy of bits."
+            )
+
+    def suited(self, energy: Energy, coefficients: Tensor) -> Kernel:
+        """This kernel, or what takes its place by default where it cannot sample `energy`."""
+        return self
 
     def init(self, potential: Potential, x: Tensor, noise: Noise) -> State:
         """The state of chains that stand at `x`."""

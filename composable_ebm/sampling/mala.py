@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class MALA(Kernel):
     Reference:
         Roberts and Tweedie (1996); Roberts and Rosenthal (1998) for 0.574.
     """
+
+    needs_energy: ClassVar[bool] = True
 
     def step(
         self, potential: Potential, state: State, noise: Noise, dynamics: Dynamics

@@ -11,7 +11,7 @@ __all__ = ["ReplayBuffer"]
 class ReplayBuffer:
     """Persistent chains, on the device of the model, each with the label it was sampled under.
 
-    Every `draw` truly restarts a share of the chains from uniform noise, under a fresh label: the
+    Every `draw` truly restarts a share of the chains from noise, under a fresh label: the
     chain in that place of the buffer is lost when the result is `put` back.
 
     Args:
@@ -21,6 +21,7 @@ class ReplayBuffer:
         data_range: Noise is uniform over it.
         reinit_prob: Probability that a drawn chain restarts.
         generator: Draws places, labels and noise; on the device of the chains.
+        binary: Whether states are bits; noise is then fair coins.
     Reference:
         Tieleman (2008), Training restricted Boltzmann machines using approximations to the
         likelihood gradient; Du and Mordatch (2019), arXiv 1903.08689, section 3.2.
@@ -34,11 +35,13 @@ class ReplayBuffer:
         data_range: tuple[float, float],
         reinit_prob: float,
         generator: torch.Generator,
+        binary: bool = False,
     ) -> None:
         self.num_values = num_values
         self.data_range = data_range
         self.reinit_prob = reinit_prob
         self.generator = generator
+        self.binary = binary
         self.states = self._noise((size, *event_shape))
         self.labels = self._fresh_labels(size)
 
@@ -55,6 +58,8 @@ class ReplayBuffer:
             raise ValueError(f"a batch of {batch} does not fit a replay buffer of {len(self)} chains.")
         device = self.generator.device
         places = torch.randperm(len(self), generator=self.generator, device=device)[:batch]
+        if not self.reinit_prob:  # draws of fresh noise are a tenth of an update of a small RBM
+            return places, self.states[places], self.labels[places]
         restart = torch.rand(batch, generator=self.generator, device=device) < self.reinit_prob
         noise = self._noise((batch, *self.states.shape[1:]))
         states = torch.where(restart.reshape(-1, *[1] * (noise.ndim - 1)), noise, self.states[places])
@@ -81,7 +86,8 @@ class ReplayBuffer:
 
     def _noise(self, shape: tuple[int, ...]) -> Tensor:
         low, high = self.data_range
-        return low + (high - low) * torch.rand(shape, generator=self.generator, device=self.generator.device)
+        u = torch.rand(shape, generator=self.generator, device=self.generator.device)
+        return (u < 0.5).to(u.dtype) if self.binary else low + (high - low) * u
 
     def _fresh_labels(self, count: int) -> Tensor:
         options = {"generator": self.generator, "device": self.generator.device}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class TermCheck:
 
     Attributes:
         term: Its text, with its weight.
-        energy: Mean weighted energy over the samples, in nats.
+        energy: Mean weighted energy over the samples, in nats; NaN if only its gradient is known.
         failed: Share of the samples that the term calls unlike its own, or None if it cannot tell.
         avoided: True if the request was to stay away from it.
     """
@@ -34,6 +35,11 @@ class TermCheck:
     energy: float
     failed: float | None
     avoided: bool
+
+    @property
+    def height(self) -> str:
+        """The mean energy as text."""
+        return "known by its gradient" if math.isnan(self.energy) else f"{self.energy:.4g} nats"
 
     @property
     def sentence(self) -> str:
@@ -77,7 +83,7 @@ def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
             checks.append(
                 TermCheck(
                     str(mean_weight * term) if mean_weight else f"0*{term}",
-                    float((weight * energies).mean()),
+                    float((weight * energies).mean()) if term.has_value else math.nan,
                     None if failed is None else float(failed.float().mean()),
                     mean_weight < 0,
                 )
@@ -101,9 +107,13 @@ class SampleResult:
         seconds: Wall time of the run.
         evaluations: Gradient evaluations per chain.
         path: How the energies were evaluated, in a line.
+        stepping: How many steps were replayed from a captured graph, and why not the others; empty where
+            steps are not captured, as on a CPU.
         divergence: Which chains diverged.
         checks: Whether the samples satisfy each term.
         warmup: Steps left out of ESS, R-hat and mean acceptance.
+        data_range: Smallest and largest value of the data, black and white of a picture of them.
+        has_value: Whether `energies` are energies; of scores only the gradient is known.
     """
 
     samples: Tensor
@@ -120,6 +130,9 @@ class SampleResult:
     divergence: Divergence
     checks: list[TermCheck]
     warmup: int
+    data_range: tuple[float, float] | None = None
+    has_value: bool = True
+    stepping: str = ""
 
     @property
     def kernel(self) -> Kernel:
@@ -169,24 +182,24 @@ class SampleResult:
                 f"{len(self.samples)} chains, {self.num_steps} steps, {self.seconds:.2f} s ({rate:.0f}/s)",
             ),
             ("evaluated as", self.path),
-            (
-                "energy",
-                f"{float(self.energies.mean()):.4g} ± {float(self.energies.std(correction=0)):.2g} nats",
-            ),
+            *([("stepped as", self.stepping)] if self.stepping else []),
+            ("energy", self._energy_line()),
             ("temperature", f"{self.implied_temperature:.3g}"),
         ]
         if self.acceptance_rate is not None:
             rows.append(("acceptance", f"{self.acceptance_rate:.3f}"))
-        draws = self._settled().numel()
-        rows.append(
-            ("convergence", f"ESS {self.ess:.0f} of {draws}, R-hat {self.r_hat:.3f} (energy, second half)")
-        )
+        if self.has_value:
+            settled = f"ESS {self.ess:.0f} of {self._settled().numel()}, R-hat {self.r_hat:.3f}"
+            rows.append(("convergence", f"{settled} (energy, second half)"))
         rows.append(("diverged", f"{int(self.divergence.chains.sum())} of {len(self.samples)}"))
-        rows += [
-            ("term" if i == 0 else "", f"{c.term}: {c.energy:.4g} nats") for i, c in enumerate(self.checks)
-        ]
+        rows += [("term" if i == 0 else "", f"{c.term}: {c.height}") for i, c in enumerate(self.checks)]
         rows += [("PROBLEM", problem) for problem in self.problems]
         return "\n".join(f"{label:>13}  {text}" for label, text in rows)
+
+    def _energy_line(self) -> str:
+        if not self.has_value:
+            return "known only by its gradient, in part or whole"
+        return f"{float(self.energies.mean()):.4g} ± {float(self.energies.std(correction=0)):.2g} nats"
 
     def provenance(self) -> dict[str, str]:
         """Recipe, seed, counts and sampler settings as text: enough to run it again."""
@@ -206,7 +219,8 @@ class SampleResult:
         """
         from composable_ebm.plotting import save_grid  # matplotlib is slow to load
 
-        save_grid(self.samples, path, columns, self.provenance())
+        low, high = self.data_range or (-1.0, 1.0)
+        save_grid((self.samples - low) / (high - low) * 2 - 1, path, columns, self.provenance())
 
     def plot_trace(self, path: str | Path) -> None:
         """Draws energy, gradient norm and acceptance along the chains to an image file."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Not, Sum
+from composable_ebm.sampling import graphs
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.engine import Callback, Chain, Sampler, evaluating
+from composable_ebm.sampling.block import Block, Rows, Sampler
+from composable_ebm.sampling.engine import Callback, Chain, divergence_of, evaluating, trace_of
+from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.result import SampleResult, check_terms
 from composable_ebm.sampling.settings import from_settings
@@ -60,7 +63,7 @@ def sample(
             with its step divided by the sum of the absolute weights.
         init: States to start from, (batch, *event), or a data set to draw `num_chains` of them
             from. Unless given: noise of the first noise level of the schedule, or else uniform
-            over the data range, or standard normal where there is none.
+            over the data range (fair coins for bits), or standard normal where there is none.
         seed: Seeds the noise; 0 unless given.
         generator: Draws the noise instead of a seed, on the energy's device.
         coefficients: Replaces the coefficients of the composition, (n,) or (batch, n).
@@ -79,51 +82,40 @@ def sample(
         >>> out = sample(smile + 2 * glasses, num_chains=16, seed=0)
         >>> print(out.report())
     """
-    if not isinstance(energy, Energy):
-        raise TypeError(
-            f"`energy` must be an Energy, got {type(energy).__name__}; wrap it with from_callable."
-        )
-    check_positive_term(energy, coefficients)
-    if sampler is None:
-        sampler, calibrated_steps = calibrated_sampler(energy, coefficients)
-        num_steps = calibrated_steps if num_steps is None else num_steps
-    num_steps = DEFAULT_STEPS if num_steps is None else num_steps
-    for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
     for name, value in (
         ("keep_every", 1 if keep_every is None else keep_every),
         ("callback_every", callback_every),
     ):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if on_divergence not in ("raise", "report"):
-        raise ValueError(f'`on_divergence` must be "raise" or "report", got {on_divergence!r}.')
     if seed is not None and generator is not None:
         raise ValueError("give a `seed` or a `generator`, not both.")
-    if mask is not None and init is None:
-        raise ValueError("a `mask` holds part of given states: give them as `init`.")
-
-    device = _device(energy, init)
-    if generator is None:
-        seed = 0 if seed is None else seed
-        generator = torch.Generator(device).manual_seed(seed)
-    x = initial_states(energy, num_chains, init, generator, device)
-    if init is None and (start_level := _start_level(sampler)) is not None:
-        x = start_level * torch.randn(x.shape, generator=generator, device=device)
-    if mask is not None:
-        mask = _fitting_mask(mask, x)
-    start = time.perf_counter()
-    total = num_warmup + num_steps
-    chain = Chain(
+    seed = 0 if seed is None and generator is None else seed
+    asked = prepare(
         energy,
-        x,
-        sampler,
-        Noise((generator, len(x))),
-        num_steps=total,
+        num_chains=num_chains,
+        num_steps=num_steps,
+        sampler=sampler,
+        init=init,
+        seed=seed,
+        generator=generator,
         coefficients=coefficients,
         mask=mask,
         num_warmup=num_warmup,
+        on_divergence=on_divergence,
+    )
+    start = time.perf_counter()
+    total = num_warmup + asked.num_steps
+    chain = Chain(
+        energy,
+        asked.x,
+        asked.sampler,
+        Noise((asked.generator, len(asked.x))),
+        num_steps=total,
+        coefficients=coefficients,
+        mask=asked.mask,
+        num_warmup=num_warmup,
+        graphs=graphs.shared(asked.x.device),
     )
     kept = [chain.x] if keep_every else []
     while chain.num_steps < total:
@@ -140,28 +132,120 @@ def sample(
         if called and callback(chain.num_steps, chain) is True:  # type: ignore[misc]
             break
 
-    with evaluating(energy):
-        checks = check_terms(chain.potential, chain.x)
-    energies = chain.final_energies()
-    divergence = chain.divergence()
-    seconds = time.perf_counter() - start if x.device.type == "cpu" else _finished(start)
-    if on_divergence == "raise" and divergence.any:
-        raise divergence.error(float(chain.dynamics.step_size.max()))
-    return SampleResult(
-        samples=chain.x,
-        energies=energies,
-        trace=chain.trace(),
+    return conclude(
+        chain.potential,
+        chain.block,
+        chain.rows,
         trajectory=torch.stack(kept) if kept else None,
-        recipe=str(energy),
-        sampler=sampler,
-        num_steps=chain.num_steps,
         seed=seed,
-        seconds=seconds,
+        start=start,
         evaluations=chain.potential.evaluations,
         path=chain.potential.plan.describe(),
+        warmup=num_warmup,
+        on_divergence=on_divergence,
+    )
+
+
+class Prepared(NamedTuple):
+    """A request that makes sense, with its starting states drawn."""
+
+    x: Tensor
+    generator: torch.Generator
+    sampler: Sampler
+    num_steps: int
+    mask: Tensor | None
+
+
+def prepare(
+    energy: Energy,
+    *,
+    num_chains: int | None,
+    num_steps: int | None,
+    sampler: Sampler | None,
+    init: Tensor | Images | None,
+    seed: int | None,
+    generator: torch.Generator | None,
+    coefficients: Tensor | None,
+    mask: Tensor | None,
+    num_warmup: int,
+    on_divergence: str,
+    device: torch.device | None = None,
+) -> Prepared:
+    """Checks a request and draws its starting states; arguments as those of `sample`.
+
+    Args:
+        device: Where the energy must be; wherever it is unless given.
+    """
+    if not isinstance(energy, Energy):
+        raise TypeError(
+            f"`energy` must be an Energy, got {type(energy).__name__}; wrap it with from_callable."
+        )
+    check_positive_term(energy, coefficients)
+    if sampler is None:
+        sampler, calibrated_steps = calibrated_sampler(energy, coefficients)
+        num_steps = calibrated_steps if num_steps is None else num_steps
+    num_steps = DEFAULT_STEPS if num_steps is None else num_steps
+    for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
+    if on_divergence not in ("raise", "report"):
+        raise ValueError(f'`on_divergence` must be "raise" or "report", got {on_divergence!r}.')
+    if mask is not None and init is None:
+        raise ValueError("a `mask` holds part of given states: give them as `init`.")
+    device = _device(energy, init, device)
+    if generator is None:
+        generator = torch.Generator(device).manual_seed(0 if seed is None else seed)
+    x = initial_states(energy, num_chains, init, generator, device)
+    if init is None and (start_level := _start_level(sampler)) is not None:
+        x = start_level * torch.randn(x.shape, generator=generator, device=device)
+    return Prepared(x, generator, sampler, num_steps, None if mask is None else _fitting_mask(mask, x))
+
+
+def conclude(
+    potential: FusedPotential,
+    block: Block,
+    rows: Rows,
+    *,
+    trajectory: Tensor | None,
+    seed: int | None,
+    start: float,
+    evaluations: int,
+    path: str,
+    warmup: int,
+    on_divergence: str,
+) -> SampleResult:
+    """What a run gives back.
+
+    Raises:
+        ChainDivergedError: If a chain stopped being finite, and that is to be raised.
+    """
+    x = rows.state.x
+    potential.noise_level = block.noise_level
+    with evaluating(block.energy.modules()):
+        checks = check_terms(potential, x)
+        energies = potential.energy(x)
+    divergence = divergence_of(rows)
+    seconds = time.perf_counter() - start if x.device.type == "cpu" else _finished(start)
+    if on_divergence == "raise" and divergence.any:
+        raise divergence.error(float(block.dynamics.step_size.max()))
+    return SampleResult(
+        samples=x,
+        energies=energies,
+        trace=trace_of(block, rows),
+        trajectory=trajectory,
+        recipe=str(block.energy),
+        sampler=block.sampler,
+        num_steps=block.num_steps,
+        seed=seed,
+        seconds=seconds,
+        evaluations=evaluations,
+        path=path,
+        stepping=block.stepping,
         divergence=divergence,
         checks=checks,
-        warmup=num_warmup,
+        warmup=warmup,
+        data_range=block.energy.data_range,
+        has_value=block.energy.has_value,
     )
 
 
@@ -189,6 +273,11 @@ def initial_states(
             )
         if not init.isfinite().all():
             raise ValueError("`init` holds values that are not finite.")
+        if energy.binary and not ((init == 0) | (init == 1)).all():
+            raise ValueError(
+                f"{energy} lives on bits, and `init` holds other values than 0 and 1: draw bits from them, "
+                "torch.bernoulli(init) for grey levels in [0, 1]."
+            )
         return init.detach().clone()
     count = 16 if num_chains is None else num_chains
     if init is not None:
@@ -203,7 +292,8 @@ def initial_states(
     if energy.data_range is None:
         return torch.randn(count, *energy.event_shape, generator=generator, device=device)
     low, high = energy.data_range
-    return low + (high - low) * torch.rand(count, *energy.event_shape, generator=generator, device=device)
+    u = torch.rand(count, *energy.event_shape, generator=generator, device=device)
+    return (u < 0.5).to(u.dtype) if energy.binary else low + (high - low) * u
 
 
 def _fitting_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -221,7 +311,8 @@ def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tu
 
     Of several experts, the one with the most steps decides. The step is divided by the sum over
     networks of their absolute net weight, so that adding experts does not blow up the chain; a ratio
-    of two values of one expert adds nothing. The temperature stays.
+    of two values of one expert adds nothing. The temperature stays. Where that kernel cannot sample the
+    composition, as `Gibbs` cannot when a network joins an RBM, its relaxation takes its place.
 
     Args:
         energy: A composition.
@@ -240,10 +331,12 @@ def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tu
             f"the experts of {energy} were calibrated with different kernels, {sorted(kinds)}: give one."
         )
     settings = max((leaf.sampler_settings or {} for leaf in known), key=lambda s: s.get("num_steps", 0))
-    return from_settings(
-        settings,
-        1 / max(1.0, _total_weight(energy, energy.coefficients if coefficients is None else coefficients)),
-    )
+    coefficients = energy.coefficients if coefficients is None else coefficients
+    sampler, num_steps = from_settings(settings, 1 / max(1.0, _total_weight(energy, coefficients)))
+    if isinstance(sampler, Annealed):
+        kernel = sampler.kernel.suited(energy, coefficients)
+        return Annealed(kernel, sampler.schedule), num_steps
+    return sampler.suited(energy, coefficients), num_steps
 
 
 def _total_weight(energy: Energy, coefficients: Tensor) -> float:
@@ -281,7 +374,7 @@ def check_positive_term(energy: Energy, coefficients: Tensor | None = None) -> N
         )
 
 
-def _device(energy: Energy, init: object) -> torch.device:
+def _device(energy: Energy, init: object, wanted: torch.device | None = None) -> torch.device:
     tensors = [*energy.parameters(), *energy.buffers()]
     if isinstance(init, Tensor):
         tensors.append(init)
@@ -290,7 +383,14 @@ def _device(energy: Energy, init: object) -> torch.device:
         raise ValueError(
             f"the energies and `init` are on several devices, {sorted(map(str, devices))}: move them to one."
         )
-    return devices.pop() if devices else torch.device("cpu")
+    if wanted is None:
+        return devices.pop() if devices else torch.device("cpu")
+    wanted = torch.empty(0, device=wanted).device  # cuda means cuda:0
+    if devices and devices != {wanted}:
+        raise ValueError(
+            f"{energy} is on {devices.pop()}, this engine on {wanted}: move it, energy.to({str(wanted)!r})."
+        )
+    return wanted
 
 
 def _finished(start: float) -> float:

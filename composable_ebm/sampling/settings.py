@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from composable_ebm.sampling.annealed import Annealed
+from composable_ebm.sampling.dmala import DMALA
 from composable_ebm.sampling.engine import Sampler
+from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
@@ -14,7 +16,7 @@ from composable_ebm.sampling.mala import MALA
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
 from composable_ebm.schedules import Curve, Schedule
 
-KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin)
+KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin, Gibbs, DMALA)
 
 CURVES = ("temperature", "noise_level", "step_scale")
 
@@ -60,7 +62,7 @@ def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]
     kernels = {kernel.__name__: kernel for kernel in KERNELS}
     if name not in kernels:
         raise ValueError(f"unknown sampler {name!r}; there are {', '.join(kernels)}.")
-    _refuse_unknown(name, values, [field.name for field in fields(kernels[name])])
+    _refuse_unknown(name, values, [field.name for field in fields(kernels[name]) if field.init])
     kernel = kernels[name](**values).scaled(factor)
     if not anneal:
         return kernel, num_steps

@@ -1,7 +1,17 @@
 """Training: one expert at a time, each from its own configuration."""
 
-from composable_ebm.train.config import TrainConfig, read_config
+from composable_ebm.train.config import TrainConfig
+from composable_ebm.train.greedy import train_layers
 from composable_ebm.train.objectives import ContrastiveDivergence
+from composable_ebm.train.reading import read_config
 from composable_ebm.train.trainer import Trainer, TrainingDivergedError, train
 
-__all__ = ["ContrastiveDivergence", "TrainConfig", "Trainer", "TrainingDivergedError", "read_config", "train"]
+__all__ = [
+    "ContrastiveDivergence",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDivergedError",
+    "read_config",
+    "train",
+    "train_layers",
+]

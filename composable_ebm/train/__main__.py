@@ -1,18 +1,25 @@
-"""`accelerate launch -m composable_ebm.train CONFIG.toml [--field value ...]`."""
+"""`accelerate launch -m composable_ebm.train CONFIG.toml [--field value ...]`, or a folder of images."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from composable_ebm.train.config import TrainConfig, read_config
+from composable_ebm.train.config import TrainConfig
+from composable_ebm.train.folder import folder_config
+from composable_ebm.train.reading import read_config
 from composable_ebm.train.trainer import TrainingDivergedError, train
 
-USAGE = "usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ..."
+USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ...
+       composable-ebm train FOLDER [ATTRIBUTE] [--num-iterations N] ...   your own images"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains the expert that a configuration describes; flags override its fields. 0 if all went well."""
+    """Trains the expert that a configuration describes, or one of a folder of images.
+
+    Flags override the fields of the configuration. Returns 0 if all went well.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -20,19 +27,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             _override(TrainConfig(), ["--help"])
         return 0 if arguments else 2
     try:
-        config = read_config(arguments[0])
+        config, flags = _described(arguments)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if len(arguments) > 1:
-        config = _override(config, arguments[1:])
+    if flags:
+        config = _override(config, flags)
     try:
         expert = train(config)
     except (TrainingDivergedError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{expert.card.full_name} is in {config.model_folder}: {dict(expert.card.metrics)}")
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in expert.card.metrics.items())
+    print(f"{expert.card.full_name} is in {config.model_folder}: {metrics}")
+    print(f"samples and metrics along the way are in {config.run_folder}; to draw more:")
+    print(f'  composable-ebm sample "{expert[expert.card.values[-1]]}" --out {config.name}.png')
     return 0
+
+
+def _described(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
+    """The configuration that the first arguments describe, and the flags that follow."""
+    if not Path(arguments[0]).exists():
+        raise FileNotFoundError(f"there is no configuration and no folder of images {arguments[0]!r}.")
+    if not Path(arguments[0]).is_dir():
+        return read_config(arguments[0]), arguments[1:]
+    named = arguments[1:2] if arguments[1:] and not arguments[1].startswith("-") else []
+    return folder_config(arguments[0], *named), arguments[1 + len(named) :]
 
 
 def _override(config: TrainConfig, arguments: list[str]) -> TrainConfig:

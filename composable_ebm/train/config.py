@@ -1,30 +1,32 @@
-"""Training configurations: frozen dataclasses, read from TOML, with a command line flag per field."""
+"""Training configurations: frozen dataclasses, one field for each setting and command line flag."""
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-import types
-import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from composable_ebm.data.dataset import unknown_name
 from composable_ebm.sampling.annealed import Annealed
+from composable_ebm.sampling.gibbs import Gibbs
+from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.settings import to_settings
 from composable_ebm.schedules import Curve, Schedule, cosine, hold_then
+from composable_ebm.train.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
 from composable_ebm.train.objectives import ContrastiveDivergence
-from composable_ebm.train.score_matching import DenoisingScoreMatching
+from composable_ebm.train.recovery import RecoveryLikelihood
+from composable_ebm.train.score_matching import ScoreMatching, SlicedScoreMatching
 
 __all__ = [
+    "RBM",
     "ConvEnergy",
     "DataConfig",
+    "Denoiser",
     "DiffusedEnergy",
+    "DiffusedPatches",
     "GenerationConfig",
     "OptimiserConfig",
     "TrainConfig",
-    "read_config",
 ]
 
 
@@ -34,7 +36,8 @@ class DataConfig:
 
     Args:
         name: A data set of `composable_ebm.data`.
-        attribute: The attribute to be an expert of; "" learns p(x) from all images, without labels.
+        attribute: The attribute to be an expert of; "" learns p(x) from all images, without labels;
+            "a+b" has combinations of values for values, see `LabelledImages.jointly`.
         root: Folder of the data; searched for unless given.
         exclude: Combinations to hold out of training, such as "smile+glasses", where the data set
             knows how.
@@ -62,6 +65,35 @@ class DiffusedEnergy:
     hidden: int = 512
     components: int = 128
     noise_range: tuple[float, ...] = (0.02, 10.0)
+
+
+@dataclass(frozen=True)
+class DiffusedPatches:
+    """Sizes of a `experts.patches.DiffusedPatches`."""
+
+    patch: int = 8
+    hidden: int = 128
+    components: int = 48
+    context: int = 64
+    noise_range: tuple[float, ...] = (0.02, 10.0)
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Sizes of a `experts.denoiser.Denoiser`."""
+
+    hidden: int = 288
+    components: int = 96
+    noise_range: tuple[float, ...] = (0.02, 10.0)
+
+
+@dataclass(frozen=True)
+class RBM:
+    """Sizes of a `experts.rbm.RBM`."""
+
+    hidden: int = 500
+    visible: str = "bits"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +135,19 @@ class GenerationConfig:
     step_size: float = 0.3
 
 
+Network = ConvEnergy | DiffusedEnergy | DiffusedPatches | Denoiser | RBM
+NOISE_CONDITIONED = (DiffusedEnergy, DiffusedPatches, Denoiser)
+
+AnyObjective = (
+    ContrastiveDivergence
+    | DenoisingScoreMatching
+    | DenoisingAtOneLevel
+    | ScoreMatching
+    | SlicedScoreMatching
+    | RecoveryLikelihood
+)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One expert's training.
@@ -125,13 +170,15 @@ class TrainConfig:
         weight: Weight of the expert's ratio in `composable_ebm.given`.
         init: Name or folder of an expert whose weights to start from, where they fit.
         half: Stores the weights in 16 bits.
+        push_to_hub: Repository of the Hugging Face Hub, user/name, that the finished expert is
+            uploaded to; "" for none.
     """
 
     family: str = "digits"
     name: str = "digit"
     data: DataConfig = field(default_factory=DataConfig)
-    network: ConvEnergy | DiffusedEnergy = field(default_factory=ConvEnergy)
-    objective: ContrastiveDivergence | DenoisingScoreMatching = field(default_factory=ContrastiveDivergence)
+    network: Network = field(default_factory=ConvEnergy)
+    objective: AnyObjective = field(default_factory=ContrastiveDivergence)
     sampler: Langevin = field(
         default_factory=lambda: Langevin(
             step_size=10.0, noise_scale=0.005, grad_clip=0.03, clamp=(-1.0, 1.0), noise_first=True
@@ -154,19 +201,48 @@ class TrainConfig:
     weight: float = 1.0
     init: str = ""
     half: bool = False
+    push_to_hub: str = ""
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_iterations", "log_every", "evaluate_every", "save_every", "accumulate")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if isinstance(self.network, DiffusedEnergy) != self.objective.noise_conditioned:
+        if not self._is_trainable():
             raise ValueError(
-                f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: score "
-                "matching over noise levels needs a DiffusedEnergy, contrastive divergence a ConvEnergy."
+                f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: "
+                "DenoisingScoreMatching needs a network over noise levels (DiffusedEnergy, DiffusedPatches "
+                "or Denoiser), RecoveryLikelihood one that is an energy (not a Denoiser), all others a "
+                "ConvEnergy; an RBM learns by ContrastiveDivergence."
+            )
+        objective = self.objective
+        contrastive = objective if isinstance(objective, ContrastiveDivergence) else None
+        if contrastive and self.binary and (contrastive.data_noise or contrastive.energy_l2):
+            raise ValueError(
+                "an RBM of bits takes no noise, and its free energies are right as they are: set "
+                "objective.data_noise = 0 and objective.energy_l2 = 0."
             )
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f'`mixed_precision` must be "no" or "bf16", got {self.mixed_precision!r}.')
+
+    def _is_trainable(self) -> bool:
+        """Whether the objective suits the network."""
+        if isinstance(self.network, RBM):
+            return isinstance(self.objective, ContrastiveDivergence)
+        if isinstance(self.network, Denoiser):
+            return isinstance(self.objective, DenoisingScoreMatching)
+        return isinstance(self.network, NOISE_CONDITIONED) == self.objective.noise_conditioned
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The settings that a checkpoint must share with a training that goes on from it, as plain values.
+
+        All others, such as the number of iterations or the learning rate, may change on the way.
+        """
+        data = {name: getattr(self.data, name) for name in ("name", "attribute", "exclude")}
+        network = {"type": type(self.network).__name__, **dataclasses.asdict(self.network)}
+        parts = {"data": data, "network": network, "objective": {"type": type(self.objective).__name__}}
+        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
     @property
     def model_folder(self) -> Path:
@@ -179,9 +255,26 @@ class TrainConfig:
         return Path(self.runs) / self.family / self.name
 
     @property
+    def binary(self) -> bool:
+        """Whether the expert's states are bits."""
+        return isinstance(self.network, RBM) and self.network.visible == "bits"
+
+    @property
+    def data_range(self) -> tuple[float, float]:
+        """Smallest and largest value of the expert's data."""
+        return (0.0, 1.0) if self.binary else (-1.0, 1.0)
+
+    @property
+    def kernel(self) -> Kernel:
+        """What chains move by: `sampler`, or `Gibbs` where conditionals have a closed form."""
+        return Gibbs() if isinstance(self.network, RBM) else self.sampler
+
+    @property
     def sampler_settings(self) -> dict:
         """What is stored with the expert, see `sampling.from_settings`."""
-        if isinstance(self.network, DiffusedEnergy):
+        if isinstance(self.network, RBM):
+            return {**self.kernel.settings(), "num_steps": self.generation.num_steps}
+        if isinstance(self.network, NOISE_CONDITIONED):
             low, high = self.network.noise_range
             levels = Curve(((0.0, high), (1.0, low)), "karras")
             schedule = Schedule(
@@ -193,63 +286,3 @@ class TrainConfig:
         annealed = Annealed(self.sampler, cooling)
         sampler = annealed if self.generation.cooldown else self.sampler
         return {**to_settings(sampler), "num_steps": self.generation.num_steps}
-
-
-def read_config(path: str | Path) -> TrainConfig:
-    """Reads a TOML file; tables are the nested dataclasses.
-
-    Raises:
-        ValueError: If the file is no TOML, or a name or type is wrong; the message says where.
-        FileNotFoundError: If there is no such file.
-    """
-    try:
-        content = tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is no TOML: {error}.") from error
-    try:
-        return _build(TrainConfig, content, TrainConfig(), "")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _build(kind: type, content: dict, defaults: object, where: str):
-    hints = typing.get_type_hints(kind)
-    known = {f.name: getattr(defaults, f.name) for f in fields(kind)}
-    values = {}
-    for name, value in content.items():
-        if name not in known:
-            raise ValueError(unknown_name("setting", f"{where}{name}", [where + n for n in known]))
-        default = known[name]
-        if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}{name} is a table: write [{where}{name}].")
-            default = _choose(
-                hints[name], value.pop("type", type(default).__name__), default, f"{where}{name}"
-            )
-            values[name] = _build(type(default), value, default, f"{where}{name}.")
-        else:
-            values[name] = _convert(value, hints[name], f"{where}{name}")
-    return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
-
-
-def _choose(hint: object, name: str, default: object, where: str) -> object:
-    """The defaults of the dataclass called `name` among those that a table may be."""
-    options = {kind.__name__: kind for kind in (typing.get_args(hint) or (type(default),))}
-    if name not in options:
-        raise ValueError(unknown_name(f"type of {where}", name, options))
-    return default if type(default) is options[name] else options[name]()
-
-
-def _convert(value: object, hint: object, where: str) -> object:
-    """The TOML value as the annotated type; whole numbers may stand for decimals, lists for tuples."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is tuple and isinstance(value, list):
-            return tuple(_convert(v, typing.get_args(option)[0], where) for v in value)
-        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(origin, type) and type(value) is origin:
-            return value
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"{where} must be {names}, got {value!r}.")

@@ -14,11 +14,14 @@ from composable_ebm.data import LabelledImages
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.checkpoint import save_expert
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.skeleton import GaussianSkeleton
 from composable_ebm.plotting import save_grid
 from composable_ebm.sampling.sample import calibrated_sampler, sample
 from composable_ebm.train.config import TrainConfig
+from composable_ebm.train.states import as_images, as_states
 
 HELD_OUT = 1024
+DENOISING_LEVELS = (0.1, 0.3, 1.0)
 ROWS = 6
 METRICS = "metrics.jsonl"
 
@@ -50,34 +53,56 @@ def sample_values(expert: Expert, per_value: int, seed: int = 0) -> dict[str, to
 
 
 def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
-    """How the expert ranks images it has not seen: the energies of held-out data and of noise.
+    """How the expert does on images it has not seen.
 
     Returns:
-        `heldout_energy` and `noise_energy`, means in nats under the right labels; `heldout_cd`,
-        their difference, which falls as the expert learns; `heldout_accuracy` of choosing the
-        value with the least energy.
+        `heldout_energy` and `noise_energy`, means over data and noise in nats under the right labels,
+        and `heldout_cd`, their difference, which falls as the expert learns, if it has energies;
+        `heldout_accuracy` of choosing the value with the least energy, if it has several;
+        `heldout_denoising`, its denoising error over that of its Gaussian skeleton, if it has one.
     """
     device = next(expert.network.parameters()).device
     generator = torch.Generator().manual_seed(0)
     index = torch.randperm(len(data), generator=generator)[:HELD_OUT]
-    x = data.batch(index).to(device)
+    data_range = expert.card.data_range
+    x = as_states(data.batch(index), data_range, expert.binary, generator).to(device)
     attribute = expert.card.attribute
     labels = (data.labels[attribute][index] if attribute in data.labels else torch.zeros_like(index)).to(
         device
     )
-    noise = torch.rand(x.shape, generator=generator).to(device) * 2 - 1
+    noise = torch.rand(x.shape, generator=generator) * 2 - 1
+    noise = as_states(noise, data_range, expert.binary, generator).to(device)
     with torch.no_grad():
         outputs, of_noise = expert.network(x), expert.network(noise)
-    energy = outputs.gather(1, labels[:, None]).mean()
-    noise_energy = of_noise.gather(1, labels[:, None]).mean()
-    metrics = {
-        "heldout_energy": float(energy),
-        "noise_energy": float(noise_energy),
-        "heldout_cd": float(energy - noise_energy),
-    }
+    metrics = {}
+    if expert.has_value:
+        energy = outputs.gather(1, labels[:, None]).mean()
+        noise_energy = of_noise.gather(1, labels[:, None]).mean()
+        metrics["heldout_energy"] = float(energy)
+        metrics["noise_energy"] = float(noise_energy)
+        metrics["heldout_cd"] = float(energy - noise_energy)
     if outputs.shape[1] > 1:
         metrics["heldout_accuracy"] = float((outputs.argmin(1) == labels).float().mean())
+    if isinstance(expert.network, GaussianSkeleton):
+        metrics["heldout_denoising"] = _denoising_error(expert.network, x, labels, generator)
     return metrics
+
+
+def _denoising_error(
+    network: GaussianSkeleton, x: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+) -> float:
+    """Mean squared error of x̃ - σ² ∂E/∂x̃ over the Gaussian's own, mean over noise levels."""
+    errors = []
+    for level in DENOISING_LEVELS:
+        sigma = torch.full((len(x),), level, device=x.device)
+        noisy = x + level * torch.randn(x.shape, generator=generator).to(x.device)
+        with torch.enable_grad():
+            noisy.requires_grad_()
+            energy = network(noisy, sigma).gather(1, labels[:, None])
+            (gradient,) = torch.autograd.grad(energy.sum(), noisy)
+        error = (noisy.detach() - level**2 * gradient - x).square().mean()
+        errors.append(float(error / network.denoiser_error(sigma[0])))
+    return sum(errors) / len(errors)
 
 
 class Journal:
@@ -119,7 +144,7 @@ class Journal:
         metrics = held_out_metrics(expert, data)
         self.write(step, {**metrics, "seconds": seconds})
         columns = sample_values(expert, ROWS)
-        images = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+        images = as_images(torch.stack(list(columns.values()), dim=1).flatten(0, 1), expert.data_range)
         title = {"expert": expert.card.full_name, "step": str(step)}
         save_grid(images, self.folder / f"samples-{step:06d}.png", columns=len(columns), metadata=title)
         self.board.add_images("samples", (images.cpu() + 1) / 2, step)
@@ -149,15 +174,19 @@ def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledIm
 
 def calibrated(expert: Expert, data: LabelledImages) -> Card:
     """The card with the energies of samples drawn by the stored sampler, and held-out metrics."""
-    samples = sample_values(expert, max(16, 256 // len(expert.card.values)))
-    device = next(expert.network.parameters()).device
-    ranges = {}
-    with torch.no_grad():
-        for value, x in samples.items():
-            ranges[value] = _central(expert[value](x.to(device)))
-        ranges["any"] = _central(expert["any"](torch.cat(list(samples.values())).to(device)))
+    ranges = _energy_ranges(expert) if expert.has_value else {}
     metrics = {name: round(value, 4) for name, value in held_out_metrics(expert, data).items()}
     return replace(expert.card, energy_range=ranges, metrics=metrics)
+
+
+@torch.no_grad()
+def _energy_ranges(expert: Expert) -> dict[str, tuple[float, float]]:
+    """Value (or "any") -> energies between which 99.8 % of samples drawn by the stored sampler lie."""
+    samples = sample_values(expert, max(16, 256 // len(expert.card.values)))
+    device = next(expert.network.parameters()).device
+    ranges = {value: _central(expert[value](x.to(device))) for value, x in samples.items()}
+    ranges["any"] = _central(expert["any"](torch.cat(list(samples.values())).to(device)))
+    return ranges
 
 
 def _central(energies: torch.Tensor) -> tuple[float, float]:

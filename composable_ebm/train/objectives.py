@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.conditionals import Conditionals
 from composable_ebm.energy import Energy
 from composable_ebm.sampling.engine import Chain, Sampler
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.replay_buffer import ReplayBuffer
 
 Figures = dict[str, Tensor]
+"""What to log of an iteration: name -> a scalar; or (total, count), (2,), of what not every batch
+has, whose mean is over what there was."""
 
 __all__ = ["ContrastiveDivergence", "Figures", "Labelled", "Objective", "Phase", "Setting"]
 
@@ -37,6 +40,7 @@ class Setting:
         batch_size: Images of an iteration, on this process.
         sampler: The kernel of chains, for objectives that run some.
         generator: Draws everything the objective draws; its own on each process.
+        binary: Whether states are bits.
     """
 
     event_shape: tuple[int, ...]
@@ -45,6 +49,7 @@ class Setting:
     batch_size: int
     sampler: Sampler
     generator: torch.Generator
+    binary: bool = False
 
 
 class Phase(ABC):
@@ -166,9 +171,20 @@ class Labelled(Energy):
         super().__init__()
         self.network = network
         self.labels = labels
+        self.binary = getattr(network, "binary", False)
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        return self.network(x).gather(1, self.labels[:, None])[:, 0]
+        return self.read(self.network(x))
+
+    def body(self) -> nn.Module:
+        return self.network
+
+    def read(self, outputs: Tensor) -> Tensor:
+        return outputs.gather(1, self.labels[:, None])[:, 0]
+
+    def conditionals(self) -> Conditionals | None:
+        offer = getattr(self.network, "conditionals", None)
+        return None if offer is None else offer(self.labels)
 
 
 class _ContrastivePhase(Phase):
@@ -184,12 +200,14 @@ class _ContrastivePhase(Phase):
             setting.data_range,
             objective.reinit_prob,
             setting.generator,
+            binary=setting.binary,
         )
 
     def loss(self, model: nn.Module, network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Figures]:
-        generator = self.setting.generator
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
-        positives = x + self.objective.data_noise * noise
+        positives = x
+        if self.objective.data_noise:
+            noise = torch.randn(x.shape, generator=self.setting.generator, device=x.device)
+            positives = x + self.objective.data_noise * noise
         negatives, y_neg, chains = self.draw(network, positives, y)
         loss, parts = self.objective.contrast(model, positives, y, negatives, y_neg)
         return loss, {**parts, **chains}

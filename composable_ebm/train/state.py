@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 __all__ = [
+    "check_identity",
     "flatten_optimiser",
     "latest_checkpoint",
     "load_checkpoint",
@@ -84,6 +85,26 @@ def load_checkpoint(path: Path, rank: int) -> tuple[dict[str, Tensor], dict]:
             f"cannot resume from {file}: {error}. Resume with as many processes as wrote it, or delete "
             f"{path} to go back to the checkpoint before."
         ) from error
+
+
+def check_identity(path: Path, stored: Mapping, wanted: Mapping) -> None:
+    """Refuses to go on from the checkpoint of another training.
+
+    Args:
+        path: The checkpoint.
+        stored: `TrainConfig.identity` of the training that wrote it; empty if it did not say.
+        wanted: That of the training that would go on from it.
+    Raises:
+        ValueError: If they differ; the message says where.
+    """
+    plain = json.loads(json.dumps(wanted))
+    differing = [name for name in plain if stored and stored.get(name) != plain[name]]
+    if differing:
+        settings = ", ".join(f"{n} = {stored.get(n)!r} (now {plain[n]!r})" for n in differing)
+        raise ValueError(
+            f"cannot resume from {path}: it was trained with {settings}. Put that back to go on, or start "
+            f"anew: delete {path.parent}, or give another `runs` or `name`."
+        )
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -20,20 +20,22 @@ from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.experts.card import Card
-from composable_ebm.experts.catalogue import load_expert
-from composable_ebm.experts.diffused import FIT_IMAGES, DiffusedEnergy
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
 from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.export import Journal, export
 from composable_ebm.train.objectives import Figures, Setting
+from composable_ebm.train.start import start_from
 from composable_ebm.train.state import (
+    check_identity,
     flatten_optimiser,
     latest_checkpoint,
     load_checkpoint,
     restore_optimiser,
     save_checkpoint,
 )
+from composable_ebm.train.states import as_states
 
 DIVERGED_GAP = 50.0
 MAX_ROLLBACKS = 3
@@ -45,13 +47,21 @@ class TrainingDivergedError(RuntimeError):
     """A training that diverged again and again; the last good expert was written."""
 
 
-def train(config: TrainConfig, accelerator: Accelerator | None = None) -> Expert:
+def train(
+    config: TrainConfig,
+    accelerator: Accelerator | None = None,
+    data: tuple[LabelledImages, LabelledImages] | None = None,
+) -> Expert:
     """Trains one expert, from its last checkpoint if there is one, and writes it.
 
+    Args:
+        config: What to train.
+        accelerator: The processes to train on; made from `config` unless given.
+        data: Images to learn from and held-out ones, in place of those that `config` names.
     Raises:
         TrainingDivergedError: If it diverged more than three times; the last good expert is written.
     """
-    trainer = Trainer(config, accelerator)
+    trainer = Trainer(config, accelerator, data)
     try:
         return trainer.run()
     finally:
@@ -60,22 +70,10 @@ def train(config: TrainConfig, accelerator: Accelerator | None = None) -> Expert
             trainer.accelerator.end_training()
 
 
-def start_from(network: nn.Module, init: str, data: LabelledImages) -> None:
-    """The weights of another expert wherever name and shape agree, or else what the data tells.
-
-    Raises:
-        ValueError: If the other expert has nothing in common with the network.
-    """
-    if not init:
-        if isinstance(network, DiffusedEnergy):
-            network.fit(data.batch(torch.arange(min(len(data), FIT_IMAGES))))
-        return
-    theirs = load_expert(init).network.state_dict()
-    mine = network.state_dict()
-    shared = {n: v for n, v in theirs.items() if n in mine and v.shape == mine[n].shape}
-    if not shared:
-        raise ValueError(f"`init`: {init} is another kind of network than a {type(network).__name__}.")
-    network.load_state_dict(shared, strict=False)
+def _counted(figure: Tensor) -> Tensor:
+    """(total, count) of a figure, (2,)."""
+    figure = figure.float()
+    return figure if figure.ndim else torch.stack([figure, torch.ones_like(figure)])
 
 
 class Trainer:
@@ -84,24 +82,34 @@ class Trainer:
     Args:
         config: What to train.
         accelerator: The processes to train on; made from `config` unless given.
+        data: Images to learn from and held-out ones, in place of those that `config` names.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator | None = None,
+        data: tuple[LabelledImages, LabelledImages] | None = None,
+    ) -> None:
         self.config = config
+        if config.push_to_hub:  # before the training: what would fail at its end
+            check_repository(config.push_to_hub)
+            hub_token()
         self.accelerator = accelerator or Accelerator(
             cpu=config.cpu,
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulate,
         )
         self.device = self.accelerator.device
-        self.data = self._load("train").to(self.device)
-        self.held_out = self._load("validation")
+        train_data, self.held_out = data or (self._load("train"), self._load("validation"))
+        self.data = train_data.to(self.device)
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
 
         torch.manual_seed(config.seed)  # the same weights on every rank
         kind = type(config.network).__name__
         sizes = {"event_shape": list(self.data.event_shape), "num_values": len(self.values)}
         self.network_options = {**sizes, **asdict(config.network), "type": kind}
+        self.card = self._card()  # before the training: it refuses names that no recipe could hold
         network = NETWORKS[kind](**sizes, **asdict(config.network))
         start_from(network, config.init, self.data)
         network = network.to(self.device)
@@ -124,10 +132,11 @@ class Trainer:
             Setting(
                 event_shape=self.data.event_shape,
                 num_values=len(self.values),
-                data_range=(-1.0, 1.0),
+                data_range=self.card.data_range,
                 batch_size=config.batch_size,
-                sampler=config.sampler,
+                sampler=config.kernel,
                 generator=self.generators["objective"],
+                binary=config.binary,
             )
         )
         self.step = 0
@@ -178,7 +187,19 @@ class Trainer:
         if self.accelerator.is_main_process:
             expert = export(config, expert, self.facts(), self.held_out)
         journal.close()
+        if config.push_to_hub and self.accelerator.is_main_process:
+            self._publish()
         return expert
+
+    def _publish(self) -> None:
+        folder, repository = self.config.model_folder, self.config.push_to_hub
+        try:
+            tqdm.write(f"uploaded to {push_to_hub(folder, repository)}")
+        except OSError as error:
+            raise OSError(
+                f"the expert is in {folder}, but the Hub did not take it: {error} To try again: "
+                f"composable_ebm.push_to_hub({str(folder)!r}, {repository!r})."
+            ) from error
 
     def _iteration(self) -> Figures:
         config = self.config
@@ -210,7 +231,8 @@ class Trainer:
             len(self.data), (self.config.batch_size,), generator=generator, device=self.device
         )
         labels = self.data.labels[attribute][index] if attribute else torch.zeros_like(index)
-        return self.data.batch(index), labels
+        x = as_states(self.data.batch(index), self.card.data_range, self.config.binary, generator)
+        return x, labels
 
     def _rate(self) -> float:
         """Held, then falling linearly to zero."""
@@ -222,12 +244,15 @@ class Trainer:
     # -- health ---------------------------------------------------------------------------------
 
     def _read_pending(self) -> dict[str, float]:
-        """Means over the iterations since last time, over all ranks: the loop's only synchronisation."""
+        """Means over the iterations since last time, over all ranks: the loop's only synchronisation.
+
+        Figures of which nothing was seen are left out.
+        """
         names = list(self._pending[0])
-        table = torch.stack([torch.stack([figures[n].float() for n in names]) for figures in self._pending])
-        means = self.accelerator.reduce(table.mean(dim=0), reduction="mean")
+        table = torch.stack([torch.stack([_counted(figures[n]) for n in names]) for figures in self._pending])
+        totals = self.accelerator.reduce(table.sum(dim=0), reduction="sum").tolist()
         self._pending = []
-        return dict(zip(names, means.tolist(), strict=True))
+        return {n: total / count for n, (total, count) in zip(names, totals, strict=True) if count}
 
     def _healthy(self, metrics: Mapping[str, float]) -> bool:
         return all(map(math.isfinite, metrics.values())) and abs(metrics.get("energy_gap", 0)) < DIVERGED_GAP
@@ -257,23 +282,26 @@ class Trainer:
 
     def expert(self) -> Expert:
         """The expert with averaged weights, as of now."""
-        config, weights = self.config, self.average.module
-        card = Card(
+        return Expert.standing(self.average.module, self.card)
+
+    def _card(self) -> Card:
+        config = self.config
+        return Card(
             family=config.family,
             name=config.name,
             attribute=config.data.attribute or "image",
             values=self.values,
             event_shape=self.data.event_shape,
-            data_range=(-1.0, 1.0),
+            data_range=config.data_range,
             network=self.network_options,
             sampler=config.sampler_settings,
-            temperature=1.0 if config.objective.noise_conditioned else config.sampler.implied_temperature,
+            temperature=1.0 if config.objective.noise_conditioned else config.kernel.implied_temperature,
             noise_conditioned=config.objective.noise_conditioned,
-            data=f"{self.data.name}, {len(self.data)} images",
+            data=f"{self.data.name}, {len(self.data)} images"
+            + (f", without {', '.join(config.data.exclude)}" if config.data.exclude else ""),
             licence=config.licence,
             weight=config.weight,
         )
-        return Expert.standing(weights, card)
 
     def facts(self) -> dict:
         """How the training went, for the card."""
@@ -283,6 +311,7 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "device": str(self.device),
             "rollbacks": self.rollbacks,
+            **({"exclude": list(self.config.data.exclude)} if self.config.data.exclude else {}),
         }
 
     def _snapshot(self) -> dict:
@@ -293,7 +322,12 @@ class Trainer:
             **{f"generator.{k}": g.get_state() for k, g in self.generators.items()},
             **flatten_optimiser(self.optimiser),
         }
-        facts = {"seconds": self.seconds, "rollbacks": self.rollbacks, "rate_factor": self.rate_factor}
+        facts = {
+            "seconds": self.seconds,
+            "rollbacks": self.rollbacks,
+            "rate_factor": self.rate_factor,
+            "identity": self.config.identity,
+        }
         return {
             "step": self.step,
             "facts": facts,
@@ -330,6 +364,7 @@ class Trainer:
         if path is None:
             return
         tensors, facts = load_checkpoint(path, self.accelerator.process_index)
+        check_identity(path, facts.get("identity", {}), self.config.identity)
         self._restore({"step": facts["step"], "facts": facts, "tensors": tensors})
         self.rollbacks, self.rate_factor = facts["rollbacks"], facts["rate_factor"]
         if self.accelerator.is_main_process:
@@ -337,8 +372,25 @@ class Trainer:
 
     def _load(self, split: str) -> LabelledImages:
         wanted = self.config.data
-        options = {"exclude": wanted.exclude} if wanted.exclude else {}
+        options: dict[str, object] = {"exclude": wanted.exclude} if wanted.exclude else {}
+        if wanted.name == "folder":  # other columns of its table may hold anything
+            options["attributes"] = wanted.attribute.split("+") if wanted.attribute else ()
         with self.accelerator.main_process_first():  # so that one process renders or downloads
             data = load_data(wanted.name, split, wanted.root or None, **options)
         attribute = wanted.attribute
-        return data.where(attribute) if attribute else data
+        if "+" in attribute:
+            data = data.jointly(attribute)
+        if not attribute:
+            return data
+        values = data.attribute(attribute)
+        if len(values) < 2:
+            raise ValueError(
+                f"attribute {attribute!r} of {data.name} has only the value {values[0]!r}; an expert needs "
+                "images of two or more. Leave the attribute out to learn p(x)."
+            )
+        labelled = data.where(attribute)
+        if not len(labelled):
+            raise ValueError(
+                f"none of the {len(data)} images of {data.name} has a label for {attribute!r}: add some."
+            )
+        return labelled

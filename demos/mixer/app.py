@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import secrets
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import torch
+from starlette.middleware import Middleware
 
-from composable_ebm import parse
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.library import Library
 
-from . import render, state
-from .runs import FAILURES, Runs, sentences
-from .state import AND, NOT, Choice, Limits, Row
+from . import factors, look, render, starts, state
+from .explore import Axis
+from .guard import Guard
+from .live import STIR
+from .palette import cannot, palette
+from .runs import FAILURES, Runs, sentences, understood
+from .state import Limits, Request
+from .trust import doubts
 
 CSS = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
 
-_EDITED = "Edited by hand. Moving a control writes the recipe anew."
 _NOTHING_ON = "Turn on at least one expert."
 # Where a page is not served over https or to the same machine, browsers offer no clipboard.
 _COPY = """(text) => {
@@ -32,6 +35,9 @@ _COPY = """(text) => {
     navigator.clipboard.writeText(text);
 }"""
 _NO_EXPERTS = "There are no experts here. Train one, or name a folder of them in COMPOSABLE_EBM_MODELS."
+
+# Gradio keeps a quarter of a megabyte for each visitor who was ever here, up to this many.
+_SESSIONS = 200
 
 __all__ = ["build", "serve"]
 
@@ -53,7 +59,7 @@ def serve(
         device: Where to run.
     """
     page = build(Limits(max_chains), device)
-    page.queue(max_size=32)
+    page.queue(max_size=32, api_open=False)
     try:
         page.launch(
             server_name=host,
@@ -63,6 +69,11 @@ def serve(
             quiet=True,
             run_history=False,
             ssr_mode=False,
+            max_file_size=starts.MAX_BYTES,
+            state_session_capacity=_SESSIONS,
+            app_kwargs={"middleware": [Middleware(Guard)]},
+            # Gradio's tools ask for no password.
+            mcp_server=auth is None and importlib.util.find_spec("mcp") is not None,
             footer_links=["api", "settings"],
             theme=_theme(),
             css_paths=CSS,
@@ -95,206 +106,337 @@ def _theme() -> gr.themes.Base:
     )
 
 
+class _Parts(NamedTuple):
+    """The components of the page that events read or write."""
+
+    palette: gr.HTML
+    chosen: gr.Textbox
+    answered: gr.Textbox
+    recipe: gr.Textbox
+    problem: gr.HTML
+    num_chains: gr.Slider
+    num_steps: gr.Slider
+    seed: gr.Number
+    dice: gr.Button
+    play: gr.Button
+    sample: gr.Button
+    stop: gr.Button
+    dropped: gr.Textbox
+    picture: gr.HTML
+    terms: gr.HTML
+    look: gr.Textbox
+    heat: gr.HTML
+    alone: gr.Button
+    strip: gr.HTML
+    axes: list
+    draw: gr.Button
+    grid: gr.HTML
+    films: list
+    film: gr.HTML
+    start: gr.Textbox
+    example: gr.Button
+    example_picture: gr.HTML
+    level: gr.Slider
+    cannot: gr.HTML
+    report: gr.HTML
+    copies: dict
+    copied: gr.Textbox
+
+
 def build(limits: Limits, device: torch.device | str = "cpu") -> gr.Blocks:
     """The page and its API, not yet served."""
     library = Library(device)
     runs = Runs(library, limits)
     known, damaged = cards()
-    rows = state.rows(known)
-    first = state.compose(rows, state.defaults(rows), rows[0].family) if rows else ""
-    threading.Thread(target=runs.warm_up, args=(first,), daemon=True).start()
-    steps = {family: min(count, limits.max_steps) for family, count in state.steps(known).items()}
+    first = _first(known)
+    runs.warm_up(first)  # before the first visitor comes
     with gr.Blocks(title="Composable energies", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>Composable energies</h1>", elem_classes="title")
         with gr.Row(elem_classes="columns"):
             with gr.Column(scale=5, min_width=300):
-                family, controls = _expert_rows(rows)
-                recipe = gr.Textbox(first, label="Recipe", lines=1, max_lines=4, elem_id="recipe")
-                problem = gr.HTML(_about(known, damaged), elem_classes="notes")
-                with gr.Row():
-                    num_chains = gr.Slider(
-                        1, limits.max_chains, min(16, limits.max_chains), step=1, label="Samples", buttons=[]
-                    )
-                    num_steps = gr.Slider(
-                        1,
-                        limits.max_steps,
-                        steps[rows[0].family] if rows else state.DEFAULT_STEPS,
-                        step=1,
-                        label="Steps",
-                        buttons=[],
-                    )
-                with gr.Row(elem_classes="end"):
-                    seed = gr.Number(
-                        0, label="Seed", precision=0, minimum=0, maximum=state.MAX_SEED, min_width=120
-                    )
-                    dice = gr.Button("New seed", min_width=110)
-                with gr.Row(elem_classes="go"):
-                    play = gr.Button("Play", variant="primary", min_width=90)
-                    start = gr.Button("Sample", min_width=90)
-                    halt = gr.Button("Stop", interactive=False, min_width=90)
-                gr.HTML(render.open_picture(), elem_classes="open")
-                dropped = gr.Textbox(label="Texts of the picture", elem_id="dropped", elem_classes="unseen")
-                copied = gr.Textbox(label="Copied text", elem_classes="unseen")
+                controls = _controls(known, damaged, first, limits)
             with gr.Column(scale=6, min_width=300, elem_classes="result"):
-                picture = gr.HTML(render.placeholder(), elem_id="picture")
-                terms = gr.HTML("", elem_classes="term-table")
-                with gr.Row():
-                    copies = {
-                        gr.Button("Copy as Python", size="sm", min_width=120): state.as_python,
-                        gr.Button("Copy as command", size="sm", min_width=120): state.as_command,
-                    }
-                with gr.Accordion("Report", open=False):
-                    report = gr.HTML("<p>Nothing has been sampled yet.</p>")
-
-        def read(text: str, request: gr.Request, *everything: Any) -> str:
-            chosen, *values = everything
-            by_hand = text != state.compose(rows, _choices(values), chosen)
-            if not text and not by_hand:
-                return render.note(_NOTHING_ON)
-            try:
-                parse(text, library)
-            except FAILURES as error:
-                return render.note(sentences(error))
-            runs.steer(text, request)
-            return render.note(_EDITED if by_hand else "", problem=False)
-
-        def run(text: str, chains: Any, steps: Any, number: Any, request: gr.Request) -> Iterator[tuple]:
-            asked = state.clamped(text, chains, steps, number, limits)
-            yield from runs.watch(asked, request.session_hash or "")
-
-        def run_live(text: str, chains: Any, steps: Any, number: Any, request: gr.Request) -> Iterator[tuple]:
-            asked = state.clamped(text, chains, steps, number, limits)
-            yield from runs.play(asked, request.session_hash or "")
-
-        def follow(text: str) -> list:
-            """The controls that describe a recipe, if any do."""
-            if (found := state.decompose(rows, text)) is None:
-                return [gr.skip()] * len(everything)
-            return [found[0], *(value for choice in found[1] for value in choice)]
-
-        def restore(text: str) -> list:
-            try:
-                asked = state.restored(text, limits)
-                parse(asked.recipe, library)
-            except FAILURES as error:
-                return [render.note(sentences(error)), *[gr.skip()] * (len(everything) + 4)]
-            return ["", *follow(asked.recipe), asked.recipe, asked.num_chains, asked.num_steps, asked.seed]
-
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        everything = [family, *controls]
-        for control in everything:
-            control.input(None, everything, recipe, js=_compose_script(rows), **quick)
-        # Not `input`, which a text box sends for typing alone: recipes are pasted too.
-        # Not `change`: a picture that is opened brings its own number of steps.
-        family.input(steps.get, family, num_steps, **quick)
-        dropped.change(restore, dropped, [problem, *everything, recipe, num_chains, num_steps, seed], **quick)
-        page.load(None, None, None, js=SCRIPT.read_text())
-        recipe.change(read, [recipe, *everything], problem, trigger_mode="always_last", **quick)
-        dice.click(lambda: secrets.randbelow(10**6), None, seed, **quick)
-        asking = [recipe, num_chains, num_steps, seed]
-        shown = [picture, terms, report, problem, play, start, halt]
-        for button, write in copies.items():
-            button.click(
-                lambda *numbers, write=write: write(state.clamped(*numbers, limits)), asking, copied, **quick
-            ).then(None, copied, None, js=_COPY)
-        slow: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        for event in (start.click, recipe.submit):
-            event(runs.begin, None, [play, start, halt], **quick).then(
-                run, asking, shown, concurrency_id="sampler", concurrency_limit=1, **slow
-            )
-        play.click(runs.begin, None, [play, start, halt], **quick).then(
-            run_live, asking, shown, concurrency_id="live", concurrency_limit=limits.max_players, **slow
-        )
-        recipe.submit(follow, recipe, everything, **quick).then(read, [recipe, *everything], problem, **quick)
-        halt.click(runs.stop, None, None, **quick)
-        page.unload(runs.leave)
+                results = _results(known)
+        _wire(page, _Parts(**controls, **results), runs, library, limits)
         gr.api(runs.sample, api_name="sample", concurrency_id="sampler", concurrency_limit=1)
         gr.api(runs.experts, api_name="experts", queue=False)
         gr.api(runs.running, api_name="running", queue=False)
     return page
 
 
-def _compose_script(rows: Sequence[Row]) -> str:
-    """`state.compose` for the browser.
-
-    There, because Sample may be pressed before an answer of the server would have arrived.
-    """
-    known = json.dumps([[row.family, row.name, row.values, row.base, row.against] for row in rows])
-    return f"""(family, ...controls) => {{
-        const size = {len(Choice._fields)};
-        const chosen = {known}.map((row, i) => [...row, ...controls.slice(size * i, size * (i + 1))])
-            .filter(([of, name, values, base, against, on]) => of === family && on);
-        const ratios = chosen.some(([of, name, values, base]) => base);
-        const terms = chosen.flatMap(([of, name, values, base, against, on, value, role, weight]) => {{
-            const w = base ? 1 : +Math.min(Math.max(weight, 0), {state.MAX_WEIGHT}).toPrecision(6);
-            const at = values.includes(value) && value !== "{state.ANY}" ? `[${{value}}]` : "";
-            if (!w || (ratios && values.length && !at)) return [];
-            const term = (role === "{NOT}" && !base ? "~" : "") + name + at;
-            const part = ratios && against ? `ratio(${{term}}, ${{against}})` : term;
-            return [(w === 1 ? "" : `${{w}}*`) + part];
-        }});
-        return [terms.join(" + ")];
-    }}"""
+def _first(known: dict[str, Card]) -> str:
+    rows = state.rows(known)
+    return state.compose(rows, state.defaults(rows), rows[0].family) if rows else ""
 
 
-def _expert_rows(rows: Sequence[Row]) -> tuple[gr.Dropdown, list]:
-    """The controls of all experts, those of one family shown at a time."""
-    families = list(dict.fromkeys(row.family for row in rows))
-    first = families[0] if families else None
-    family = gr.Dropdown(families, value=first, label="Family", visible=len(families) > 1)
-    controls: list = []
-    groups = []
-    for name in families:
-        with gr.Column(visible=name == first, elem_classes="experts") as group:
-            for row, choice in zip(rows, state.defaults(rows), strict=True):
-                if row.family == name:
-                    controls += _expert_row(row, choice)
-        groups.append(group)
-    if len(families) > 1:
-        family.change(
-            lambda chosen: [gr.Column(visible=name == chosen) for name in families],
-            family,
-            groups,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
+def _opening(known: dict[str, Card]) -> str:
+    """The palette as a visitor finds it."""
+    rows = state.rows(known)
+    return palette(rows, state.defaults(rows), rows[0].family) if rows else ""
+
+
+def _unseen(label: str, name: str = "") -> gr.Textbox:
+    """A text that only the page's script and the server see."""
+    return gr.Textbox("", label=label, elem_id=name or None, elem_classes="unseen")
+
+
+def _controls(known: dict[str, Card], damaged: dict[str, str], first: str, limits: Limits) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    made["palette"] = gr.HTML(_opening(known), elem_id="palette")
+    made["recipe"] = gr.Textbox(first, label="Recipe", lines=1, max_lines=4, elem_id="recipe")
+    made["problem"] = gr.HTML(_about(known, damaged), elem_classes="notes")
+    with gr.Row(elem_classes="numbers"):
+        made["num_chains"] = gr.Slider(
+            1, limits.max_chains, min(16, limits.max_chains), step=1, label="Samples", buttons=[]
         )
-    return family, controls
-
-
-def _expert_row(row: Row, choice: Choice) -> list:
-    name = row.label
-    asked = not row.base  # a base is on or off, no more
-    with gr.Group(elem_classes=["expert"] if asked else ["expert", "base"]):
-        with gr.Row():
-            on = gr.Checkbox(choice.on, label=name, info=row.hint or None, min_width=100, scale=2)
-            role = gr.Radio(
-                [AND, NOT], value=choice.role, label=f"{name} role", visible=asked, min_width=100, scale=2
-            )
-            weight = gr.Slider(
-                0,
-                state.MAX_WEIGHT,
-                choice.weight,
-                step=0.05,
-                label=f"{name} weight",
-                buttons=[],
-                visible=asked,
-                scale=3,
-            )
-        value = gr.Radio(
-            list(row.values or (state.ANY,)),
-            value=choice.value,
-            label=f"{name} value",
-            visible=bool(row.values),
-            min_width=100,
+        made["num_steps"] = gr.Slider(
+            1, limits.max_steps, _steps(known, first, limits), step=1, label="Steps", buttons=[]
         )
-    return [on, value, role, weight]
+    with gr.Row(elem_classes="seed"):
+        made["seed"] = gr.Number(
+            0, label="Seed", precision=0, minimum=0, maximum=state.MAX_SEED, min_width=120
+        )
+        made["dice"] = gr.Button("New seed", min_width=110, size="md")
+    with gr.Row(elem_classes="go"):
+        made["play"] = gr.Button("Play", variant="primary", min_width=90)
+        made["sample"] = gr.Button("Sample", min_width=90)
+        made["stop"] = gr.Button("Stop", interactive=False, min_width=90)
+    gr.HTML(render.open_picture(), elem_classes="open")
+    for name, label in (("chosen", "Controls"), ("answered", "Controls answered")):
+        made[name] = _unseen(label, name)
+    made["dropped"] = _unseen("Texts of the picture", "dropped")
+    made["start"] = _unseen("Picture to start from", "start")
+    made["look"] = _unseen("Picture to look at", "look")
+    made["copied"] = _unseen("Copied text")
+    return made
 
 
-def _choices(values: Sequence[Any]) -> list[Choice]:
-    """Four controls a row, in the order of `_expert_row`."""
-    size = len(Choice._fields)
-    return [Choice(*values[i : i + size]) for i in range(0, len(values), size)]
+def _results(known: dict[str, Card]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    lowest = 0 if "ratio(" in _first(known) else 1  # without a base, something must hold each cell together
+    made["picture"] = gr.HTML(render.placeholder(), elem_id="picture")
+    with gr.Tabs(elem_classes="more"):
+        with gr.Tab("Why"):
+            made["terms"] = gr.HTML("", elem_classes="term-table")
+            made["heat"] = gr.HTML(
+                "<p>Choose a sample in the picture to see where each expert pushes it.</p>"
+            )
+            made["alone"] = gr.Button("Each expert alone, from the same noise", size="sm")
+            made["strip"] = gr.HTML("", elem_id="strip")
+        with gr.Tab("Explore"):
+            made["axes"] = [
+                *_axis("Across", lowest),
+                *_axis("Up", lowest),
+                gr.Slider(2, 8, 5, step=1, label="Grid cells a side"),
+            ]
+            made["draw"] = gr.Button("Draw grid", size="sm")
+            made["grid"] = gr.HTML("", elem_id="grid")
+            with gr.Row():
+                made["films"] = [
+                    gr.Button(f"Save run as {kind}", size="sm", min_width=120) for kind in ("GIF", "WebP")
+                ]
+            made["film"] = gr.HTML("", elem_id="film")
+        with gr.Tab("Start from"):
+            gr.HTML(render.start_panel(), elem_id="start-panel")
+            made["example"] = gr.Button("A picture of the data", size="sm")
+            made["example_picture"] = gr.HTML("", elem_id="example")
+            made["level"] = gr.Slider(
+                0.2, look.MAX_LEVEL, STIR, step=0.1, label="Noise put on the picture", buttons=[]
+            )
+        with gr.Tab("Report"):
+            with gr.Row():
+                made["copies"] = {
+                    gr.Button("Copy as Python", size="sm", min_width=120): state.as_python,
+                    gr.Button("Copy as command", size="sm", min_width=120): state.as_command,
+                }
+            made["report"] = gr.HTML("<p>Nothing has been sampled yet.</p>")
+            with gr.Accordion("What these experts cannot do", open=False):
+                made["cannot"] = gr.HTML(cannot(known), elem_classes="cannot")
+    return made
+
+
+def _axis(label: str, low: float) -> list:
+    with gr.Row(elem_classes="axis"):
+        return [
+            gr.Dropdown([], label=f"{label}: weight of", min_width=140, scale=2, allow_custom_value=True),
+            gr.Number(low, label=f"{label} from", min_width=70),
+            gr.Number(8, label=f"{label} to", min_width=70),
+        ]
+
+
+def _wire(page: gr.Blocks, at: _Parts, runs: Runs, library: Library, limits: Limits) -> None:
+    """What happens when something is moved or pressed."""
+    quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    slow: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    text = [at.chosen, at.answered, at.recipe]
+    numbers = [at.num_chains, at.num_steps, at.seed]
+    shown = [at.picture, at.terms, at.report, at.problem, at.play, at.sample, at.stop, at.grid, at.strip]
+
+    def asked(chosen: Any, answered: Any, recipe: Any, *counts: Any) -> Request:
+        wanted = state.wanted(state.rows(cards()[0]), chosen, answered, recipe)
+        return state.clamped(wanted, *counts, limits)
+
+    built = cards()
+
+    def open_page() -> tuple:
+        known, damaged = now = cards()
+        axes = _axes_of(_first(known))
+        if now == built:  # nothing came or went: what a quick visitor has moved already stays
+            return *[gr.skip()] * 4, *axes
+        return _opening(known), _first(known), _about(known, damaged), cannot(known), *axes
+
+    def compose(chosen: str, recipe: str, request: gr.Request) -> tuple:
+        known = cards()[0]
+        rows = state.rows(known)
+        try:
+            family, choices = state.chosen(rows, chosen)
+        except ValueError as error:
+            return gr.skip(), chosen, gr.skip(), render.note(sentences(error))
+        made = state.compose(rows, choices, family)
+        steps = state.moved_to(chosen)
+        runs.steer(made, request.session_hash or "")
+        said = gr.skip() if made != recipe else read(made, request)
+        return made, chosen, (_steps(known, made, limits) if steps else gr.skip()), said
+
+    def read(recipe: str, request: gr.Request) -> str:
+        if not recipe:
+            return render.note(_NOTHING_ON)
+        try:
+            energy = understood(recipe, library)
+            said = doubts(energy)
+        except FAILURES as error:
+            return render.note(sentences(error))
+        runs.steer(recipe, request.session_hash or "")
+        return render.note(" ".join(said), problem=False)
+
+    def watch(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any) -> Iterator[tuple]:
+        *counts, start, level = rest
+        yield from runs.watch(
+            asked(chosen, answered, recipe, *counts), request.session_hash or "", start, level
+        )
+
+    def play(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any) -> Iterator[tuple]:
+        *counts, start, level = rest
+        yield from runs.play(
+            asked(chosen, answered, recipe, *counts), request.session_hash or "", start, level
+        )
+
+    def alone(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *counts: Any) -> Iterator[tuple]:
+        yield from runs.strip(asked(chosen, answered, recipe, *counts), request.session_hash or "")
+
+    def draw(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any) -> Iterator[tuple]:
+        *counts, across, low, high, up, lowest, highest, cells = rest
+        yield from runs.grid(
+            asked(chosen, answered, recipe, *counts),
+            lambda: (_axis_of(across, low, high, cells), _axis_of(up, lowest, highest, cells)),
+            request.session_hash or "",
+        )
+
+    def follow(recipe: str) -> Any:
+        """The palette that describes a recipe, if any does."""
+        rows = state.rows(cards()[0])
+        found = state.decompose(rows, recipe)
+        if found is None:
+            return gr.skip()
+        return palette(rows, found[1], found[0], secrets.token_hex(4))
+
+    def restore(texts: str) -> list:
+        try:
+            found = state.restored(texts, limits)
+            understood(found.recipe, library)
+        except FAILURES as error:
+            return [render.note(sentences(error)), *[gr.skip()] * 5]
+        counts = [found.num_chains, found.num_steps, found.seed]
+        return ["", follow(found.recipe), found.recipe, *counts]
+
+    def heat(sent: str, chosen: Any, answered: Any, recipe: Any) -> str:
+        if not sent:
+            return ""
+        try:
+            wanted = state.wanted(state.rows(cards()[0]), chosen, answered, recipe)
+            return look.heat_map(sent, understood(wanted, library))
+        except FAILURES as error:
+            return render.note(sentences(error))
+
+    def example(recipe: str) -> tuple:
+        try:
+            energy = understood(recipe, library)
+            family = factors.factors(recipe)[0].name.split("/")[0]
+            index = secrets.randbelow(10**6)
+            picture, described = starts.from_data(family, index, energy.event_shape)
+        except FAILURES as error:
+            return gr.skip(), render.note(sentences(error))
+        return render.example(picture, described), ""
+
+    def film(kind: str) -> Callable:
+        def save(looked: str, request: gr.Request) -> str:
+            try:
+                return runs.film(look.chain_of(looked), kind, request.session_hash or "")
+            except FAILURES as error:
+                return render.note(sentences(error))
+
+        return save
+
+    page.load(None, None, None, js=SCRIPT.read_text())
+    page.load(
+        open_page, None, [at.palette, at.recipe, at.problem, at.cannot, at.axes[0], at.axes[3]], **quick
+    )
+    at.chosen.change(
+        compose,
+        [at.chosen, at.recipe],
+        [at.recipe, at.answered, at.num_steps, at.problem],
+        trigger_mode="always_last",
+        **quick,
+    )
+    # Not `input`, which a text box sends for typing alone: recipes are pasted too.
+    at.recipe.change(read, at.recipe, at.problem, trigger_mode="always_last", **quick)
+    at.recipe.change(_axes_of, at.recipe, [at.axes[0], at.axes[3]], trigger_mode="always_last", **quick)
+    at.recipe.submit(follow, at.recipe, at.palette, **quick)
+    at.dropped.change(restore, at.dropped, [at.problem, at.palette, at.recipe, *numbers], **quick)
+    at.dice.click(lambda: secrets.randbelow(10**6), None, at.seed, **quick)
+    at.stop.click(runs.stop, None, None, **quick)
+    at.look.change(heat, [at.look, *text], at.heat, trigger_mode="always_last", **quick)
+    at.example.click(example, at.recipe, [at.example_picture, at.problem], **quick)
+    for button, kind in zip(at.films, ("gif", "webp"), strict=True):
+        button.click(film(kind), at.look, at.film, **quick)
+    for button, write in at.copies.items():
+        button.click(
+            lambda *values, write=write: write(asked(*values)), [*text, *numbers], at.copied, **quick
+        ).then(None, at.copied, None, js=_COPY)
+
+    def runs_as(event: Callable, function: Callable, inputs: list, **queue: Any) -> None:
+        event(runs.begin, None, [at.play, at.sample, at.stop], **quick).then(
+            function, inputs, shown, **queue, **slow
+        )
+
+    one = {"concurrency_id": "sampler", "concurrency_limit": 1}
+    begun = [*text, *numbers, at.start, at.level]
+    for event in (at.sample.click, at.recipe.submit):
+        runs_as(event, watch, begun, **one)
+    runs_as(at.play.click, play, begun, concurrency_id="live", concurrency_limit=limits.max_players)
+    runs_as(at.alone.click, alone, [*text, *numbers], **one)
+    runs_as(at.draw.click, draw, [*text, *numbers, *at.axes], **one)
+    page.unload(runs.leave)
+
+
+def _steps(known: dict[str, Card], recipe: str, limits: Limits) -> int:
+    """The steps that the experts of a recipe were calibrated with."""
+    named = [each.name.split("/")[0] for each in factors.factors(recipe)]
+    steps = state.steps(known).get(named[0] if named else "", state.DEFAULT_STEPS)
+    return min(steps, limits.max_steps)
+
+
+def _axes_of(recipe: str) -> tuple:
+    """The experts whose weights a grid may run over: two choices of axis."""
+    named = list(dict.fromkeys(each.expert for each in factors.factors(recipe)))
+    movable = named[1:] if len(named) > 2 else named
+    across, up = (movable[i] if i < len(movable) else None for i in range(2))
+    return gr.Dropdown(named, value=across), gr.Dropdown(named, value=up)
+
+
+def _axis_of(expert: Any, low: Any, high: Any, count: Any) -> Axis:
+    low, high = (state.clamp(value, -state.MAX_WEIGHT, state.MAX_WEIGHT, 0.0) for value in (low, high))
+    return Axis(str(expert or ""), low, high, int(state.clamp(count, 2, 8, 5)))
 
 
 def _about(known: dict[str, Card], damaged: dict[str, str]) -> str:

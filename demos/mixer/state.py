@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from composable_ebm.experts import Card
 
-AND, NOT = "AND", "NOT"
+AND, NOT, OR = "AND", "NOT", "OR"
+ROLES = (AND, NOT, OR)
 ANY = "any"
 MAX_WEIGHT = 12.0
 MAX_SEED = 2**31 - 1
@@ -26,6 +27,7 @@ FIRST_FAMILY = "faces"
 START = {"faces/smile": AND, "faces/glasses": AND, "faces/beard": NOT}
 
 MAX_TEXTS = 300_000
+MAX_CHOSEN = 100_000
 
 _TERM = re.compile(
     r"(?:(?P<weight>[0-9.]+)\*)?(?:ratio\()?(?P<not>~)?(?P<name>\w+/\w+)(?:\[(?P<value>\w+)\])?(?:, .*\))?",
@@ -33,7 +35,19 @@ _TERM = re.compile(
 )
 _NUMBER = re.compile(r"[0-9]{1,12}", re.ASCII)
 
-__all__ = ["AND", "ANY", "MAX_SEED", "MAX_WEIGHT", "NOT", "Choice", "Limits", "Request", "Row"]
+__all__ = [
+    "AND",
+    "ANY",
+    "MAX_SEED",
+    "MAX_WEIGHT",
+    "NOT",
+    "OR",
+    "ROLES",
+    "Choice",
+    "Limits",
+    "Request",
+    "Row",
+]
 
 
 class Row(NamedTuple):
@@ -152,7 +166,9 @@ def defaults(all_rows: Sequence[Row]) -> list[Choice]:
 def compose(all_rows: Sequence[Row], choices: Sequence[Choice], family: str) -> str:
     """The recipe that the controls of one family describe; empty if none of its experts is on.
 
-    Where the base is on, each of the others is a ratio beside it, so that p(x) is counted once.
+    Where the base is on, each of the others is a ratio beside it, so that p(x) is counted once. The
+    experts in the role OR are one group, `(a | b)`; of ratios to their own marginal it is exact, as
+    exp(-E) of each is p(a | x), and needs no normalising constants.
     """
     chosen = [
         (row, choice, 1.0 if row.base else clamp(choice.weight, 0.0, MAX_WEIGHT, 1.0))
@@ -160,7 +176,7 @@ def compose(all_rows: Sequence[Row], choices: Sequence[Choice], family: str) -> 
         if row.family == family and choice.on
     ]
     ratios = any(row.base for row, _, _ in chosen)
-    terms = []
+    terms, group = [], []
     for row, choice, weight in chosen:
         value = f"[{choice.value}]" if choice.value in row.values and choice.value != ANY else ""
         if not weight or (ratios and row.values and not value):
@@ -168,8 +184,10 @@ def compose(all_rows: Sequence[Row], choices: Sequence[Choice], family: str) -> 
         term = f"{'~' if choice.role == NOT and not row.base else ''}{row.name}{value}"
         if ratios and row.against:
             term = f"ratio({term}, {row.against})"
-        terms.append(term if weight == 1 else f"{weight:g}*{term}")
-    return " + ".join(terms)
+        written = term if weight == 1 else f"{weight:g}*{term}"
+        (group if choice.role == OR and not row.base else terms).append(written)
+    either = " | ".join(group)
+    return " + ".join([*terms, *([f"({either})" if len(group) > 1 else either] if group else [])])
 
 
 def decompose(all_rows: Sequence[Row], recipe: str) -> tuple[str, list[Choice]] | None:
@@ -177,16 +195,66 @@ def decompose(all_rows: Sequence[Row], recipe: str) -> tuple[str, list[Choice]] 
     named = {row.name: i for i, row in enumerate(all_rows)}
     for family in dict.fromkeys(row.family for row in all_rows):
         choices = [choice._replace(on=False) for choice in defaults(all_rows)]
-        for term in recipe.split(" + "):
+        for role, term in _roles(recipe):
             match = _TERM.match(term)
             if match is None or (i := named.get(match["name"])) is None:
                 break
             value = match["value"] or (ANY if ANY in all_rows[i].values else choices[i].value)
-            role = NOT if match["not"] else AND
-            choices[i] = Choice(True, value, role, clamp(match["weight"] or 1, 0.0, MAX_WEIGHT, 1.0))
+            weight = clamp(match["weight"] or 1, 0.0, MAX_WEIGHT, 1.0)
+            choices[i] = Choice(True, value, NOT if match["not"] else role, weight)
         if recipe and compose(all_rows, choices, family) == recipe:
             return family, choices
     return None
+
+
+def _roles(recipe: str) -> list[tuple[str, str]]:
+    """The terms of a recipe as `compose` writes it, each with AND, or OR for those of its group."""
+    start = recipe.rfind(" + (") + 3 if " + (" in recipe else 0
+    if not (recipe.startswith("(", start) and recipe.endswith(")")):
+        return [(AND, term) for term in recipe.split(" + ")]
+    before = recipe[: start - 3].split(" + ") if start else []
+    return [*((AND, term) for term in before), *((OR, term) for term in recipe[start + 1 : -1].split(" | "))]
+
+
+def chosen(all_rows: Sequence[Row], text: Any) -> tuple[str, list[Choice]]:
+    """The family and the choices that the palette sends, as JSON: {"family": ..., "rows": {name: {"on",
+    "value", "role", "weight"}}}. Rows that it does not name are off, as they may be new.
+
+    Raises:
+        ValueError: If it is nothing that the palette sends.
+    """
+    try:
+        content = json.loads(text if len(text) <= MAX_CHOSEN else "")
+        family, sent = str(content["family"]), dict(content["rows"])
+        choices = []
+        for row, choice in zip(all_rows, defaults(all_rows), strict=True):
+            each = sent.get(row.name, {})
+            role = each.get("role", choice.role)
+            choices.append(
+                Choice(
+                    each.get("on", False) is True,
+                    str(each.get("value", choice.value)),
+                    role if role in ROLES else AND,
+                    clamp(each.get("weight"), 0.0, MAX_WEIGHT, choice.weight),
+                )
+            )
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError("The controls of this page sent nothing that can be read; reload it.") from error
+    return family, choices
+
+
+def moved_to(text: str) -> bool:
+    """Whether what the palette sends is sent because another family's tab was opened."""
+    return json.loads(text).get("moved") == "family"
+
+
+def wanted(all_rows: Sequence[Row], chosen_text: str, answered: str, recipe: str) -> str:
+    """The recipe to run: what is in its box, or what the controls say, where they were moved and the
+    box does not show it yet."""
+    if not chosen_text or chosen_text == answered:
+        return recipe
+    family, choices = chosen(all_rows, chosen_text)
+    return compose(all_rows, choices, family)
 
 
 def restored(text: Any, limits: Limits) -> Request:

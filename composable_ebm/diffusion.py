@@ -1,0 +1,281 @@
+"""Diffusion models as noise-conditioned energies: scores, denoisers, noise predictors.
+
+A diffusion model knows the score of data plus Gaussian noise, at every noise level σ, under one of
+several names. With x = clean + σξ, ξ standard normal,
+
+    denoiser           D(x, σ), the best guess of the clean data:   ∂E/∂x = (x - D)/σ²
+    noise predictor    ε, the best guess of ξ:                       ∂E/∂x = ε/σ
+    velocity           v = √ᾱ ε - √(1-ᾱ) D
+
+Networks trained on a schedule that keeps the variance ("VP", as DDPM and `diffusers` do) see
+√ᾱ clean + √(1-ᾱ) ξ at time t. That is x/√(1 + σ²) with σ² = (1-ᾱ)/ᾱ, so they are asked at the time
+whose σ is the noise level of the chain, and their answers are those of the same density.
+
+There is no energy to compare, only its gradient: such energies have `has_value = False`. In sums,
+
+    base + Σᵢ wᵢ (eᵢ - base),
+
+is the composable-diffusion formula. Where the summed scores are not the score of the diffused sum, which
+is everywhere but at σ = 0, Langevin steps at each noise level correct it; MALA and HMC do so exactly,
+but need energies: a network written as one, by its `form`, has them.
+
+Reference:
+    Liu et al. (2022), Compositional visual generation with composable diffusion models, arXiv
+    2206.01714, eq. 11. Du et al. (2023), Reduce, reuse, recycle, arXiv 2302.11552, sections 4 and 5.
+    Song et al. (2021), arXiv 2011.13456, appendix B, for the two kinds of schedule.
+    Salimans and Ho (2021), Should EBMs model the energy or the score?, for the residual form.
+    Salimans and Ho (2022), arXiv 2202.00512, for v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from composable_ebm.energy import Energy, known_by_gradient
+
+FORMS = ("score", "residual")
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+__all__ = ["from_denoiser", "from_diffusers", "from_noise_predictor", "from_score"]
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""States (batch, *event) and noise levels (batch,) -> denoised states (batch, *event)."""
+
+
+class _Score(Energy):
+    """Known by its gradient -s(x), or -s(x, σ)."""
+
+    has_value = False
+
+    def __init__(self, score: Callable[..., Tensor], noise_conditioned: bool) -> None:
+        super().__init__()
+        self.score_function = score
+        self.noise_conditioned = noise_conditioned
+
+    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        at = x.detach()
+        score = self.score_function(at, noise_level) if self.noise_conditioned else self.score_function(at)
+        return known_by_gradient(x, -_like(score, x, "a score"))
+
+
+class _Denoiser(Energy):
+    """(x - D)/σ² as a gradient, or ‖x - D‖²/(2σ²) as an energy."""
+
+    noise_conditioned = True
+
+    def __init__(
+        self, denoise: Denoise, module: nn.Module | None, noise_range: Sequence[float], form: str
+    ) -> None:
+        super().__init__()
+        low, high = map(float, noise_range)
+        if not 0 < low < high:
+            raise ValueError(f"`noise_range` must be (low, high) with 0 < low < high, got {noise_range}.")
+        if form not in FORMS:
+            raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}.")
+        self.denoise = denoise
+        self.module = module  # so that the network moves with the energy
+        self.noise_range = (low, high)
+        self.form = form
+        self.has_value = form != "score"
+        self.sampler_settings = _reverse_diffusion(low, high)
+
+    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level.to(x.dtype)
+        sigma = sigma.clamp(*self.noise_range).expand(len(x))
+        variance = sigma.square().reshape(-1, *[1] * (x.ndim - 1))
+        if self.form == "score":
+            at = x.detach()
+            return known_by_gradient(x, (at - _like(self.denoise(at, sigma), at, "a denoiser")) / variance)
+        residual = x - _like(self.denoise(x, sigma), x, "a denoiser")
+        return (residual.square() / (2 * variance)).flatten(1).sum(1)
+
+
+def from_score(
+    score: Callable[..., Tensor],
+    *,
+    name: str | None = None,
+    event_shape: Sequence[int] | None = None,
+    data_range: tuple[float, float] | None = None,
+    noise_conditioned: bool = False,
+) -> Energy:
+    """Any score s(x) = ∇ log p(x) as an energy that is known by its gradient alone.
+
+    Args:
+        score: States (batch, *event) -> scores of the same shape. If it is a module, its parameters
+            belong to the energy.
+        name: What recipes print; the function's own name unless given.
+        event_shape: Shape of one state; None accepts any.
+        data_range: Smallest and largest value of the data; None if unbounded.
+        noise_conditioned: Calls `score(x, noise_level)`; the level is None outside annealing.
+    Example:
+        >>> wind = from_score(lambda x: -x, name="wind")
+    """
+    return _described(_Score(score, noise_conditioned), score, name, event_shape, data_range)
+
+
+def from_denoiser(
+    denoiser: Denoise,
+    *,
+    noise_range: Sequence[float],
+    form: str = "score",
+    name: str | None = None,
+    event_shape: Sequence[int] | None = None,
+    data_range: tuple[float, float] | None = (-1.0, 1.0),
+) -> Energy:
+    """A denoiser D(x, σ) as a noise-conditioned energy.
+
+    Args:
+        denoiser: Noisy states (batch, *event), noise levels (batch,) -> clean states.
+        noise_range: Smallest and largest σ that it was trained for, in data units.
+        form: "score": ∂E/∂x = (x - D)/σ², without a value, which is right for every denoiser.
+            "residual": E = ‖x - D‖²/(2σ²), whose gradient autograd takes through D: only for networks
+            that were trained as this energy. It has values, so MALA, HMC and mixtures work.
+        name: What recipes print; the denoiser's own name unless given.
+        event_shape: Shape of one state; None accepts any.
+        data_range: Smallest and largest value of the data; None if unbounded.
+    Raises:
+        ValueError: If the range is empty or there is no such form.
+    Example:
+        >>> face = from_denoiser(network, noise_range=(0.02, 10.0), event_shape=(3, 32, 32))
+        >>> out = sample(face + 3 * (smiling - face), num_chains=16)
+    """
+    module = denoiser if isinstance(denoiser, nn.Module) else None
+    energy = _Denoiser(denoiser, module, noise_range, form)
+    return _described(energy, denoiser, name, event_shape, data_range)
+
+
+def from_noise_predictor(
+    model: Callable[..., Any],
+    alphas_cumprod: Tensor | Sequence[float],
+    *,
+    predicts: str = "epsilon",
+    form: str = "score",
+    name: str | None = None,
+    event_shape: Sequence[int] | None = None,
+    data_range: tuple[float, float] | None = (-1.0, 1.0),
+) -> Energy:
+    """A network ε(x_t, t) of a variance-preserving diffusion as a noise-conditioned energy.
+
+    Args:
+        model: States √ᾱ clean + √(1-ᾱ) ξ, (batch, *event), and times, (batch,), that need not be
+            whole numbers -> predictions of the same shape; an object that holds them in `.sample`
+            will do.
+        alphas_cumprod: ᾱ at t = 0, 1, ..., falling, between 0 and 1.
+        predicts: "epsilon", the noise; "sample", the clean data; or "v_prediction".
+        form: See `from_denoiser`.
+        name: What recipes print; the model's own name unless given.
+        event_shape: Shape of one state; None accepts any.
+        data_range: Smallest and largest value of the data; None if unbounded.
+    Raises:
+        ValueError: If the ᾱ do not fall, or there is no such prediction or form.
+    """
+    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float32).detach().cpu()
+    falling = len(alphas) > 1 and bool((alphas.diff() < 0).all())
+    if not falling or not 0 < float(alphas[-1]) < float(alphas[0]) < 1:
+        raise ValueError("`alphas_cumprod` must fall with time and lie between 0 and 1.")
+    if predicts not in PREDICTIONS:
+        raise ValueError(f"`predicts` must be one of {', '.join(PREDICTIONS)}, got {predicts!r}.")
+    denoise = _VariancePreserving(model, alphas, predicts)
+    noise_range = (float(denoise.log_sigmas[0].exp()), float(denoise.log_sigmas[-1].exp()))
+    energy = _Denoiser(denoise, denoise, noise_range, form)
+    return _described(energy, model, name, event_shape, data_range)
+
+
+def from_diffusers(
+    network: nn.Module,
+    scheduler: Any,
+    *,
+    form: str = "score",
+    name: str | None = None,
+    data_range: tuple[float, float] | None = (-1.0, 1.0),
+) -> Energy:
+    """An unconditional network of `diffusers`, such as a UNet2DModel, with the scheduler it was trained with.
+
+    Args:
+        network: Called as `network(x, t)`; its answer is in `.sample`.
+        scheduler: Has `alphas_cumprod` and `config.prediction_type`, as DDPMScheduler has.
+        form: See `from_denoiser`.
+        name: What recipes print; the network's class unless given.
+        data_range: Smallest and largest value of the data; None if unbounded.
+    Raises:
+        ValueError: If the scheduler has no `alphas_cumprod`.
+    Example:
+        >>> pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
+        >>> cats = from_diffusers(pipeline.unet, pipeline.scheduler, name="cats")
+    """
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no `alphas_cumprod`: give the scheduler of the training, such "
+            "as DDPMScheduler.from_config(scheduler.config), or use from_denoiser."
+        )
+    config, sizes = getattr(scheduler, "config", None), getattr(network, "config", None)
+    predicts = getattr(config, "prediction_type", "epsilon")
+    shape = None
+    if sizes is not None and isinstance(size := getattr(sizes, "sample_size", None), (int, tuple, list)):
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (int(sizes.in_channels), int(height), int(width))
+    return from_noise_predictor(
+        network, alphas, predicts=predicts, form=form, name=name, event_shape=shape, data_range=data_range
+    )
+
+
+class _VariancePreserving(nn.Module):
+    """D(x, σ) of a network that sees √ᾱ x at time t."""
+
+    def __init__(self, model: Callable[..., Any], alphas: Tensor, predicts: str) -> None:
+        super().__init__()
+        self.model = model
+        self.predicts = predicts
+        self.log_sigmas: Tensor
+        self.register_buffer("log_sigmas", ((1 - alphas) / alphas).log() / 2)  # rising
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """t, (batch,), between the steps of the schedule, linear in log σ."""
+        at, table = sigma.log().to(self.log_sigmas), self.log_sigmas
+        above = torch.searchsorted(table, at.contiguous()).clamp(1, len(table) - 1)
+        share = (at - table[above - 1]) / (table[above] - table[above - 1])
+        return (above - 1 + share).clamp(0, len(table) - 1)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        root = (1 + s.square()).rsqrt()  # √ᾱ
+        answer = self.model(root * x, self.time(sigma).to(x.dtype))
+        answer = getattr(answer, "sample", answer)
+        if self.predicts == "sample":
+            return answer
+        if self.predicts == "epsilon":
+            return x - s * answer
+        return root.square() * x - s * root * answer
+
+
+def _described(
+    energy: Energy,
+    function: Callable[..., Any],
+    name: str | None,
+    event_shape: Sequence[int] | None,
+    data_range: tuple[float, float] | None,
+) -> Energy:
+    fallback = getattr(function, "__name__", type(function).__name__)
+    energy.name = name or ("function" if fallback == "<lambda>" else fallback)
+    energy.event_shape = None if event_shape is None else tuple(event_shape)
+    energy.data_range = data_range
+    return energy
+
+
+def _like(answer: Any, x: Tensor, what: str) -> Tensor:
+    if not isinstance(answer, Tensor) or answer.shape != x.shape:
+        got = f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"{what} must return a tensor like its states, shape {tuple(x.shape)}, got {got}.")
+    return answer
+
+
+def _reverse_diffusion(low: float, high: float) -> Mapping:
+    """A predictor step and two Langevin steps at each of 40 noise levels, see `sampling.from_settings`."""
+    levels = {"knots": [[0.0, high], [1.0, low]], "between": "karras"}
+    schedule = {"noise_level": levels, "noise_power": 2.0, "predict": True, "num_levels": 40}
+    return {"kernel": "Langevin", "step_size": 0.3, "anneal": schedule, "num_steps": 80}

@@ -1,0 +1,152 @@
+"""A noise-conditioned energy of images made of parts: one small network, shared by all patches.
+
+What a scene holds at one place looks like what it holds at another, so the patches of an image share
+one Gaussian skeleton and one perceptron, and the energy is a sum over them. What must agree between
+places (how many objects there are, say) goes through a context that every patch sees:
+
+    E(x, σ)[y] = Σₚ (½ dₚᵀ(C + σ² I)⁻¹dₚ + r(σ) g(uₚ, σ, context)) + c(u, σ)[y]
+
+with dₚ = xₚ - μ for the pixels xₚ of patch p, and μ, C, r, u and c as in `diffused`. Where things may
+stand in many places, nothing has to be learned once for each place. Pictures in which everything has
+its own place suit `diffused` better.
+
+Reference:
+    Tolstikhin et al. (2021), MLP-Mixer, arXiv 2105.01601, for patches that share layers;
+    `diffused` for the energy of noisy data around a Gaussian.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from composable_ebm.experts.skeleton import FIT_IMAGES, GaussianSkeleton
+
+__all__ = ["DiffusedPatches"]
+
+SUMMARY = 16  # what a patch tells the others, numbers
+
+
+class DiffusedPatches(GaussianSkeleton):
+    """A perceptron over patches around a Gaussian skeleton; energies (batch, num_values) in nats.
+
+    Args:
+        event_shape: (channels, height, width), the sides divisible by `patch`.
+        num_values: Values of the attribute; 1 for an unconditional energy.
+        patch: Side of the patches, in pixels.
+        hidden: Units of each of the three hidden layers, at each patch.
+        components: Principal components of a patch.
+        context: Units of the layer through which patches know of each other.
+        noise_range: Smallest and largest noise level it is trained for, in data units; without a
+            noise level given, it is evaluated at the smallest.
+    Raises:
+        ValueError: If the image does not divide into patches.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        num_values: int = 1,
+        patch: int = 8,
+        hidden: int = 128,
+        components: int = 48,
+        context: int = 64,
+        noise_range: Sequence[float] = (0.02, 10.0),
+    ) -> None:
+        channels, height, width = event_shape
+        if height % patch or width % patch:
+            raise ValueError(f"images of {height}x{width} do not divide into patches of side {patch}.")
+        super().__init__((channels, patch, patch), components, noise_range)
+        self.options: dict[str, object] = {
+            "event_shape": list(event_shape),
+            "num_values": num_values,
+            "patch": patch,
+            "hidden": hidden,
+            "components": components,
+            "context": context,
+            "noise_range": list(noise_range),
+        }
+        self.patch = patch
+        places, size = (height // patch) * (width // patch), len(self.mean)
+        self.frequencies: Tensor
+        self.signs: Tensor
+        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
+        self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(16))
+        self.embed = nn.Linear(32, 64)
+        self.modulate = nn.Linear(64, 6 * hidden)
+        self.from_pixels = nn.Linear(size, hidden, bias=False)
+        self.from_components = nn.Linear(components, hidden)
+        self.summary = nn.Linear(hidden, SUMMARY)
+        self.gather = nn.Linear(places * SUMMARY, context)
+        self.scatter = nn.Linear(context, places * hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.third = nn.Linear(hidden, hidden)
+        self.linear_head = nn.Linear(hidden, 1)
+        self.quadratic_head = nn.Linear(hidden, 32, bias=False)
+        self.look = nn.Linear(hidden, SUMMARY) if num_values > 1 else None
+        self.value_head = nn.Linear(places * SUMMARY, num_values) if num_values > 1 else None
+        self._initialise(size, hidden)
+
+    def _initialise(self, size: int, hidden: int) -> None:
+        for layer in (self.from_components, self.second, self.third):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            layer.weight.data.mul_(1.4)
+        nn.init.normal_(self.from_pixels.weight, std=size**-0.5)
+        nn.init.normal_(self.quadratic_head.weight, std=0.4 * hidden**-0.5)
+        for head in (self.modulate, self.scatter, self.value_head):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """The patches of images (batch, *event), row by row: (batch, places, pixels)."""
+        return F.pixel_unshuffle(x, self.patch).flatten(2).mT
+
+    def fit(self, images: Tensor) -> None:
+        """Takes mean and principal components of a patch from images in [-1, 1], (n, *event)."""
+        patches = self.patches(images[:FIT_IMAGES])
+        image = torch.arange(len(patches), device=patches.device)
+        super().fit(patches[image, image % patches.shape[1]])  # every place in turn
+
+    @property
+    def architecture(self) -> Hashable:
+        """Networks that agree in it may run as one batched pass."""
+        shared = tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
+        return (*shared, self.value_head is None)
+
+    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
+        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
+        sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))[:, None]
+        noise = sigma.square()
+        d = self.patches(x) - self.mean
+        along = d @ self.axes.T
+        precision = 1 / (self.variances + noise)
+        scale = noise + self.spread.square()
+
+        waves = sigma.log() * self.frequencies
+        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
+        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulate(embedding)[:, None].chunk(6, dim=2)
+        start = self.from_pixels(d * scale.rsqrt()[:, None])
+        start = start + self.from_components(along * precision.sqrt()[:, None])
+        h = F.silu(start * (1 + gain1) + bias1)
+        context = F.silu(self.gather(self.summary(h).flatten(1)))
+        h = h + self.scatter(context).view_as(h)
+        h = h + F.silu(self.second(h) * (1 + gain2) + bias2)
+        h = h + F.silu(self.third(h) * (1 + gain3) + bias3)
+
+        # Energies are large and their differences small: sums in float32, whatever autocast does.
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(h.dtype, torch.float32)
+            h, d, along = h.to(wide), d.to(wide), along.to(wide)
+            rest = 1 / (self.residual + noise)
+            gaussian = rest * d.square().sum(2) + ((precision - rest)[:, None] * along.square()).sum(2)
+            g = self.linear_head(h)[..., 0] + (self.quadratic_head(h).square() * self.signs).sum(2) / 2
+            r = 2 * (self.denoiser_error(sigma[:, 0])[:, None] * scale).sqrt() / noise
+            energy = (gaussian / 2 + r * g).sum(1, keepdim=True)
+            if self.look is None or self.value_head is None:
+                return energy
+            return energy + self.value_head(F.silu(self.look(h)).flatten(1))

@@ -1,0 +1,68 @@
+"""What is known of noisy data before anything is learned: its mean and principal components.
+
+Data with mean μ and covariance C, plus Gaussian noise of standard deviation σ, looks first of all
+like N(μ, C + σ² I). Networks over noise levels are built around this Gaussian and learn the rest:
+
+    s     standard deviation of the data, per pixel
+    C     its principal components, and one variance for all other directions
+    m     mean squared error of the Gaussian's own denoiser, per pixel: the size of what is left
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FIT_IMAGES", "GaussianSkeleton"]
+
+FIT_IMAGES = 10_000
+
+
+class GaussianSkeleton(nn.Module):
+    """The Gaussian part of a network over noise levels, as buffers that `fit` takes from images.
+
+    Args:
+        event_shape: (channels, height, width).
+        components: Principal components.
+        noise_range: Smallest and largest noise level of the network, in data units.
+    """
+
+    def __init__(self, event_shape: Sequence[int], components: int, noise_range: Sequence[float]) -> None:
+        super().__init__()
+        size = math.prod(event_shape)
+        low, high = noise_range
+        self.noise_range = (float(low), float(high))
+        self.mean: Tensor
+        self.axes: Tensor
+        self.variances: Tensor
+        self.residual: Tensor
+        self.spread: Tensor
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("axes", torch.eye(min(components, size), size))
+        self.register_buffer("variances", torch.ones(components))
+        self.register_buffer("residual", torch.ones(()))  # variance of every other direction
+        self.register_buffer("spread", torch.ones(()))  # s
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Takes mean and principal components from images in [-1, 1], (n, *event)."""
+        x = images[:FIT_IMAGES].flatten(1).float()
+        self.mean.copy_(x.mean(0))
+        x = x - self.mean
+        variances, axes = torch.linalg.eigh(x.T @ x / len(x))
+        count = len(self.variances)
+        self.axes.copy_(axes[:, -count:].T)
+        self.variances.copy_(variances[-count:].clamp(min=1e-8))
+        self.residual.copy_(variances[:-count].clamp(min=1e-8).mean())
+        self.spread.copy_(x.square().mean().sqrt())
+
+    def denoiser_error(self, sigma: Tensor) -> Tensor:
+        """m: mean squared error per pixel of the Gaussian's denoiser, shape of `sigma`."""
+        noise = sigma.square()
+        kept = (self.variances * noise[..., None] / (self.variances + noise[..., None])).sum(-1)
+        size = len(self.mean)
+        rest = (size - len(self.variances)) * self.residual * noise / (self.residual + noise)
+        return (kept + rest) / size

@@ -1,0 +1,296 @@
+"""A block: the rows of a batch that belong to one run, and how far they are in its schedule.
+
+A batch holds the chains of one run or of several. What differs between runs (the composition, the
+noise, the schedule and the place in it, the step size as adapted) belongs to a block; what all
+chains have alike (state, energy, gradient, whether they are still finite) is one `Rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from composable_ebm.energy import Energy
+from composable_ebm.sampling.annealed import Annealed
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
+from composable_ebm.schedules import Schedule
+
+Sampler = Kernel | Annealed
+
+__all__ = ["Block", "MaskedNoise", "Rows", "Sampler", "joined"]
+
+
+class Rows(NamedTuple):
+    """Chains, one a row.
+
+    Attributes:
+        state: States, energies and gradients.
+        alive: Whether each is still finite, (batch,).
+        bad_step: Step at which each stopped being so, in the count of the batch, -1 for the others.
+        largest: Largest finite gradient norm of each, (batch,).
+    """
+
+    state: State
+    alive: Tensor
+    bad_step: Tensor
+    largest: Tensor
+
+    @classmethod
+    def new(cls, state: State, step: int) -> Self:
+        """Chains that stand at `state`; those that are not finite are frozen from the start."""
+        count, x = len(state.x), state.x
+        alive = torch.ones(count, dtype=torch.bool, device=x.device)
+        rows = cls(state, alive, torch.full((count,), -1, device=x.device), x.new_zeros(count))
+        return rows.moved(state, step)
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        """‖∂E/∂x‖ in nats per data unit, (batch,)."""
+        return _norm(self.state)
+
+    def moved(self, new: State, step: int | Tensor, norm: Tensor | None = None) -> Self:
+        """`new` for the chains that are finite; the others stay where they were, for good."""
+        norm = _norm(new) if norm is None else norm
+        finite = new.energy.isfinite() & norm.isfinite()
+        bad_step = torch.where(self.alive & ~finite, step, self.bad_step)
+        alive = self.alive & finite
+        largest = torch.maximum(self.largest, torch.where(finite, norm, 0.0))
+        # A CPU can look without waiting: nearly always there is nothing to hold back, and nothing to copy.
+        if alive.device.type == "cpu" and bool(alive.all()) and _same_parts(self.state, new):
+            return type(self)(new, alive, bad_step, largest)
+        state = State(
+            *(
+                None if after is None or before is None else torch.where(expand(alive, after), after, before)
+                for before, after in zip(self.state, new, strict=True)
+            )  # type: ignore[arg-type]
+        )
+        return type(self)(state, alive, bad_step, largest)
+
+    def counted(self, shift: int) -> Self:
+        """The same chains in a batch whose count of steps is ahead by `shift`."""
+        bad_step = torch.where(self.bad_step < 0, self.bad_step, self.bad_step + shift)
+        return self._replace(bad_step=bad_step) if shift else self
+
+    def split(self, sizes: Sequence[int]) -> list[Self]:
+        """The rows of each block."""
+        if len(sizes) == 1:
+            return [self]
+        states = [_split(column, sizes) for column in self.state]
+        others = [_split(column, sizes) for column in self[1:]]
+        return [
+            type(self)(State(*state), *other)
+            for state, other in zip(zip(*states, strict=True), zip(*others, strict=True), strict=True)
+        ]
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """The rows of several blocks, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        states = zip(*(part.state for part in parts), strict=True)
+        state = State(*(None if column[0] is None else torch.cat(column) for column in states))  # type: ignore
+        return cls(state, *(torch.cat(column) for column in zip(*(p[1:] for p in parts), strict=True)))
+
+
+def _split(column: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    return [None] * len(sizes) if column is None else column.split(list(sizes))
+
+
+def _norm(state: State) -> Tensor:
+    return state.gradient.flatten(1).norm(dim=1)
+
+
+def joined(values: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """Values of several blocks, () or (rows,) each, as one value a row; that of one block as it is."""
+    if len(values) == 1 or values[0] is None:
+        return values[0]
+    return torch.cat([v.expand(size) for v, size in zip(values, sizes, strict=True) if v is not None])
+
+
+class MaskedNoise(Noise):
+    """Noise that is zero where states are held."""
+
+    def __init__(self, noise: Noise, mask: Tensor) -> None:
+        super().__init__(*noise.sources)
+        self.mask = mask
+
+    def normal(self, like: Tensor) -> Tensor:
+        return super().normal(like) * self.mask
+
+
+class Block:
+    """One run's part in a batch.
+
+    Args:
+        energy: Its composition.
+        x: States like those it starts from, (rows, *event).
+        sampler: A kernel, or an annealed one.
+        noise: Draws for these rows.
+        num_steps: Length that a schedule is stretched over; not needed without one.
+        ends: Whether the run ends with its schedule. One that does not stays at the last values,
+            and never makes the last predictor step, to no noise at all.
+        mask: 1 where states may move, 0 where they are held, broadcasting over (rows, *event).
+        num_warmup: Steps at the start in which the step size adapts, if the kernel has a target.
+        record: Keeps a trace.
+    Attributes:
+        sampler: What it follows.
+        dynamics: Step size, temperature and noise scale, before the schedule's factors.
+        num_steps: Steps taken.
+        evaluations: Gradients taken of its rows, where potentials are shared by several blocks.
+        replayed: Steps that were replayed, see `graphs`.
+        plain_because: Why the last step that was not replayed was not.
+    """
+
+    def __init__(
+        self,
+        energy: Energy,
+        x: Tensor,
+        sampler: Sampler,
+        noise: Noise,
+        *,
+        num_steps: int | None = None,
+        ends: bool = True,
+        mask: Tensor | None = None,
+        num_warmup: int = 0,
+        record: bool = True,
+    ) -> None:
+        self.energy = energy
+        self.size = len(x)
+        self.noise = noise if mask is None else MaskedNoise(noise, mask)
+        self.mask = mask
+        self.record = record
+        self.history: list[tuple[Tensor | None, ...]] = []
+        self.num_steps = 0
+        self.evaluations = 0
+        self.replayed = 0
+        self.plain_because = ""
+        self.follow(sampler, x, num_steps, ends, num_warmup)
+
+    def follow(
+        self,
+        sampler: Sampler,
+        like: Tensor,
+        num_steps: int | None,
+        ends: bool = True,
+        num_warmup: int = 0,
+    ) -> None:
+        """Goes on with `sampler`, from the beginning of its schedule."""
+        annealed = isinstance(sampler, Annealed)
+        if num_steps is None and annealed:
+            raise ValueError("an annealed chain needs `num_steps`, the length its schedule is stretched to.")
+        count = num_steps or 0
+        self.sampler = sampler
+        self.kernel = sampler.kernel if isinstance(sampler, Annealed) else sampler
+        self.schedule = schedule = sampler.schedule if isinstance(sampler, Annealed) else Schedule()
+        self.kernel.check(self.energy)
+        if self.energy.binary and schedule.noise_level is not None:
+            raise ValueError(f"{self.energy} lives on bits, which carry no noise level: anneal temperature.")
+        self.ends = ends
+        self.dynamics = self.kernel.dynamics(like)
+        self.place = 0
+        self.levels = schedule.levels(count)
+        self.sigmas = schedule.values(schedule.noise_level, count) or []
+        self._sigma = like.new_tensor(self.sigmas) if self.sigmas else None
+        self._temperature = _table(like, schedule.values(schedule.temperature, count))
+        self._scale = _table(like, schedule.values(schedule.step_scale, count))
+        self._step_scale = self._scale
+        if self._sigma is not None and schedule.noise_power:
+            power = self._sigma**schedule.noise_power
+            self._step_scale = power if self._scale is None else self._scale * power
+        self.adapt_until = num_warmup
+        if annealed and self.levels:
+            self.adapt_until = max(num_warmup, self.levels.index(self.levels[-1]))
+
+    # -- the place in the schedule ------------------------------------------------------------------
+
+    @property
+    def stepping(self) -> str:
+        """How its steps ran, in a line; nothing where none could have been captured."""
+        if not (self.replayed or self.plain_because):
+            return ""
+        reason = f"; the others one by one: {self.plain_because}" if self.plain_because else ""
+        return f"{self.replayed} of {self.num_steps} steps replayed from a captured graph{reason}"
+
+    @property
+    def noise_level(self) -> Tensor | None:
+        """σ now, (), or None without a curve for it."""
+        return self._at(self._sigma)
+
+    @property
+    def sigma(self) -> float | None:
+        """The same as a number."""
+        return self.sigmas[min(self.place, len(self.sigmas) - 1)] if self.sigmas else None
+
+    def scheduled(self) -> Dynamics:
+        """The numbers of the next step."""
+        step_size, temperature, noise_scale = self.dynamics
+        if (scale := self._at(self._step_scale)) is not None:
+            step_size = step_size * scale
+        if noise_scale is not None and (scale := self._at(self._scale)) is not None:
+            noise_scale = noise_scale * scale
+        if (factor := self._at(self._temperature)) is not None:
+            temperature = temperature * factor
+        return Dynamics(step_size, temperature, noise_scale)
+
+    def _at(self, table: Tensor | None) -> Tensor | None:
+        return None if table is None else table[min(self.place, len(table) - 1)]
+
+    def stepped(self) -> bool:
+        """Counts a step; whether it was the last one at a noise level that chains now leave."""
+        self.num_steps += 1
+        self.place += 1
+        if self._sigma is None or self.place > len(self.levels):
+            return False
+        if self._is_past_the_end():
+            return self.schedule.predict and self.ends
+        return self.levels[self.place] != self.levels[self.place - 1]
+
+    def predicted(self, state: State) -> Tensor:
+        """Where chains that leave a noise level start at the next one: moved there, or as they are.
+
+        After the last level that is 0, no noise at all.
+        """
+        if not self.schedule.predict or self._sigma is None:
+            return state.x
+        last = self._is_past_the_end()
+        sigma = self._sigma[self.place - 1]
+        after = torch.zeros_like(sigma) if last else self._sigma[self.place]
+        x = state.x - sigma * (sigma - after) * state.gradient
+        return x.clamp(*self.energy.data_range) if last and self.energy.data_range is not None else x
+
+    def _is_past_the_end(self) -> bool:
+        return self.place == len(self.levels)
+
+    # -- what happened ------------------------------------------------------------------------------
+
+    def note(self, rows: Rows, norm: Tensor, info: Info, step_size: Tensor) -> None:
+        """Records a step, and adapts the step size while that lasts."""
+        if self.record:
+            self.history.append((rows.state.energy, norm, info.acceptance, step_size))
+        if self.adapts:
+            self._adapt(info, rows.alive)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the step size still changes."""
+        return self.kernel.target_acceptance is not None and self.place < self.adapt_until
+
+    def _adapt(self, info: Info, alive: Tensor) -> None:
+        """Robbins-Monro on log η towards the target acceptance, the same for all chains of the block."""
+        assert info.acceptance is not None
+        assert self.kernel.target_acceptance is not None
+        gain = max(0.05, (self.place + 1) ** -0.5)
+        error = (info.acceptance * alive).sum() / alive.sum() - self.kernel.target_acceptance
+        self.dynamics = self.dynamics._replace(step_size=self.dynamics.step_size * torch.exp(gain * error))
+
+
+def _table(like: Tensor, values: list[float] | None) -> Tensor | None:
+    return like.new_tensor(values) if values else None
+
+
+def _same_parts(one: State, other: State) -> bool:
+    """Whether both have a momentum, or neither."""
+    return all((a is None) == (b is None) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,530 @@
+"""The mixer's parts: grids over weights, strips, heat maps, animations, uploads. No page here."""
+
+import io
+import itertools
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from helpers import card, expert, points
+from PIL import Image, ImageColor, ImageSequence
+
+import composable_ebm as ceb
+from composable_ebm.analytic import Gaussian
+from composable_ebm.experts.diffused import DiffusedEnergy
+from demos.mixer import animate, explore, heat, labelled, starts
+from demos.mixer.animate import Recorder
+from demos.mixer.explore import Axis
+from demos.mixer.factors import alone, factors, find, with_weights
+
+SHAPE = (1, 8, 8)
+SAMPLER = {"kernel": "Langevin", "step_size": 0.1, "num_steps": 6}
+NAMES = {
+    "toys/body": expert("body", ("image",), 0, event_shape=SHAPE, attribute="image", sampler=SAMPLER),
+    "toys/hat": expert("hat", ("bare", "hat"), 1, event_shape=SHAPE, sampler=SAMPLER),
+    "toys/hue": expert("hue", ("red", "green", "blue"), 2, event_shape=SHAPE, sampler=SAMPLER),
+    "toys/tree": expert("tree", ("tree",), 3, event_shape=SHAPE, sampler=SAMPLER),
+}
+HAT, HUE = "ratio(toys/hat, toys/hat[any])", "ratio(~toys/hue[red], toys/hue[any])"
+MIX = f"toys/body + 4*{HAT} + 2*{HUE}"
+
+
+def parse(text):
+    return ceb.parse(text, NAMES)
+
+
+# -- the experts of a recipe ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (MIX, [("toys/body", 1, False), ("toys/hat", 4, False), ("toys/hue[red]", 2, True)]),
+        ("0.5*a - 1e-3*~ b", [("a", 0.5, False), ("b", 0.001, True)]),
+        (
+            "a + (b | 2*ratio(c[x], c[any]) | ~d)",
+            [("a", 1, False), ("b", 1, False), ("c[x]", 2, False), ("d", 1, True)],
+        ),
+        ("negate(2*a, threshold=-3)", [("a", 2, False)]),
+        ("mixture([a, 3*b], weights=[1, 2], log_z=[0, 1])", [("a", 1, False), ("b", 3, False)]),
+    ],
+)
+def test_factors_are_the_experts_of_a_recipe_with_their_weights(recipe, expected):
+    assert [(each.expert, each.weight, each.negated) for each in factors(recipe)] == expected
+
+
+@pytest.mark.parametrize("recipe", [MIX, "toys/hat | 3*toys/hue[blue]", "toys/tree - 0.25*toys/hat"])
+def test_a_recipe_with_its_own_weights_is_the_same_composition(recipe):
+    again = with_weights(recipe, {each: each.weight for each in factors(recipe)})
+    x = points(3, SHAPE)
+    assert torch.equal(parse(again)(x), parse(recipe)(x))
+
+
+def test_weights_below_zero_are_written_so_that_they_parse():
+    text = with_weights(MIX, {find(MIX, "toys/hat"): -2.5})
+    hat = NAMES["toys/hat"]
+    same = parse(f"toys/body + 2*{HUE}") - 2.5 * (hat - hat["any"])
+    x = points(3, SHAPE)
+    assert torch.allclose(parse(text)(x), same(x), atol=1e-5)
+
+
+def test_an_expert_that_the_recipe_does_not_name_once_is_refused():
+    with pytest.raises(
+        ValueError, match=r"does not name the expert 'toys/hut'; it names: toys/body, toys/hat"
+    ):
+        find(MIX, "toys/hut")
+    twice = "toys/hue[red] | toys/hue[blue]"
+    with pytest.raises(
+        ValueError, match=r"names toys/hue 2 times; say which: toys/hue\[red\], toys/hue\[blue\]"
+    ):
+        find(twice, "toys/hue")
+    assert find(twice, "toys/hue[blue]").label == "hue blue"
+
+
+def test_each_expert_stands_alone_beside_the_base():
+    assert alone(MIX, NAMES) == [("hat", f"toys/body + 4*{HAT}"), ("not hue red", f"toys/body + 2*{HUE}")]
+    assert alone("2*toys/hat + toys/tree", NAMES) == [("hat", "2*toys/hat"), ("tree", "toys/tree")]
+
+
+# -- grids ----------------------------------------------------------------------------------------------
+
+
+def coefficients(recipe, horizontal, vertical):
+    """The composition and its coefficients in each cell, from the top left."""
+    chosen = tuple(find(recipe, axis.expert) for axis in (horizontal, vertical))
+    cells = [(u, v) for v in vertical.values[::-1] for u in horizontal.values]
+    return *explore._coefficients(recipe, chosen, cells, NAMES), cells
+
+
+@pytest.mark.parametrize(
+    ("recipe", "experts"),
+    [
+        (MIX, ("toys/hat", "toys/hue")),
+        ("toys/hat + 3*toys/hue[green]", ("toys/hue", "toys/hat")),
+        ("toys/body + 3*ratio(toys/tree, toys/body) + toys/hat", ("toys/tree", "toys/hat")),
+        (f"toys/body + (2*{HAT} | {HUE})", ("toys/hat", "toys/hue")),
+        ("2*(toys/body + toys/hat)/3", ("toys/body", "toys/hat")),
+    ],
+)
+def test_coefficients_of_a_cell_are_those_of_its_recipe(recipe, experts):
+    across, up = Axis(experts[0], -1, 3, 3), Axis(experts[1], 0.5, 6, 2)
+    energy, table, cells = coefficients(recipe, across, up)
+    x = points(1, SHAPE)
+    for row, (u, v) in zip(table, cells, strict=True):
+        text = with_weights(recipe, {find(recipe, experts[0]): u, find(recipe, experts[1]): v})
+        assert float(energy(x, coefficients=row)) == pytest.approx(float(parse(text)(x)), abs=1e-4)
+
+
+def undrawn(monkeypatch):
+    """The states of each frame of a grid, in place of its pictures."""
+    drawn = []
+    blank = Image.new("L", (1, 1))
+    monkeypatch.setattr(explore, "labelled_grid", lambda states, *rest: drawn.append(states) or blank)
+    return drawn
+
+
+def test_a_cell_of_a_grid_is_what_sample_gives_for_its_recipe(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        explore, "labelled_grid", lambda states, *rest: drawn.append(states) or Image.new("L", (1, 1))
+    )
+    across, up = Axis("toys/hat", -2, 4, 3), Axis("toys/hue", 1, 9, 2)
+    *_, last = explore.weight_grid(MIX, across, up, NAMES, num_chains_per_cell=2, seed=5)
+    assert last.done
+    assert last.step == 6
+    cells = drawn[-1].split(2)
+    for i, (u, v) in enumerate([(u, v) for v in (9.0, 1.0) for u in (-2.0, 1.0, 4.0)]):
+        text = with_weights(MIX, {find(MIX, "toys/hat"): u, find(MIX, "toys/hue"): v})
+        alone = ceb.sample(parse(text), num_chains=2, seed=5)
+        assert torch.allclose(cells[i], alone.samples, atol=1e-4), text
+
+
+def diffused(name, values, seed, **changes):
+    """A noise-conditioned expert with random weights."""
+    torch.manual_seed(seed)
+    net = DiffusedEnergy((1, 4, 4), len(values), hidden=8, components=4, noise_range=(0.02, 10.0))
+    torch.nn.init.zeros_(net.quadratic_head.weight)  # which could fall for ever, untrained
+    if net.value_head is not None:
+        torch.nn.init.normal_(net.value_head.weight)
+    anneal = {"noise_level": {"knots": [[0, 10.0], [1, 0.02]], "between": "karras"}}
+    anneal |= {"noise_power": 2.0, "predict": True}
+    sampler = {"kernel": "Langevin", "step_size": 0.3, "num_steps": 20, "anneal": anneal}
+    description = card(name, values, sampler=sampler, noise_conditioned=True, **changes)
+    return ceb.Expert.standing(net.eval(), description)
+
+
+def test_a_grid_of_noise_conditioned_experts_is_what_sample_gives(monkeypatch):
+    names = {
+        "base": diffused("base", ("image",), 0, attribute="image"),
+        "hat": diffused("hat", ("bare", "hat"), 1),
+        "cat": diffused("cat", ("dog", "cat"), 2),
+    }
+    drawn = []
+    monkeypatch.setattr(
+        explore, "labelled_grid", lambda states, *rest: drawn.append(states) or Image.new("L", (1, 1))
+    )
+    recipe = "base + 2*ratio(hat, hat[any]) + ratio(cat, cat[any])"
+    list(explore.weight_grid(recipe, Axis("hat", 0, 4, 2), Axis("cat", 3, 5, 2), names, seed=2))
+    text = "base + 4*ratio(hat, hat[any]) + 5*ratio(cat, cat[any])"
+    expected = ceb.sample(ceb.parse(text, names), num_chains=1, seed=2).samples
+    assert torch.allclose(drawn[-1][1:2], expected, atol=1e-4)
+
+
+def test_cells_of_equal_weights_show_equal_pictures():
+    frames = list(
+        explore.weight_grid(MIX, Axis("toys/hat", 4, 4, 1), Axis("toys/hue", 0, 2, 2), NAMES, num_steps=3)
+    )
+    picture = frames[-1].picture
+    assert [frame.done for frame in frames] == [False] * (len(frames) - 1) + [True]
+    assert picture.width < picture.height  # one column, two rows
+
+
+def test_a_grid_ends_early_when_told_to():
+    stop = threading.Event()
+    frames = explore.weight_grid(
+        MIX, Axis("toys/hat", 0, 4, 2), Axis("toys/hue", 0, 2, 2), NAMES, num_steps=10**6, stop=stop
+    )
+    assert not next(frames).done
+    stop.set()
+    *_, last = frames
+    assert last.done
+    assert last.step < 10**6
+
+
+def test_a_cell_that_diverged_is_crossed_out():
+    states, lost = torch.zeros(2, 1, 8, 8), torch.tensor([False, True])
+    picture = labelled.labelled_grid(states, lost, (-1.0, 1.0), ["a", "b"], ([1.0, 2.0], [1.0]))
+    alert = ImageColor.getrgb(labelled.ALERT)
+    crossed = (np.asarray(picture) == alert).all(-1).any(0).nonzero()[0]
+    assert len(crossed) > labelled.CELL / 2
+    assert crossed.min() > labelled.LEFT + labelled.CELL  # in the second cell alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"low": float("nan")}, "`low` of an axis must be a weight from -12 to 12, got nan"),
+        ({"high": 1e9}, "`high` of an axis must be a weight"),
+        ({"low": "x"}, "`low` of an axis must be a weight"),
+        ({"count": 0}, "`count` of an axis must be a whole number from 1 to 12, got 0"),
+        ({"count": 10**6}, "`count` of an axis"),
+        ({"count": 2.5}, "`count` of an axis"),
+        ({"low": 3.0, "high": 3.0}, "an axis of 5 weights needs a range, got 3 twice"),
+    ],
+)
+def test_axes_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Axis(**{"expert": "a", "low": 0.0, "high": 4.0, "count": 5, **changes})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizontal": Axis("toys/hue", 0, 1, 2)}, "must name two different experts"),
+        ({"horizontal": Axis("toys/cap", 0, 1, 2)}, "does not name the expert 'toys/cap'"),
+        ({"num_chains_per_cell": 0}, "a grid holds 1 to 256 pictures"),
+        ({"num_chains_per_cell": 10**6}, "a grid holds 1 to 256 pictures"),
+        ({"num_steps": -1}, "`num_steps` of a grid must be at least 1, got -1"),
+        ({"recipe": "toys/hat - toys/hue[red]"}, "no term with a positive weight"),
+    ],
+)
+def test_grids_that_make_no_sense_are_refused(options, message):
+    asked = {"horizontal": Axis("toys/hat", 0, 1, 2), "vertical": Axis("toys/hue", 0, 1, 2)}
+    with pytest.raises(ValueError, match=message):
+        next(explore.weight_grid(library=NAMES, **{"recipe": MIX, **asked, **options}))
+
+
+# -- strips ---------------------------------------------------------------------------------------------
+
+
+def test_a_strip_is_the_mix_and_each_expert_alone_from_the_same_noise():
+    strip = explore.strip(MIX, NAMES, seed=3)
+    assert strip.labels == ["mix", "hat", "not hue red"]
+    for text, shown in zip(strip.recipes, strip.samples, strict=True):
+        assert torch.equal(ceb.sample(parse(text), num_chains=1, seed=3).samples[0], shown)
+    assert strip.recipes[0] == MIX
+
+
+def test_a_stopped_strip_keeps_what_was_reached():
+    stop = threading.Event()
+    stop.set()
+    strip = explore.strip(MIX, NAMES, num_steps=10**6, stop=stop)
+    assert strip.labels == ["mix"]
+    assert len(strip.samples) == 1
+
+
+# -- heat maps --------------------------------------------------------------------------------------------
+
+
+def blob(row, column):
+    """An energy that wants the pixel at a place bright, weakly where all others are."""
+    mean = torch.zeros(64)
+    mean[row * 8 + column] = 1.0
+    energy = Gaussian(mean, torch.ones(64))
+
+    class Blob(ceb.Energy):
+        event_shape = SHAPE
+        data_range = (-1.0, 1.0)
+
+        def energy(self, x, noise_level=None):
+            return energy(x.flatten(1))
+
+    return Blob().named(f"blob{row}{column}")
+
+
+def test_pushes_point_where_the_score_points():
+    mix = blob(1, 1) + 3 * blob(6, 6)
+    found = heat.pushes(mix, torch.zeros(1, *SHAPE))
+    assert [push.name for push in found] == ["blob11", "blob66"]
+    assert found[1].strength == pytest.approx(3 * found[0].strength)
+    assert found[0].strength == pytest.approx(1 / 8)  # one pixel of 64, pushed by 1
+    scale = found[0].picture.width // 8
+    for push, (row, column) in zip(found, ((1, 1), (6, 6)), strict=True):
+        red = push.picture.getpixel((column * scale, row * scale))
+        still = push.picture.getpixel((3 * scale, 4 * scale))
+        assert red[0] > red[2] + 20
+        assert abs(still[0] - still[2]) < 3
+
+
+def test_pushes_share_one_symmetric_scale():
+    a = blob(1, 1)
+    weak, strong = heat.pushes(a + 9 * blob(6, 6), torch.zeros(1, *SHAPE))
+    scale = weak.picture.width // 8
+    full = strong.picture.getpixel((6 * scale, 6 * scale))
+    faint = weak.picture.getpixel((1 * scale, 1 * scale))
+    assert full[1] < faint[1]  # the weaker push is the paler one
+    above = heat.pushes(a, torch.zeros(1, *SHAPE))[0].picture.getpixel((scale, scale))
+    below = heat.pushes(a, 2 * torch.eye(64)[9].reshape(1, *SHAPE))[0].picture.getpixel((scale, scale))
+    assert above[0] > above[2]
+    assert below[0] < below[2]
+
+
+def test_a_value_and_its_marginal_push_as_one_term():
+    hat = NAMES["toys/hat"]
+    x = points(1, SHAPE)
+    found = heat.pushes(parse(f"toys/body + 4*{HAT}"), x)
+    assert [push.name for push in found] == ["toys/body", "toys/hat"]
+    together = 4 * (hat - hat["any"])
+    assert found[1].strength == pytest.approx(float(together.score(x).square().mean().sqrt()), rel=1e-4)
+
+
+def test_pushes_are_of_one_picture():
+    with pytest.raises(
+        ValueError, match=r"`x` must be one picture, \(1, 1 or 3, height, width\), got \(2, 1, 8, 8\)"
+    ):
+        heat.pushes(parse(MIX), points(2, SHAPE))
+
+
+# -- animations -------------------------------------------------------------------------------------------
+
+
+def grey(level, chains=2, size=8):
+    return torch.full((chains, 3, size, size), float(level))
+
+
+def frames_of(data):
+    with Image.open(io.BytesIO(data)) as image:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+
+
+@pytest.mark.parametrize("format", ["gif", "webp"])
+def test_a_chain_is_saved_as_an_animation(format):
+    recorder = Recorder(10)
+    for level in (-1, 0, 1):
+        states = grey(-1)
+        states[1] = level
+        recorder.add(states)
+    data = recorder.save(1, format)
+    found = frames_of(data)
+    assert [round(frame.getpixel((5, 5))[0] / 64) for frame in found] == [0, 2, 4]
+    assert found[0].size == (192, 192)
+    assert Image.open(io.BytesIO(data)).format == format.upper()
+    assert frames_of(recorder.save(None, format))[0].width == 192
+
+
+def test_a_recorder_keeps_the_whole_run_in_larger_steps():
+    recorder = Recorder(8)
+    for step in range(1001):
+        recorder.add(grey(step / 500 - 1, chains=1))
+        assert len(recorder) <= 8
+    kept = [float(frame.float().mean()) for frame in recorder._frames]
+    gaps = [b - a for a, b in itertools.pairwise(kept)]
+    assert kept[0] == 0
+    assert max(gaps) - min(gaps) <= 1.01  # evenly spaced, to a byte
+    assert frames_of(recorder.save())[-1].getpixel((0, 0))[0] >= 253  # ends at the last frame
+
+
+def test_many_chains_keep_fewer_frames():
+    recorder = Recorder(1000)
+    states = torch.zeros(64, 3, 64, 64)
+    for _ in range(40):
+        recorder.add(states)
+    assert len(recorder) * states.numel() <= animate.MAX_BYTES
+
+
+def test_other_chains_begin_a_new_recording():
+    recorder = Recorder(8)
+    recorder.add(grey(0))
+    recorder.add(grey(0, chains=3))
+    assert len(recorder) == 1
+
+
+def test_recordings_that_cannot_be_are_refused():
+    recorder = Recorder(8)
+    with pytest.raises(ValueError, match="nothing to save yet"):
+        recorder.save(0)
+    recorder.add(grey(0))
+    with pytest.raises(ValueError, match="`chain` must be from 0 to 1, got 2"):
+        recorder.save(2)
+    with pytest.raises(ValueError, match='`format` must be "gif" or "webp", got \'exe\''):
+        recorder.save(0, "exe")
+    with pytest.raises(ValueError, match="`states` must have shape"):
+        recorder.add(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="`limit_frames` must be at least 2"):
+        Recorder(1)
+
+
+# -- starts -----------------------------------------------------------------------------------------------
+
+
+def file_of(image, format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png(width, height, *chunks, depth=8, kind=2):
+    """A PNG of a header, and chunks (name, content) that need not be any good."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for name, content in (header, *chunks, (b"IEND", b"")):
+        crc = zlib.crc32(name + content)
+        parts.append(struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc))
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_an_upload_is_the_middle_of_a_picture(format):
+    wide = Image.new("RGB", (90, 30), "black")
+    wide.paste("white", (30, 0, 60, 30))
+    state = starts.from_upload(file_of(wide, format), (3, 10, 10), (-1.0, 1.0))
+    assert state.shape == (3, 10, 10)
+    assert float(state[:, 2:8, 2:8].min()) > 0.9
+    assert starts.from_upload(file_of(wide, format), (1, 4, 4), (0.0, 2.0)).shape == (1, 4, 4)
+
+
+def test_an_upload_is_upright_and_on_white():
+    turned = Image.new("RGB", (8, 8), "black")
+    turned.paste("white", (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # by 180 degrees
+    state = starts.from_upload(file_of(turned, "JPEG", exif=exif, quality=95), (1, 8, 8))
+    assert float(state[0, 6].mean()) > 0.8 > -0.8 > float(state[0, 1].mean())
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert float(starts.from_upload(file_of(clear), (3, 8, 8)).min()) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is no picture that can be read; give a PNG, JPEG"),
+        (b"GIF89a", "is no picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no picture"),
+        (bytes(21 * 10**6), "too large: 21 MB of 20 at most"),
+        (png(10**5, 10**5), "too large; at most 20 megapixels"),
+        (png(9000, 9000), "too large, 9000 by 9000 pixels; at most 20 megapixels"),
+        (png(2**31 - 1, 2**31 - 1), "too large; at most 20 megapixels"),
+        (png(64, 64), "This picture is damaged"),
+        (png(64, 64, (b"IDAT", b"not deflated")), "This picture is damaged"),
+        (png(64, 64, (b"IDAT", zlib.compress(bytes(100))[:-8])), "This picture is damaged"),
+        (png(64, 64, (b"zTXt", b"recipe\0\0" + zlib.compress(bytes(10**8)))), "is no picture|is damaged"),
+        (png(0, 0), "is no picture|is damaged"),
+        (file_of(Image.new("RGB", (64, 64)))[:60], "is damaged"),
+        (file_of(Image.new("RGB", (64, 64)), "JPEG")[:200], "is no picture|is damaged"),
+    ],
+)
+def test_hostile_uploads_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        starts.from_upload(data, (3, 8, 8))
+    if len(data) < 10**6:
+        with pytest.raises(ValueError, match=message):
+            starts.mask_from(data, (3, 8, 8))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_animated_uploads_are_refused(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = file_of(frames[0], format, save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="is animated; give a still one"):
+        starts.from_upload(data, (3, 8, 8))
+
+
+def test_flipped_bytes_never_raise_anything_but_a_value_error():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        whole = bytearray(file_of(Image.fromarray(noise), format))
+        for _ in range(60):
+            damaged = bytearray(whole)
+            for place in torch.randint(len(whole), (3,), generator=generator).tolist():
+                damaged[place] = int(torch.randint(256, (), generator=generator))
+            try:
+                state = starts.from_upload(bytes(damaged), (3, 8, 8))
+                assert state.isfinite().all()
+            except ValueError:
+                pass
+
+
+def test_a_state_that_is_no_picture_is_refused():
+    with pytest.raises(ValueError, match=r"states of shape \(2,\) are no pictures"):
+        starts.from_upload(b"", (2,))
+
+
+def test_what_is_painted_may_change():
+    layer = Image.new("RGBA", (80, 80), (0, 0, 0, 0))
+    layer.paste((255, 0, 0, 255), (0, 0, 40, 20))
+    mask = starts.mask_from(layer, (3, 8, 8))
+    expected = torch.zeros(1, 8, 8)
+    expected[0, :2, :4] = 1
+    assert torch.equal(mask, expected)
+    assert torch.equal(starts.mask_from(file_of(layer), (3, 8, 8)), expected)
+    assert torch.equal(starts.mask_from(layer.getchannel("A"), (3, 8, 8)), expected)  # white on black
+    with pytest.raises(ValueError, match="Nothing is painted"):
+        starts.mask_from(Image.new("RGBA", (80, 80)), (3, 8, 8))
+
+
+def test_chains_change_only_what_is_painted():
+    start = starts.from_upload(file_of(Image.new("L", (8, 8), 200)), SHAPE)[None]
+    layer = Image.new("L", (8, 8))
+    layer.paste(255, (0, 0, 4, 8))
+    mask = starts.mask_from(layer, SHAPE)
+    result = ceb.sample(parse(MIX), init=start, mask=mask, num_steps=5)
+    moved = (result.samples != start)[0, 0]
+    assert moved[:, :4].all()
+    assert not moved[:, 4:].any()
+
+
+def test_data_gives_a_picture_and_says_what_it_shows():
+    state, described = starts.from_data("shapes", 7)
+    again, _ = starts.from_data("shapes", 7 + 256)
+    assert state.shape == (3, 32, 32)
+    assert torch.equal(state, again)
+    assert described.startswith("shapes/test 7: ")
+    drawn = [starts.from_data("shapes", torch.Generator().manual_seed(seed))[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_data_that_is_not_here_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPOSABLE_EBM_DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the data of celeba is not on this machine"):
+        starts.from_data("celeba", 0)
+    with pytest.raises(ValueError, match="there is no data of unicorns; there is of"):
+        starts.from_data("unicorns", 0)
+    with pytest.raises(ValueError, match=r"have shape \(3, 32, 32\), not \(1, 28, 28\)"):
+        starts.from_data("shapes", 0, (1, 28, 28))

@@ -1,0 +1,142 @@
+"""A folder of pictures and a table in, experts out that everything else finds by itself."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import composable_ebm as ceb
+from composable_ebm.cli import main as command_line
+from composable_ebm.data import folder
+from composable_ebm.experts.catalogue import cards
+from composable_ebm.train import __main__ as training
+from composable_ebm.train.folder import folder_config
+from demos.mixer import state
+
+SMALL = ["--batch-size", "8", "--generation.num-steps", "10", "--generation.noise-levels", "5", "--cpu"]
+NETWORK = ["network:diffused-patches", "--network.hidden", "16", "--network.components", "8"]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Forty pictures by day and by night, in the working folder; not every one has a label."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "my photos"
+    root.mkdir()
+    rows = [("file", "sky", "taken by")]
+    for i in range(40):
+        sky = "day" if i % 2 else "late night"
+        picture = Image.new("RGB", (40, 32), (150, 200, 240) if i % 2 else (25, 30, 70))
+        ImageDraw.Draw(picture).ellipse((5 + i % 9, 4, 15 + i % 9, 14), fill=(250, 230, 120))
+        picture.save(root / f"{i:02}.png")
+        rows.append((f"{i:02}.png", sky if i % 5 else "", f"somebody, {i}"))
+    with (root / folder.TABLE).open("w", newline="") as table:
+        csv.writer(table).writerows(rows)
+    return root
+
+
+def train(*arguments, num_iterations=3):
+    return training.main([*map(str, arguments), "--num-iterations", str(num_iterations), *SMALL, *NETWORK])
+
+
+def test_from_a_folder_to_an_expert_in_the_catalogue_in_recipes_and_in_the_mixer(photos, capsys):
+    assert train(photos.name) == 0
+    assert train(photos.name, "sky") == 0
+    printed = capsys.readouterr().out
+
+    suggested = re.findall(r'composable-ebm sample "(.*)" --out', printed)
+    assert suggested == ["my_photos/base", "my_photos/sky"]
+    assert {"my_photos/base", "my_photos/sky"} <= ceb.catalogue().keys()
+    expert = ceb.load_expert("my_photos/sky")
+    assert expert.card.values == ("day", "late_night")
+    assert expert.card.data == f"my photos/train, {folder_labelled(photos)} images"
+
+    recipe = "my_photos/base + 2*(my_photos/sky[day] - my_photos/sky[any])"
+    assert command_line(["sample", recipe, "--num-chains", "2", "--out", "day.png"]) == 0
+    assert Image.open("day.png").text["recipe"] == str(ceb.parse(recipe))
+
+    assert command_line(["models"]) == 0
+    assert re.search(r"my_photos/sky +sky +day, late_night", capsys.readouterr().out)
+
+    offered = [row for row in state.rows(cards()[0]) if row.family == "my_photos"]
+    assert [row.name for row in offered] == ["my_photos/base", "my_photos/sky"]
+
+
+def folder_labelled(photos):
+    return len(folder.load("train", root=photos, size=8, attributes=["sky"]).where("sky"))
+
+
+def test_expert_of_an_attribute_starts_from_the_base_of_its_folder(photos, monkeypatch):
+    assert folder_config(photos, "sky").init == ""
+    assert train(photos.name) == 0
+    config = folder_config(photos, "sky")
+    assert config.init == "models/my_photos/base"
+    assert folder_config(photos).init == ""
+
+    assert train(photos.name, "sky", num_iterations=1) == 0
+    base, sky = (ceb.load_expert(f"my_photos/{name}").network for name in ("base", "sky"))
+    torch.testing.assert_close(sky.axes, base.axes)
+    assert (sky.second.weight - base.second.weight).abs().max() < 0.01
+
+
+def test_base_of_another_folder_of_the_same_name_is_not_started_from(photos):
+    assert train(photos.name) == 0
+    other = photos.parent / "elsewhere" / "my-photos"
+    assert folder_config(other, "sky").family == "my_photos"
+    assert folder_config(other, "sky").init == ""
+
+
+def test_training_goes_on_where_it_stopped(photos, capsys):
+    flags = ["--save-every", "2"]
+    assert training.main([photos.name, "--num-iterations", "2", *flags, *SMALL, *NETWORK]) == 0
+    assert training.main([photos.name, "--num-iterations", "3", *flags, *SMALL, *NETWORK]) == 0
+    assert ceb.load_expert("my_photos/base").card.training["iterations"] == 3
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_names_are_made_fit_for_recipes(tmp_path):
+    config = folder_config(tmp_path / "2024 holidays!", "hair colour")
+    assert (config.family, config.name, config.data.attribute) == (
+        "_2024_holidays",
+        "hair_colour",
+        "hair colour",
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["yes"] * 40, "attribute 'sky' of my photos/train has only the value 'yes'"),
+        (["1.5", "2.5"] * 20, "values are named by a word or a whole number.*got '1.5'"),
+        (["-1", "1"] * 20, "values are named by a word or a whole number.*got '-1'"),
+        (None, "unknown attribute of my photos 'sky'; did you mean 'skye'"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_before_the_training(photos, capsys, column, message):
+    rows = list(csv.reader((photos / folder.TABLE).open()))
+    if column is None:
+        rows[0][1] = "skye"
+    else:
+        rows[1:] = [[row[0], value, row[2]] for row, value in zip(rows[1:], column, strict=True)]
+    with (photos / folder.TABLE).open("w", newline="") as table:
+        csv.writer(table).writerows(rows)
+    assert train(photos.name, "sky") == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("models").exists()
+
+
+def test_split_without_a_label_is_named(photos, capsys):
+    rows = list(csv.reader((photos / folder.TABLE).open()))
+    rows[1:] = [[r[0], r[1] if folder.split_of(r[0]) == "train" else "", r[2]] for r in rows[1:]]
+    with (photos / folder.TABLE).open("w", newline="") as table:
+        csv.writer(table).writerows(rows)
+    assert train(photos.name, "sky") == 1
+    assert "images of my photos/validation has a label for 'sky': add some" in capsys.readouterr().err
+
+
+def test_neither_configuration_nor_folder_is_said(photos, capsys):
+    assert training.main(["phots"]) == 2
+    assert "no configuration and no folder of images 'phots'" in capsys.readouterr().err
