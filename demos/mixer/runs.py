@@ -162,11 +162,14 @@ class Runs:
         return render.film_link(content, "webp" if kind == "webp" else "gif")
 
     def _guarded(self, updates: Iterator[Shown], session: Session, visitor: str) -> Iterator[Shown]:
+        # `begin` has set the buttons, but a busy browser merges updates that it has not drawn yet, and
+        # in that the last one counts: each says anew which buttons a running visitor has.
+        running = dict(zip(("play", "start", "halt"), shown.buttons(running=True), strict=True))
         try:
             for update in updates:
                 if self._sessions.get(visitor, session) is not session:
                     break  # another run of this visitor has the page now
-                yield update
+                yield update._replace(**running) if update.halt == gr.skip() else update
         except FAILURES as error:
             yield shown.ended(problem=render.note(sentences(error)))
         except Exception:
