@@ -1,7 +1,6 @@
 """The mixer's page in a browser, and its API over HTTP: one server, one browser for all tests."""
 
 import base64
-import contextlib
 import io
 import os
 import shutil
@@ -264,21 +263,12 @@ def test_page_asks_for_an_expert_where_none_is_on(page):
 
 @pytest.mark.browser
 def test_stop_keeps_the_partial_picture(page):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    expect, TimeoutError = sync_api.expect, sync_api.TimeoutError
+    expect = pytest.importorskip("playwright.sync_api").expect
     _set(page, "Samples", 64)
-    _set(page, "Steps", 2000)
-    caption = page.locator("#picture figcaption")
-    for _ in range(5):  # a run may be over before a starved browser has found its button
-        _button(page, "Sample").click()
-        page.locator("#picture img").wait_for()
-        with contextlib.suppress(TimeoutError):
-            _button(page, "Stop").click(timeout=3000)
-            caption.get_by_text("of 2000").wait_for()
-        expect(_button(page, "Sample")).to_be_enabled()
-        if "stopped at step" in caption.inner_text():
-            break
-    expect(caption).to_contain_text("stopped at step")
+    _button(page, "Play").click()  # without an end: a Sample may be over before a busy browser has drawn it
+    page.locator("#picture img").wait_for()
+    _button(page, "Stop").click()
+    expect(page.locator("#picture figcaption")).to_contain_text("stopped at step", timeout=20_000)
     expect(page.get_by_role("link", name="Save picture")).to_be_visible()
     expect(_button(page, "Sample")).to_be_enabled()
     expect(_button(page, "Stop")).to_be_disabled()
