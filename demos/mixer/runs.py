@@ -209,7 +209,7 @@ class Runs:
 
         live, history = begun(energy), History()
         film = self._films.begin(visitor, shown.data_range(energy))
-        clock = FrameClock()
+        clock = FrameClock(self.library.device)
         steered = time.monotonic()
         problem = told = ""
         while not session.stop.is_set():
