@@ -27,16 +27,9 @@ from typing import Any
 import psutil
 from common import RESULTS, write_results
 
+from demos.mixer.screenshot import CHROMIUM_OPTIONS
+
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 GOALS = {"first_frame_seconds": 1.0, "frames_per_second": 8.0, "slider_seconds": 0.5}
 
 # Notes when buttons and keys were pressed, and when a frame was first on the screen.
@@ -230,7 +223,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright  # a development extra
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=list(OPTIONS))
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
         figures = measure(lambda: browser.new_page(viewport={"width": 1280, "height": 900}), arguments)
         figures = {"chromium": browser.version, "num_chains": arguments.num_chains, **figures}
         browser.close()

@@ -26,8 +26,9 @@ from composable_ebm.experts import catalogue
 from composable_ebm.experts.library import Library
 from demos.mixer import app
 from demos.mixer import runs as runs_module
+from demos.mixer.clock import FRAMES_PER_SECOND
 from demos.mixer.guard import MAX_BODY_BYTES, Guard
-from demos.mixer.runs import FRAMES_PER_SECOND, Runs
+from demos.mixer.runs import Runs
 from demos.mixer.state import Limits, Request
 
 httpx = pytest.importorskip("httpx")

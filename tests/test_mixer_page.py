@@ -20,18 +20,10 @@ from PIL.PngImagePlugin import PngInfo
 import composable_ebm as ceb
 from composable_ebm.experts import catalogue
 from demos.mixer import state
+from demos.mixer.screenshot import CHROMIUM_OPTIONS
 from demos.mixer.state import Request
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-CHROMIUM_OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +135,7 @@ def browser():
     if not os.path.exists(CHROMIUM):
         pytest.skip("there is no chromium; apt-get install chromium")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_OPTIONS))
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
         yield browser
         browser.close()
 

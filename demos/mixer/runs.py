@@ -17,7 +17,7 @@ from composable_ebm.experts.library import Library
 
 from . import look, render, shown, state
 from .animate import Recorder
-from .clock import FRAMES_PER_SECOND, FrameClock
+from .clock import FrameClock
 from .explore import Axis, strip, weight_grid
 from .live import STIR, Live
 from .shown import History, Shown
@@ -37,7 +37,7 @@ _UNEXPECTED = "Something went wrong on the server; its log has the details."
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["FAILURES", "FRAMES_PER_SECOND", "Runs", "understood"]
+__all__ = ["FAILURES", "Runs", "understood"]
 
 
 class Session:
