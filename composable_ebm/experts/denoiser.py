@@ -18,7 +18,6 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from typing import ClassVar
 
@@ -27,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.energy import known_by_gradient
-from composable_ebm.experts.skeleton import GaussianSkeleton
+from composable_ebm.experts.skeleton import ModulatedSkeleton
 
 __all__ = ["Denoiser"]
 
 
-class Denoiser(GaussianSkeleton):
+class Denoiser(ModulatedSkeleton):
     """A multilayer perceptron that denoises, one image for each value of its attribute.
 
     Called like every network, it gives numbers (batch, num_values) whose gradients are the
@@ -59,7 +58,7 @@ class Denoiser(GaussianSkeleton):
         components: int = 96,
         noise_range: Sequence[float] = (0.02, 10.0),
     ) -> None:
-        super().__init__(event_shape, components, noise_range)
+        super().__init__(event_shape, hidden, components, noise_range)
         self.options: dict[str, object] = {
             "event_shape": list(event_shape),
             "num_values": num_values,
@@ -67,13 +66,7 @@ class Denoiser(GaussianSkeleton):
             "components": components,
             "noise_range": list(noise_range),
         }
-        size = math.prod(event_shape)
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
-        self.embed = nn.Linear(32, 64)
-        self.modulate = nn.Linear(64, 6 * hidden)
-        self.from_pixels = nn.Linear(size, hidden, bias=False)
-        self.from_components = nn.Linear(components, hidden)
+        size = len(self.mean)
         self.second = nn.Linear(hidden, hidden)
         self.third = nn.Linear(hidden, hidden)
         # Gain and bias of the third layer, for each value.
@@ -81,17 +74,7 @@ class Denoiser(GaussianSkeleton):
         self.to_pixels = nn.Linear(hidden, size)
         self.to_components = nn.Linear(hidden, components)
         self.value_head = nn.Linear(hidden, num_values) if num_values > 1 else None
-        self._initialise(size)
-
-    def _initialise(self, size: int) -> None:
-        for layer in (self.from_components, self.second, self.third):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            layer.weight.data.mul_(1.4)
-        nn.init.normal_(self.from_pixels.weight, std=size**-0.5)
-        for head in (self.modulate, self.to_pixels, self.to_components, self.value_head):
-            if head is not None:
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
+        self.initialise(self.to_pixels, self.to_components, self.value_head)
 
     @property
     def architecture(self) -> Hashable:
@@ -108,9 +91,7 @@ class Denoiser(GaussianSkeleton):
         noise = noise_level.square()[:, None]
         d = x.flatten(1) - self.mean
         along = d @ self.axes.T
-        waves = noise_level.log()[:, None] * self.frequencies
-        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
-        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulate(embedding).chunk(6, dim=1)
+        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(noise_level)
         start = self.from_pixels(d * (noise + self.spread.square()).rsqrt())
         start = start + self.from_components(along * (self.variances + noise).rsqrt())
         h = F.silu(start * (1 + gain1) + bias1)
@@ -138,8 +119,7 @@ class Denoiser(GaussianSkeleton):
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Numbers (batch, num_values) with the gradients of the energies at levels () or (batch,)."""
-        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
-        sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
+        sigma = self.level(x, noise_level)
         at = x.detach()
         denoised, c = self.denoise(at, sigma)
         gradient = (at[:, None] - denoised) / sigma.square().reshape(-1, *[1] * x.ndim)

@@ -20,7 +20,6 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -28,12 +27,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.experts.diffused_pass import DiffusedPass
-from composable_ebm.experts.skeleton import GaussianSkeleton
+from composable_ebm.experts.skeleton import ModulatedSkeleton
 
 __all__ = ["DiffusedEnergy"]
 
 
-class DiffusedEnergy(GaussianSkeleton):
+class DiffusedEnergy(ModulatedSkeleton):
     """A multilayer perceptron around a Gaussian skeleton; energies (batch, num_values) in nats.
 
     Small images in which things have their place (faces, digits) suit it: matrix products are what
@@ -58,7 +57,7 @@ class DiffusedEnergy(GaussianSkeleton):
         components: int = 128,
         noise_range: Sequence[float] = (0.02, 10.0),
     ) -> None:
-        super().__init__(event_shape, components, noise_range)
+        super().__init__(event_shape, hidden, components, noise_range)
         self.options: dict[str, object] = {
             "event_shape": list(event_shape),
             "num_values": num_values,
@@ -66,32 +65,15 @@ class DiffusedEnergy(GaussianSkeleton):
             "components": components,
             "noise_range": list(noise_range),
         }
-        size = math.prod(event_shape)
-        self.frequencies: Tensor
         self.signs: Tensor
-        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
         self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(64))
-        self.embed = nn.Linear(32, 64)
-        self.modulate = nn.Linear(64, 6 * hidden)
-        self.from_pixels = nn.Linear(size, hidden, bias=False)
-        self.from_components = nn.Linear(components, hidden)
         self.second = nn.Linear(hidden, hidden)
         self.third = nn.Linear(hidden, hidden)
         self.linear_head = nn.Linear(hidden, 1)
         self.quadratic_head = nn.Linear(hidden, 128, bias=False)
         self.value_head = nn.Linear(hidden, num_values) if num_values > 1 else None
-        self._initialise(size, hidden)
-
-    def _initialise(self, size: int, hidden: int) -> None:
-        for layer in (self.from_components, self.second, self.third):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            layer.weight.data.mul_(1.4)
-        nn.init.normal_(self.from_pixels.weight, std=size**-0.5)
+        self.initialise(self.value_head)
         nn.init.normal_(self.quadratic_head.weight, std=0.4 * hidden**-0.5)
-        for head in (self.modulate, self.value_head):
-            if head is not None:
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
 
     @property
     def architecture(self) -> Hashable:
@@ -101,17 +83,14 @@ class DiffusedEnergy(GaussianSkeleton):
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
-        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
-        sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
+        sigma = self.level(x, noise_level)
         noise = sigma.square()
         d = x.flatten(1) - self.mean
         along = d @ self.axes.T
         precision = 1 / (self.variances + noise[:, None])
         scale = noise + self.spread.square()
 
-        waves = sigma.log()[:, None] * self.frequencies
-        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
-        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulate(embedding).chunk(6, dim=1)
+        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(sigma)
         start = self.from_pixels(d * scale.rsqrt()[:, None]) + self.from_components(along * precision.sqrt())
         h = F.silu(start * (1 + gain1) + bias1)
         h = h + F.silu(self.second(h) * (1 + gain2) + bias2)

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.skeleton import FIT_IMAGES, GaussianSkeleton
+from composable_ebm.experts.skeleton import FIT_IMAGES, ModulatedSkeleton
 
 __all__ = ["DiffusedPatches"]
 
 SUMMARY = 16  # what a patch tells the others, numbers
 
 
-class DiffusedPatches(GaussianSkeleton):
+class DiffusedPatches(ModulatedSkeleton):
     """A perceptron over patches around a Gaussian skeleton; energies (batch, num_values) in nats.
 
     Args:
@@ -59,7 +59,7 @@ class DiffusedPatches(GaussianSkeleton):
         channels, height, width = event_shape
         if height % patch or width % patch:
             raise ValueError(f"images of {height}x{width} do not divide into patches of side {patch}.")
-        super().__init__((channels, patch, patch), components, noise_range)
+        super().__init__((channels, patch, patch), hidden, components, noise_range)
         self.options: dict[str, object] = {
             "event_shape": list(event_shape),
             "num_values": num_values,
@@ -70,15 +70,9 @@ class DiffusedPatches(GaussianSkeleton):
             "noise_range": list(noise_range),
         }
         self.patch = patch
-        places, size = (height // patch) * (width // patch), len(self.mean)
-        self.frequencies: Tensor
+        places = (height // patch) * (width // patch)
         self.signs: Tensor
-        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
         self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(16))
-        self.embed = nn.Linear(32, 64)
-        self.modulate = nn.Linear(64, 6 * hidden)
-        self.from_pixels = nn.Linear(size, hidden, bias=False)
-        self.from_components = nn.Linear(components, hidden)
         self.summary = nn.Linear(hidden, SUMMARY)
         self.gather = nn.Linear(places * SUMMARY, context)
         self.scatter = nn.Linear(context, places * hidden)
@@ -88,18 +82,8 @@ class DiffusedPatches(GaussianSkeleton):
         self.quadratic_head = nn.Linear(hidden, 32, bias=False)
         self.look = nn.Linear(hidden, SUMMARY) if num_values > 1 else None
         self.value_head = nn.Linear(places * SUMMARY, num_values) if num_values > 1 else None
-        self._initialise(size, hidden)
-
-    def _initialise(self, size: int, hidden: int) -> None:
-        for layer in (self.from_components, self.second, self.third):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            layer.weight.data.mul_(1.4)
-        nn.init.normal_(self.from_pixels.weight, std=size**-0.5)
+        self.initialise(self.scatter, self.value_head)
         nn.init.normal_(self.quadratic_head.weight, std=0.4 * hidden**-0.5)
-        for head in (self.modulate, self.scatter, self.value_head):
-            if head is not None:
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
 
     def patches(self, x: Tensor) -> Tensor:
         """The patches of images (batch, *event), row by row: (batch, places, pixels)."""
@@ -119,17 +103,14 @@ class DiffusedPatches(GaussianSkeleton):
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
-        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
-        sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))[:, None]
+        sigma = self.level(x, noise_level)[:, None]
         noise = sigma.square()
         d = self.patches(x) - self.mean
         along = d @ self.axes.T
         precision = 1 / (self.variances + noise)
         scale = noise + self.spread.square()
 
-        waves = sigma.log() * self.frequencies
-        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
-        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulate(embedding)[:, None].chunk(6, dim=2)
+        gain1, bias1, gain2, bias2, gain3, bias3 = (part[:, None] for part in self.modulation(sigma[:, 0]))
         start = self.from_pixels(d * scale.rsqrt()[:, None])
         start = start + self.from_components(along * precision.sqrt()[:, None])
         h = F.silu(start * (1 + gain1) + bias1)

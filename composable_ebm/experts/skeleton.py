@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["FIT_IMAGES", "GaussianSkeleton"]
+__all__ = ["FIT_IMAGES", "GaussianSkeleton", "ModulatedSkeleton"]
 
 FIT_IMAGES = 10_000
 
@@ -66,3 +67,52 @@ class GaussianSkeleton(nn.Module):
         size = len(self.mean)
         rest = (size - len(self.variances)) * self.residual * noise / (self.residual + noise)
         return (kept + rest) / size
+
+
+class ModulatedSkeleton(GaussianSkeleton):
+    """The skeleton with the way into a perceptron of three hidden layers, which the noise level modulates.
+
+    A subclass adds the layers `second` and `third`, and its heads.
+
+    Args:
+        event_shape: (channels, height, width).
+        hidden: Units of each hidden layer.
+        components: Principal components.
+        noise_range: Smallest and largest noise level of the network, in data units.
+    """
+
+    second: nn.Linear
+    third: nn.Linear
+
+    def __init__(
+        self, event_shape: Sequence[int], hidden: int, components: int, noise_range: Sequence[float]
+    ) -> None:
+        super().__init__(event_shape, components, noise_range)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
+        self.embed = nn.Linear(32, 64)
+        self.modulate = nn.Linear(64, 6 * hidden)
+        self.from_pixels = nn.Linear(len(self.mean), hidden, bias=False)
+        self.from_components = nn.Linear(components, hidden)
+
+    def initialise(self, *heads: nn.Linear | None) -> None:
+        """First weights: of the hidden layers at random; the modulation and `heads` begin at zero."""
+        for layer in (self.from_components, self.second, self.third):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+            layer.weight.data.mul_(1.4)
+        nn.init.normal_(self.from_pixels.weight, std=len(self.mean) ** -0.5)
+        for head in (self.modulate, *heads):
+            if head is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+
+    def level(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
+        """σ of each row, (batch,), within the network's range; the smallest where none is given."""
+        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
+        return sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
+
+    def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
+        """Gain and bias of the three hidden layers in turn, (batch, hidden) each, at levels (batch,)."""
+        waves = sigma.log()[:, None] * self.frequencies
+        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
+        return self.modulate(embedding).chunk(6, dim=1)
