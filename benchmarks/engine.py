@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import RESULTS, write_results
+from common import write_results
 from rivals import (
     Product,
     chain,
@@ -30,11 +30,10 @@ from rivals import (
     plain_loop,
     textbook,
 )
-from timing import ceilings, exponent, peak_memory, race, relative, uniform
+from timing import add_machine, ceilings, exponent, machine, peak_memory, race, relative, uniform
 
 import composable_ebm as ceb
 from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, figure, save_figure
-from composable_ebm.sampling import native
 from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.schedules import Schedule, constant
 
@@ -156,19 +155,11 @@ def plot(batches: list[dict], experts: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the engine against others, in turns.")
     parser.add_argument("--quick", action="store_true", help="a minute instead of several")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1)
+    add_machine(parser)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS[:1])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        try:
-            native.build()
-        except native.NativeUnavailable as reason:
-            print(f"no C function: {reason}")
+    device = machine(options)
     name = "engine" if device.type == "cpu" else f"engine_{device.type}"
     name += f"_{options.threads}_threads" if options.threads > 1 else ""
     name += "_quick" if options.quick else ""
@@ -205,7 +196,7 @@ def rows_of(part: str, quick: bool, device: torch.device) -> Iterator[dict]:
             yield textbook_race(batch, steps, rounds, device)
     elif part == "faces":
         for given in (False, True):
-            yield faces_race(4, 16, 20, rounds, device, given)
+            yield faces_race(4, 16, steps, rounds, device, given)
     elif part == "by_batch":
         for batch in (1, 4, 16, 64, 256) if quick else (1, 4, 16, 64, 256, 1024, 4096):
             yield textbook_race(batch, max(2, min(60, 4096 // batch)), few, device)

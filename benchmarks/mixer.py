@@ -1,5 +1,6 @@
 """The mixer as a visitor meets it: how soon the first frame comes, how many follow, and how soon they
-follow a slider. Measured in a real browser: python benchmarks/mixer.py
+follow a slider. Measured in a real browser: python benchmarks/mixer.py. What several visitors at once get
+is measured without one, see visitors.py.
 
 Times are taken by a script in the page, from the press of a button or key to the first repaint after
 the frame has arrived, so that everything between counts: the request, the chains, the picture, the way
@@ -11,25 +12,18 @@ The first visitor comes to a server that has only just begun to answer.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import visitors
 from common import RESULTS, write_results
 
-from demos.mixer.screenshot import CHROMIUM_OPTIONS
+from demos.mixer.served import CHROMIUM_OPTIONS, find_chromium, served
 
-ROOT = Path(__file__).resolve().parents[1]
 GOALS = {"first_frame_seconds": 1.0, "frames_per_second": 8.0, "slider_seconds": 0.5}
 
 # Notes when buttons and keys were pressed, and when a frame was first on the screen.
@@ -47,36 +41,6 @@ WATCH = """() => {
         requestAnimationFrame(() => seen.frames.push([performance.now(), alt]));
     }).observe(document.body, { subtree: true, childList: true, attributes: true, attributeFilter: ["src"] });
 }"""
-
-
-@contextlib.contextmanager
-def served(num_threads: int | None = None, device: str = "cpu") -> Iterator[tuple[str, psutil.Process]]:
-    """A page of its own, which answers by then, and is gone afterwards: its address and its process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "composable_ebm.cli", "mixer", "--port", str(port), "--device", device]
-    if num_threads is not None:
-        command += ["--num-threads", str(num_threads)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}/"
-    try:
-        while not _answers(address):
-            if process.poll() is not None:
-                raise RuntimeError(f"the page ended with status {process.returncode}: {' '.join(command)}")
-            time.sleep(0.05)
-        yield address, psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 class Visitor:
@@ -164,10 +128,14 @@ def measure(open_page: Callable[[], Any], arguments: argparse.Namespace) -> dict
         open_page: Opens an empty page.
         arguments: What `main` was told.
     """
+    options = ["--device", arguments.device]
+    if arguments.num_threads is not None:
+        options += ["--num-threads", str(arguments.num_threads)]
     firsts = []
     for _ in range(arguments.servers):
-        with served(arguments.num_threads, arguments.device) as (address, server):
-            wanted = (address, server, arguments.num_chains, arguments.experts)
+        with served(*options) as mixer:
+            server = psutil.Process(mixer.process.pid)
+            wanted = (mixer.address, server, arguments.num_chains, arguments.experts)
             visitor = Visitor(open_page(), *wanted)
             firsts.append(visitor.play())
             visitor.stop()
@@ -216,8 +184,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of the server, such as cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for mixer.json")
     arguments = parser.parse_args()
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    if (chromium := find_chromium()) is None:
         print("no chromium found, so nothing is measured; install Debian's package chromium")
         return
     from playwright.sync_api import sync_playwright  # a development extra
@@ -227,7 +194,8 @@ def main() -> None:
         figures = measure(lambda: browser.new_page(viewport={"width": 1280, "height": 900}), arguments)
         figures = {"chromium": browser.version, "num_chains": arguments.num_chains, **figures}
         browser.close()
-    path = write_results("mixer", figures, arguments.out)
+    together = visitors.measure(visitors.COUNTS, arguments.seconds, arguments.num_chains, arguments.device)
+    path = write_results("mixer", {**figures, "visitors": together}, arguments.out)
     for name in ("page_load", "first_visitor_first_frame", "first_frame", "frames_per", "server", "slider"):
         key = next(key for key in figures if key.startswith(name))
         print(f"{key:>34}  {figures[key]['median']}")

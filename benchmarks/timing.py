@@ -7,18 +7,42 @@ count as ours; with several threads or on a GPU it is that of the clock.
 
 from __future__ import annotations
 
+import argparse
 import math
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+from common import RESULTS
 from torch import Tensor
+
+from composable_ebm import native
 
 Work = Callable[[], object]
 
-__all__ = ["ceilings", "exponent", "race", "relative"]
+__all__ = ["add_machine", "ceilings", "exponent", "machine", "peak_memory", "race", "relative", "uniform"]
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The options that say where to time, and where the results go."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+
+
+def machine(options: argparse.Namespace) -> torch.device:
+    """The device that is asked for, with its threads set and the C functions compiled."""
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cpu":
+        try:
+            native.build()
+        except native.NativeUnavailable as reason:
+            print(f"no C functions: {reason}")
+    return device
 
 
 def race(contestants: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:

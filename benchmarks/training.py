@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import ebm
 import torch
-from common import RESULTS, write_results
+from common import write_results
 from rivals import CLIP, LIMITS, NOISE, STEP_SIZE, textbook
-from timing import ceilings, race, relative, uniform
+from timing import add_machine, ceilings, machine, race, relative, uniform
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.sampling import native
 from composable_ebm.train.objectives import ContrastiveDivergence, Setting
 
 OURS = "composable_ebm"
@@ -70,17 +68,9 @@ def ebmkit_iteration(batch: int, steps: int, device: torch.device) -> Callable[[
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time an iteration of contrastive divergence, in turns.")
     parser.add_argument("--quick", action="store_true", help="10 steps of 64 chains instead of 60 of 128")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_machine(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if device.type == "cpu":
-        try:
-            native.build()
-        except native.NativeUnavailable as reason:
-            print(f"C function: none, {reason}")
+    device = machine(options)
     batch, steps, rounds = (64, 10, 3) if options.quick else (128, 60, 7)
     contestants = {
         OURS: our_iteration(batch, steps, device),

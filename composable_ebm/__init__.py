@@ -2,8 +2,8 @@
 
 import composable_ebm as ceb
 
-three = ceb.load_expert("digits/digit")[3]
-thick = ceb.load_expert("digits/thick")
+three = ceb.load_expert("contrastive_digits/digit")[3]
+thick = ceb.load_expert("contrastive_digits/thick")
 out = ceb.sample(three + thick, num_chains=16, seed=0)
 """
 

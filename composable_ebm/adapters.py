@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ class _Callable(Energy):
 
     def body(self) -> nn.Module | None:
         return self.function if isinstance(self.function, nn.Module) and not self.noise_conditioned else None
+
+    @property
+    def column(self) -> EllipsisType:
+        return ...
 
     def read(self, outputs: Tensor) -> Tensor:
         return outputs

@@ -120,31 +120,14 @@ def log_z(
     """
     target = _merged(energy)
     path = _Path(target, target.field if start is None else start.to(target.field), energy.binary)
-    count = levels if isinstance(levels, int) else len(levels) - 1
-    betas = torch.linspace(0, 1, count + 1) if isinstance(levels, int) else torch.tensor(levels)
-    if count < 1 or float(betas[0]) != 0 or float(betas[-1]) != 1 or not (betas.diff() > 0).all():
-        raise ValueError(
-            f"`levels` must be a positive number, or values of β that rise from 0 to 1: {levels}."
-        )
-    betas = betas.to(target.field)
-    generator = torch.Generator(target.field.device).manual_seed(seed)
-    noise = Noise((generator, num_chains))
-
-    def walk(x: Tensor, values: Tensor) -> Tensor:
-        path.beta = values[0]
-        chain = Chain(path, x, Gibbs(), noise, record=False)
-        work = torch.zeros(num_chains, dtype=torch.float64, device=x.device)
-        for beta in values[1:]:
-            work += path.work(chain.x, beta).double()
-            path.beta = beta
-            chain.advance(1)
-        return work
+    betas = _rising(levels).to(target.field)
+    noise = Noise((torch.Generator(target.field.device).manual_seed(seed), num_chains))
 
     path.beta = betas[0]
     independent = path.conditionals()
     # Sweeps of independent units are independent draws, wherever they start.
     x = Chain(path, target.field.new_zeros(num_chains, target.size), Gibbs(), noise).advance(1)
-    forward = walk(x, betas)
+    forward = _walk(path, x, betas, noise)
     path.beta = betas[-1]
     if init is None:
         like = target.field.new_zeros(num_chains, target.size)
@@ -153,7 +136,9 @@ def log_z(
         energy.check_states(init)
         x = init.flatten(1).to(target.field)
     x = Chain(path, x, Gibbs(), noise, record=False).advance(burn_in)
-    difference = from_works(forward.cpu(), walk(x, betas.flip(0)).cpu(), torch.Generator().manual_seed(seed))
+    backward = _walk(path, x, betas.flip(0), noise)
+
+    difference = from_works(forward.cpu(), backward.cpu(), torch.Generator().manual_seed(seed))
     base = float(independent.log_z())
     return LogZEstimate(
         value=base + difference.value,
@@ -161,6 +146,28 @@ def log_z(
         forward=base + difference.forward,
         backward=base + difference.backward,
     )
+
+
+def _rising(levels: int | Sequence[float]) -> Tensor:
+    """The values of β, from 0 to 1."""
+    betas = torch.linspace(0, 1, max(levels, 0) + 1) if isinstance(levels, int) else torch.tensor(levels)
+    if len(betas) < 2 or float(betas[0]) != 0 or float(betas[-1]) != 1 or not (betas.diff() > 0).all():
+        raise ValueError(
+            f"`levels` must be a positive number, or values of β that rise from 0 to 1: {levels}."
+        )
+    return betas
+
+
+def _walk(path: _Path, x: Tensor, betas: Tensor, noise: Noise) -> Tensor:
+    """Work in nats, (num_chains,), of walks from states `x` of the first β to the last."""
+    path.beta = betas[0]
+    chain = Chain(path, x, Gibbs(), noise, record=False)
+    work = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for beta in betas[1:]:
+        work += path.work(chain.x, beta).double()
+        path.beta = beta
+        chain.advance(1)
+    return work
 
 
 @torch.no_grad()
@@ -176,7 +183,8 @@ def exact_log_z(energy: Energy) -> float:
         target = None  # then only its values are known
     if target is not None and target.weight is not None and target.coupling is None:
         assert target.hidden_bias is not None
-        if target.hidden <= MAX_BITS and target.hidden <= target.size:
+        fewest = target.precision is not None or target.hidden <= target.size
+        if target.hidden <= MAX_BITS and fewest:
             h = bit_states(target.hidden, target.field.device).to(target.field)
             eta = target.field + h @ target.weight.T
             if target.precision is None:

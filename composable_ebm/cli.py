@@ -21,6 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from composable_ebm import models_page
+from composable_ebm.experts.hub import push_to_hub
 from composable_ebm.recipe import parse
 from composable_ebm.sampling import Chain, ChainDivergedError, sample
 from composable_ebm.sampling.sample import calibrated_sampler
@@ -32,7 +33,7 @@ __all__ = ["main"]
 class Sample:
     """Draw samples from a recipe and save them as a picture.
 
-    Example: composable-ebm sample "digits/digit[3] + digits/thick" --out threes.png
+    Example: composable-ebm sample "contrastive_digits/digit[3]" --out threes.png
 
     Args:
         recipe: What to sample, as text: 2*smile + glasses - 0.5*beard.
@@ -138,7 +139,8 @@ class Evaluate:
         family: Family of experts, such as faces.
         out: File of results, a .json; results/FAMILY.json unless given. The plots go beside it.
         parts: What to measure: rows, negation, alternatives, detection, agreement, stability.
-        forms: Ways to compose, ratio, weight 1, sum, base ratio, tuned; rivals ebmkit, diffusion, joint.
+        forms: Ways to compose, ratio, weight 1, sum, base ratio, tuned; rivals ebmkit, diffusion,
+            contrastive, joint.
         weight: Weight of every ratio; what each expert was calibrated with unless given.
         samples: Samples of each row of the first form.
         other_samples: Samples of each row of the other forms, and of each NOT and OR.
@@ -155,7 +157,7 @@ class Evaluate:
     parts: tuple[str, ...] = ("rows", "negation", "alternatives", "detection", "agreement", "stability")
     forms: tuple[str, ...] = (
         *("ratio", "weight 1", "sum", "base ratio", "tuned"),
-        *("ebmkit", "diffusion", "joint"),
+        *("ebmkit", "diffusion", "contrastive", "joint"),
     )
     weight: float | None = None
     samples: int = 1000
@@ -180,6 +182,30 @@ class Evaluate:
         result = family.evaluate_family(family.Evaluation(**wanted), out)
         print(report.table(result))
         print(out)
+        return 0
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload an expert to the Hugging Face Hub, from where `load_expert("user/name")` loads it.
+
+    Example: composable-ebm push faces/smile alice/smile
+
+    Args:
+        expert: A name, such as faces/smile, or a folder that holds an expert.
+        repository: user/name on the Hub; made if there is none.
+        private: Whether a repository that is made can be seen by its owner alone.
+    """
+
+    expert: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERT")]
+    repository: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPOSITORY")]
+    private: bool = False
+
+    def run(self) -> int:
+        try:
+            print(push_to_hub(self.expert, self.repository, private=self.private))
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
         return 0
 
 
@@ -234,6 +260,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
     | Annotated[Mixer, tyro.conf.subcommand("mixer")]
 )
 
@@ -258,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _read(argv: list[str]) -> Sample | Models | Train | Generate | Evaluate | Mixer:
+def _read(argv: list[str]) -> Sample | Models | Train | Generate | Evaluate | Push | Mixer:
     return tyro.cli(Command, prog="composable-ebm", description="Compose energy-based models.", args=argv)
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PackedLinear", "hooked", "version_of", "versions"]
+__all__ = ["PackedLinear", "Watch", "hooked", "version_of"]
 
 _HAS_PACKED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ROWS = 16  # the layout oneDNN picks for 4 rows or more is one and the same; that for 1 row is slower
+
+
+_place, _changes, _mode = Tensor.data_ptr, attrgetter("_version"), itemgetter("training")
+_HELD = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
@@ -20,22 +30,44 @@ def version_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def versions(module: nn.Module) -> tuple[object, ...]:
-    """Equal as long as a copy of the weights is current, and modules, modes and hooks are the same.
+class Watch:
+    """Tells whether a module changed: `watch()` is equal as long as a copy of the weights is current, and
+    modules, modes and hooks are the same.
 
-    Walks the modules by itself: it is asked before every evaluation, and `named_parameters` would
-    take longer than a small network.
+    It is asked before every evaluation, so it remembers where to look: walking the modules each time
+    takes longer than a small network.
+
+    Args:
+        module: Whose parts and weights to watch.
     """
-    found: list[object] = []
-    waiting = [module]
-    while waiting:
-        current = waiting.pop()
-        hooks = current._forward_hooks or current._forward_pre_hooks or current._backward_hooks
-        found += (id(current), current.training, bool(hooks))
-        for tensors in (current._parameters, current._buffers):
-            found += (version_of(tensor) for tensor in tensors.values() if tensor is not None)
-        waiting += (child for child in current._modules.values() if child is not None)
-    return tuple(found)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._parts: list[dict[str, Any]] = []  # attributes of the module and its parts
+        self._held: list[Iterable[object]] = []  # views on what they hold
+        self._hooks: list[object] = []
+        self._structure: tuple[object, ...] = ()
+        self._tensors: list[Tensor] = []
+        self._counted: list[Tensor] = []
+
+    def __call__(self) -> tuple[object, ...]:
+        structure = self._look()
+        if structure != self._structure or not self._parts:
+            self._parts = [vars(part) for part in self.module.modules()]
+            self._held = [part[name].values() for part in self._parts for name in _HELD]
+            self._hooks = [part[name] for part in self._parts for name in _HOOKS]
+            self._structure = structure = self._look()
+            held = [tensor for tensor in chain.from_iterable(self._held) if isinstance(tensor, Tensor)]
+            self._tensors, self._counted = held, [tensor for tensor in held if not tensor.is_inference()]
+        return (*structure, *map(_place, self._tensors), *map(_changes, self._counted))
+
+    def _look(self) -> tuple[object, ...]:
+        """Which parts and tensors there are, by identity: those seen last are kept alive, so ids tell.
+
+        Few calls over many things: beside a large network all of this is out of the cache.
+        """
+        modes = map(_mode, self._parts)
+        return (any(self._hooks), *modes, *map(id, chain.from_iterable(self._held)))
 
 
 def hooked(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 Each row is one chain of a recipe, each column a moment, with the mean energy of the chains below.
 Early steps decide a lot, late ones little, so the moments are spaced geometrically.
 
-    python demos/chain_snapshots.py --recipe "digits/digit[7] + digits/thick" --out seven.png
+    python demos/chain_snapshots.py --recipe "contrastive_digits/digit[7]" --out seven.png
 """
 
 import argparse
@@ -27,7 +27,7 @@ def moments(num_steps: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--recipe", default="digits/digit[3] + digits/slanted")
+    parser.add_argument("--recipe", default="contrastive_digits/digit[3] + contrastive_digits/slanted")
     parser.add_argument("--num-chains", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=IMAGES / "chain_snapshots.png")

@@ -1,10 +1,10 @@
-"""A diffusion model, an energy and a classifier in one sum.
+"""A diffusion model, a contrastive energy and a classifier in one sum.
 
 Three kinds of model that never met, each knowing one thing about cartoon faces:
 
-    diffusion   a denoiser: the score of p(x), and no energy       diffusion/base
-    energy      a trained energy of one attribute                  faces/smile
-    classifier  p(curly | x, σ), trained here in seconds     from_classifier
+    diffusion   a denoiser: the score of p(x), and no energy          diffusion/base
+    energy      an energy that learned by contrast with its samples   contrastive_faces/glasses
+    classifier  p(curly | x, σ), trained here in seconds              from_classifier
 
 Their sum is sampled by one engine. Each row starts from the same noise, so that a column is one face, and
 what the added term changed in it can be seen.
@@ -26,7 +26,7 @@ from composable_ebm.plotting import INK, figure, image_grid, save_figure
 from composable_ebm.sampling.sample import calibrated_sampler
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-NUM_CHAINS, NUM_STEPS, SEED = 12, 160, 3
+NUM_CHAINS, NUM_STEPS, SEED = 12, 160, 5
 
 
 class NoisyClassifier(nn.Module):
@@ -83,14 +83,14 @@ def main() -> None:
     torch.set_num_threads(1)
 
     face = ceb.load_expert(options.base)
-    smile = ceb.load_expert("faces/smile")
+    glasses = ceb.load_expert("contrastive_faces/glasses")
     curly = train_classifier("curly", options.iterations)
-    smiling = 6 * ceb.ratio(smile, smile["any"])
+    seeing = glasses.card.weight * ceb.ratio(glasses, glasses["any"])
     rows = {
         "diffusion": face,
-        "+ energy\n(smile)": face + smiling,
+        "+ contrastive\n(glasses)": face + seeing,
         "+ classifier\n(curly)": face + 3 * curly,
-        "+ both": face + smiling + 3 * curly,
+        "+ both": face + seeing + 3 * curly,
     }
     sampler, _ = calibrated_sampler(face)
     fig, axes = figure(len(rows), 1, 9.6, 3.2)

@@ -99,7 +99,7 @@ def main() -> None:
     mask[:, 14:] = 1
     completed = ceb.sample(rbm, init=test, mask=mask, num_steps=300, seed=3).samples
     shown = torch.where(mask.bool(), probabilities(network, completed), test)
-    digits = ceb.load_expert("digits/digit")
+    digits = ceb.load_expert("contrastive_digits/digit")
     rows = [guided(rbm, digits, value, pool, SIDE) for value in (0, 2, 3, 4, 6, 7, 8, 9)]
 
     panels = {

@@ -7,6 +7,9 @@ import composable_ebm as ceb
 from composable_ebm.bits import bit_states
 from composable_ebm.boltzmann import BoltzmannMachine
 from composable_ebm.experts.rbm import RBM
+from composable_ebm.train.config import RBM as Sizes
+from composable_ebm.train.config import GenerationConfig, OptimiserConfig, TrainConfig
+from composable_ebm.train.objectives import ContrastiveDivergence
 
 BITS = 5
 
@@ -36,6 +39,28 @@ def rbm(seed=0, hidden=3, size=BITS, values=1, visible="bits", std=1.0):
         for p in net.parameters():
             nn.init.normal_(p, std=std)
     return net.eval()
+
+
+def rbm_training(folder, num_iterations):
+    """The training of a small RBM on tiny images, in a folder."""
+    return TrainConfig(
+        family="bits",
+        name="bars",
+        network=Sizes(hidden=8),
+        objective=ContrastiveDivergence(
+            cd_steps=5, buffer_size=200, reinit_prob=0.02, energy_l2=0.0, data_noise=0.0
+        ),
+        optimiser=OptimiserConfig(learning_rate=0.05, grad_clip=10.0, ema=0.9),
+        generation=GenerationConfig(num_steps=20),
+        batch_size=100,
+        num_iterations=num_iterations,
+        models=str(folder / "models"),
+        runs=str(folder / "runs"),
+        log_every=50,
+        evaluate_every=num_iterations,
+        save_every=num_iterations,
+        cpu=True,
+    )
 
 
 def machine(seed=0, visible=3, hidden=2, lateral=True):

@@ -6,6 +6,22 @@ from torch import nn
 import composable_ebm as ceb
 from composable_ebm.experts.networks import ConvEnergy
 
+KERNELS = [
+    ceb.Langevin(0.05),
+    ceb.Langevin(0.05, noise_first=True),
+    ceb.MALA(0.05),
+    ceb.HMC(0.1, num_leapfrog=2),
+    ceb.UnderdampedLangevin(0.1),
+]
+
+
+def kernel_name(kernel):
+    return type(kernel).__name__
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
 
 class Quadratic(ceb.Energy):
     """E(x) = p/2 ‖x - μ‖², precision p: every sampler's answer is known."""

@@ -1,7 +1,6 @@
 """The command line: what it prints, what it writes, and how it refuses."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,17 +234,6 @@ def test_mixer_is_served_as_asked(options, expected, monkeypatch):
 
 
 # -- all --------------------------------------------------------------------------------------------
-
-
-def test_help_names_every_subcommand_and_loads_nothing_heavy():
-    code = (
-        "import sys; from composable_ebm import cli\n"
-        "try: cli.main(['--help'])\n"
-        "finally: print(sorted({'gradio', 'accelerate', 'matplotlib'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert all(name in done.stdout for name in ("sample", "models", "train", "mixer"))
-    assert done.stdout.endswith("[]\n")
 
 
 @pytest.mark.parametrize("command", [[], ["smaple"], ["sample"], ["sample", "a", "--num-chains", "many"]])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import card, network
 
 import composable_ebm
@@ -16,38 +17,80 @@ HEAVY = [
     *("resvg_py", "scipy", "pandas", "sympy", "tyro", "torch._dynamo", "torch._inductor"),
     *("composable_ebm.train", "composable_ebm.evaluation"),
 ]
+STAGES = {
+    "import": "import composable_ebm",
+    "plotting": "import composable_ebm.plotting",
+    "data": "import composable_ebm.data",
+    "help": """
+from composable_ebm.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+""",
+    "sample": "assert main(['sample', 'toys/thick + ~toys/wide', '--num-chains', '2']) == 0",
+    "digits": "import composable_ebm.data.digits",
+    "sympy": "import sympy",
+}
+RUN = """
+import json, sys, time
+import torch
+heavy, stages = json.loads(sys.argv[1])
+names, found = {}, {}
+for stage, code in stages.items():
+    start = time.process_time()
+    exec(code, names)
+    seconds = time.process_time() - start
+    found[stage] = {"seconds": seconds, "loaded": [name for name in heavy if name in sys.modules]}
+print(json.dumps(found))
+"""
 
 
-def loaded(code, *arguments, **environment):
-    """Which of the heavy packages a fresh process has loaded after some code."""
-    report = f"\nimport json, sys\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
-    done = subprocess.run(
-        [sys.executable, "-c", code + report, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_neither_the_import_nor_sampling_from_the_command_line_loads_anything_heavy(tmp_path):
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """What a fresh process takes for each stage, one after the other, which heavy packages it has then, and
+    what it prints on the way."""
+    folder = tmp_path_factory.mktemp("fresh")
     for name in ("thick", "wide"):
         description = card(name, ("no", "yes"))
-        composable_ebm.save_expert(tmp_path / "toys" / name, network(description), description)
-    code = f"""
-import sys
-import composable_ebm
-assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)
-from composable_ebm.cli import main
-assert main(sys.argv[1:]) == 0
-"""
-    picture = tmp_path / "grid.png"
-    arguments = ["sample", "toys/thick + ~toys/wide", "--out", str(picture), "--num-chains", "2"]
-    # tyro reads the command line.
-    assert loaded(code, *arguments, COMPOSABLE_EBM_MODELS=str(tmp_path)) == ["tyro"]
-    assert picture.exists()
+        composable_ebm.save_expert(folder / "toys" / name, network(description), description)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps([HEAVY, STAGES])],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COMPOSABLE_EBM_MODELS": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *printed, found = done.stdout.splitlines()
+    return {**json.loads(found), "printed": "\n".join(printed), "folder": folder}
 
 
-def test_the_heavy_packages_would_be_noticed():
-    assert loaded("import sympy") == ["sympy"]
+def test_the_import_is_quick_and_loads_nothing_heavy(fresh):
+    assert fresh["import"]["loaded"] == []
+    assert fresh["import"]["seconds"] < 3
+
+
+def test_matplotlib_is_not_loaded_before_the_first_figure(fresh):
+    assert fresh["plotting"]["loaded"] == []
+
+
+def test_data_layer_loads_no_more_than_it_needs(fresh):
+    assert fresh["data"]["loaded"] == []
+    assert not {"accelerate", "gradio", "composable_ebm.train"} & set(fresh["digits"]["loaded"])
+
+
+def test_help_names_every_subcommand_and_loads_nothing_heavy(fresh):
+    for name in ("sample", "models", "train", "generate", "evaluate", "push", "mixer"):
+        assert f"{name} " in fresh["printed"]
+    assert fresh["help"]["loaded"] == ["tyro"]  # which reads the command line
+
+
+def test_sampling_from_the_command_line_loads_nothing_heavy(fresh):
+    assert fresh["sample"]["loaded"] == ["tyro"]
+    assert (fresh["folder"] / "grid.png").exists()
+
+
+def test_the_heavy_packages_would_be_noticed(fresh):
+    assert "sympy" in set(fresh["sympy"]["loaded"]) - set(fresh["sample"]["loaded"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bit_helpers import rbm
+from bit_helpers import rbm, rbm_training
 from torch import nn
 
 from composable_ebm.bits import bit_states
@@ -12,9 +12,8 @@ from composable_ebm.boltzmann import DeepBelief
 from composable_ebm.data import LabelledImages
 from composable_ebm.data.bars import bars_and_stripes
 from composable_ebm.experts.rbm import RBM
-from composable_ebm.train import ContrastiveDivergence, TrainConfig, train_layers
+from composable_ebm.train import train_layers
 from composable_ebm.train.config import RBM as Sizes
-from composable_ebm.train.config import GenerationConfig, OptimiserConfig
 from composable_ebm.train.greedy import hidden_data
 
 
@@ -92,26 +91,9 @@ def test_hidden_data_are_the_probabilities_of_the_hidden_units():
 def test_greedy_training_stacks_rbms(tmp_path):
     images = (bars_and_stripes(3) * 255).byte()
     data = LabelledImages(images, {}, {}, "bars")
-    config = TrainConfig(
-        family="bits",
-        name="first",
-        network=Sizes(hidden=8),
-        objective=ContrastiveDivergence(
-            cd_steps=2, buffer_size=100, reinit_prob=0.02, energy_l2=0.0, data_noise=0.0
-        ),
-        optimiser=OptimiserConfig(learning_rate=0.05, grad_clip=10.0, ema=0.9),
-        generation=GenerationConfig(num_steps=5),
-        batch_size=50,
-        num_iterations=60,
-        models=str(tmp_path / "models"),
-        runs=str(tmp_path / "runs"),
-        evaluate_every=60,
-        save_every=60,
-        cpu=True,
-    )
-    layers = train_layers(
-        [config, replace(config, name="second", network=Sizes(hidden=6))], data=(data, data)
-    )
+    config = rbm_training(tmp_path, num_iterations=60)
+    second = replace(config, name="second", network=Sizes(hidden=6))
+    layers = train_layers([config, second], data=(data, data))
     network = DeepBelief([layer.network for layer in layers])
     assert [tuple(layer.weight.shape) for layer in network.layers] == [(9, 8), (8, 6)]
     samples, _ = network.sample(num_chains=4, num_steps=10)

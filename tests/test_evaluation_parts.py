@@ -240,14 +240,17 @@ def test_a_joint_model_answers_for_any_part_of_its_attributes():
 
 def test_a_rival_that_is_absent_says_how_to_get_it(task, monkeypatch, tmp_path):
     monkeypatch.setenv("COMPOSABLE_EBM_MODELS", str(tmp_path))
-    with pytest.raises(rivals.Missing, match="no denoisers were trained for folder"):
+    with pytest.raises(rivals.Missing, match="no diffusion experts were set up for folder"):
         rivals.sample_rival("diffusion", [{"left": 1}], task, 0)
+    monkeypatch.setitem(rivals.OTHERS["contrastive"], "folder", ("nowhere", "ratio"))
+    with pytest.raises(rivals.Missing, match="the family 'nowhere' has no experts to compose"):
+        rivals.sample_rival("contrastive", [{"left": 1}], task, 0)
     with pytest.raises(rivals.Missing, match="no joint model was set up for folder"):
         rivals.sample_rival("joint", [{"left": 1}], task, 0)
     monkeypatch.setitem(rivals.JOINT, "folder", tmp_path / "joint")
     with pytest.raises(rivals.Missing, match=r"configs/folder/joint\.toml"):
         rivals.sample_rival("joint", [{"left": 1}], task, 0)
-    with pytest.raises(ValueError, match="must be one of ebmkit, diffusion, joint"):
+    with pytest.raises(ValueError, match="must be one of ebmkit, diffusion, contrastive, joint"):
         rivals.sample_rival("magic", [{"left": 1}], task, 0)
 
 

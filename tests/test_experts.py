@@ -5,8 +5,6 @@ import hashlib
 import json
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -425,28 +423,3 @@ def test_options_rebuild_the_network():
 
 def test_cards_are_changed_by_copying():
     assert replace(card(), licence="MIT").licence == "MIT"
-
-
-# --- importing -----------------------------------------------------------------------------------
-
-
-def test_import_is_quick_and_leaves_heavy_packages_alone():
-    program = (
-        "import sys, time, torch; start = time.process_time(); import composable_ebm;"
-        "print(time.process_time() - start);"
-        "print(*{name.partition('.')[0] for name in sys.modules})"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    seconds, loaded = result.stdout.splitlines()
-    heavy = {
-        "accelerate",
-        "gradio",
-        "torchvision",
-        "matplotlib",
-        "tensorboard",
-        "huggingface_hub",
-        "dicebear",
-    }
-    assert "composable_ebm" in loaded.split()
-    assert not heavy & set(loaded.split())
-    assert float(seconds) < 3

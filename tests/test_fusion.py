@@ -1,5 +1,6 @@
 """Every fast form of an energy equals the plain one: energies, gradients, trajectories."""
 
+import copy
 import os
 import shutil
 from itertools import pairwise
@@ -8,19 +9,20 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from helpers import expert, points
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from torch import nn
 
 import composable_ebm as ceb
+from composable_ebm import native
 from composable_ebm.experts.diffused import DiffusedEnergy
-from composable_ebm.sampling import native
 from composable_ebm.sampling.compiled import CompiledNetwork
 from composable_ebm.sampling.fusion import FusedPotential, Group
 from composable_ebm.schedules import Schedule, geometric
 from composable_ebm.train.objectives import Labelled
 
 COMPILER = any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")))
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no C compiler on this machine")
+CAN = COMPILER and "avx512f" in native._features().split()
+needs_compiler = pytest.mark.skipif(not CAN, reason="this machine has no C compiler or no AVX-512")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -247,6 +249,7 @@ def test_without_a_compiler_the_steps_are_used(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native, "_features", lambda: "flags: avx512f")
     monkeypatch.setattr(native, "PATIENCE", 0.0)
     native._at_hand.cache_clear()
     native.library.cache_clear()
@@ -267,22 +270,25 @@ def test_without_a_compiler_the_steps_are_used(monkeypatch, tmp_path):
 SHAPE = (2, 4, 4)
 
 
-def diffused(values, seed, skeleton=0, size=0.4):
-    """An expert around a `DiffusedEnergy` whose heads are not silent."""
+def diffused(values, seed, skeleton=0, size=0.4, shape=SHAPE, hidden=16, half=False):
+    """An expert around a `DiffusedEnergy` whose heads are not silent, stored ones (float16) if `half`."""
     torch.manual_seed(skeleton)
-    images = torch.randn(300, *SHAPE) * torch.rand(SHAPE)
-    network = DiffusedEnergy(SHAPE, values, hidden=16, components=5, noise_range=(0.02, 5.0))
+    images = torch.randn(300, *shape) * torch.rand(shape)
+    network = DiffusedEnergy(shape, values, hidden=hidden, components=5, noise_range=(0.02, 5.0))
     network.fit(images)
     torch.manual_seed(100 + seed)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=size)
+    if half:
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.half().float()
     names = ("no", "yes", "maybe")[:values] if values > 1 else ("image",)
     card = ceb.Card(
         family="toys",
         name=f"d{seed}",
         attribute=f"d{seed}",
         values=names,
-        event_shape=SHAPE,
+        event_shape=shape,
         data_range=(-1.0, 1.0),
         network={"type": "DiffusedEnergy", **network.options},
         noise_conditioned=True,
@@ -319,6 +325,149 @@ def test_one_pass_over_noise_conditioned_experts_equals_autograd(values, weights
     potential.noise_level = level
     assert_equal(potential(x), plain(by_autograd(composition, coefficients, level), x))
     assert len(potential.plan.groups) == (2 if odd_one else 1)
+
+
+@pytest.fixture
+def in_c(monkeypatch):
+    """Passes in C, where this machine can."""
+    if not CAN:
+        pytest.skip("this machine has no C compiler or no AVX-512")
+    monkeypatch.setattr(native, "PATIENCE", 0.0)
+
+
+@pytest.mark.usefixtures("in_c")
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_a_pass_in_c_equals_autograd(data):
+    values = data.draw(st.lists(st.sampled_from((1, 2, 3)), min_size=1, max_size=3))
+    shape = data.draw(st.sampled_from((SHAPE, (1, 3, 5), (1, 9, 15))))
+    hidden, batch = data.draw(st.sampled_from((16, 70))), data.draw(st.sampled_from((1, 2, 3, 5, 8, 11, 38)))
+    experts = [
+        diffused(count, seed, size=0.2, shape=shape, hidden=hidden, half=True)
+        for seed, count in enumerate(values)
+    ]
+    composition = ceb.energy.Sum(experts)
+    if data.draw(st.booleans()):
+        composition = composition + (experts[0] | ~experts[-1]["any"])
+    count = composition.num_coefficients
+    rows = data.draw(st.sampled_from(((), (batch,))))
+    coefficients = torch.randn(*rows, count, generator=torch.Generator().manual_seed(len(values)))
+    levels = {"one": torch.tensor(0.3), "none": None, "rows": torch.linspace(0.02, 3.0, batch)}
+    level = levels[data.draw(st.sampled_from(sorted(levels)))]
+    x = points(batch, shape)
+    potential = FusedPotential(composition, coefficients, stack=False)
+    potential.noise_level = level
+    got, expected = potential(x), plain(by_autograd(composition, coefficients, level), x)
+    assert "in C" in potential.plan.describe()
+    # At small noise levels parts of 10,000 nats cancel, and autograd in float32 is not exact either.
+    wide = None if level is None else level.double()
+    exact = plain(by_autograd(copy.deepcopy(composition).double(), coefficients.double(), wide), x.double())
+    for mine, theirs, true in zip(got, expected, exact, strict=True):
+        assert float((mine - true).norm()) <= 1e-5 * float(true.norm()) + 4 * float((theirs - true).norm())
+
+
+@pytest.mark.usefixtures("in_c")
+def test_weights_that_float16_cannot_hold_are_left_to_float32():
+    one, two = diffused(2, 0, half=True), diffused(2, 1, half=True)
+    mix, x = one + two, points(6, SHAPE)
+    potential = FusedPotential(mix, torch.ones(2), stack=False)
+    function = by_autograd(mix, torch.ones(2), None)
+    for change, path in (
+        (lambda: None, "in C"),
+        (lambda: two.network.third.weight.mul_(2), "in C"),
+        (lambda: two.network.third.weight.mul_(1.001), "by hand"),
+        (lambda: two.network.third.weight.copy_(two.network.third.weight.half()), "in C"),
+    ):
+        change()
+        assert_equal(potential(x), plain(function, x))
+        assert path in potential.plan.describe()
+
+
+@pytest.mark.usefixtures("in_c")
+def test_changes_through_data_are_seen_by_the_next_potential():
+    whole, x = diffused(2, 0, half=True), points(3, SHAPE)
+    FusedPotential(whole, stack=False)(x)
+    whole.network.from_pixels.weight.data[3, 4] = 0.75
+    potential = FusedPotential(whole, stack=False)
+    assert_equal(potential(x), plain(by_autograd(whole, None, None), x))
+    assert "in C" in potential.plan.describe()
+
+
+@pytest.mark.usefixtures("in_c")
+def test_passes_in_c_on_two_threads_and_two_at_a_time_agree():
+    mix, x = diffused(2, 0, half=True) + diffused(3, 1, half=True), points(13, SHAPE)
+    (group,) = FusedPotential(mix, stack=False).plan.groups
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first, second = (group.by_hand(states, None)(states) for states in (x, -x))
+    finally:
+        torch.set_num_threads(threads)
+    for states, (outputs, pull_back) in ((x, first), (-x, second)):
+        cotangent = torch.rand(outputs.shape)
+        for _ in range(2):  # pulled back twice
+            moved = states.clone().requires_grad_()
+            expected = torch.stack(
+                [nn.functional.pad(n(moved), (0, 3 - n(moved).shape[1])) for n in group.networks]
+            )
+            (gradient,) = torch.autograd.grad((expected * cotangent * (expected != 0)).sum(), moved)
+            read = cotangent * (expected != 0)
+            assert_equal((outputs * (expected != 0), pull_back(read)), (expected.detach(), gradient))
+
+
+@pytest.mark.usefixtures("in_c")
+def test_trajectories_of_fifty_steps_in_c_agree(monkeypatch):
+    base, one, two = (diffused(values, seed, size=0.1, half=True) for seed, values in enumerate((1, 2, 2)))
+    mix = base + 1.5 * ceb.ratio(one, base) + ceb.ratio(~two, base)
+    schedule = Schedule(noise_level=geometric(3.0, 0.05), noise_power=2.0, predict=True, num_levels=25)
+    run = {"num_chains": 6, "num_steps": 50, "sampler": ceb.Annealed(ceb.Langevin(0.05), schedule), "seed": 2}
+    fast = ceb.sample(mix, **run)
+    monkeypatch.setattr(DiffusedEnergy.together, "applies", lambda self, x: False)
+    slow = ceb.sample(mix, **run)
+    assert "in one pass in C" in fast.report()
+    assert "in one pass" not in slow.report()
+    torch.testing.assert_close(fast.samples, slow.samples, rtol=1e-4, atol=1e-4)
+
+
+# --- sums without a graph ------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.sampled_from(("one", "other", "none of these")), min_size=1, max_size=3, unique=True),
+    st.booleans(),
+    st.integers(1, 4),
+)
+def test_weighted_sums_of_outputs_equal_autograd(leaves, a_row, batch):
+    conditional = expert(seed=1, values=("one", "other", "third"))
+    callable_ = ceb.from_callable(
+        nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.SiLU(), nn.Linear(5, 1), nn.Flatten(0)),
+        event_shape=(1, 4, 4),
+        data_range=(-1, 1),
+    )
+    terms = [callable_ if name == "none of these" else conditional[name] for name in leaves]
+    composition = terms[0] if len(terms) == 1 else ceb.energy.Sum(terms)
+    coefficients = torch.randn(*[batch] * a_row, composition.num_coefficients)
+    x, mask = points(batch, (1, 4, 4)), (torch.rand(1, 4, 4) < 0.7).float()
+    potential = FusedPotential(composition, coefficients, mask, stack=False)
+    energy, gradient = plain(by_autograd(composition, coefficients, None), x)
+    for _ in range(2):
+        result = potential.linear(x, None, coefficients)
+        assert_equal((result[0], result[1] * mask), (energy, gradient * mask))
+        assert_equal(potential(x), (energy, gradient * mask))
+        coefficients.mul_(2)  # in place, as a slider does
+        energy, gradient = (2 * energy, 2 * gradient) if len(terms) > 1 else (energy, gradient)
+
+
+def test_a_leaf_that_reads_in_its_own_way_is_not_taken_for_a_column():
+    class Squared(ceb.Expert):
+        def read(self, outputs):
+            return super().read(outputs).square()
+
+    known = expert(seed=1)
+    leaf, x = Squared(known.network, known.card, 0), points(3, (1, 4, 4))
+    potential = FusedPotential(leaf, stack=False)
+    assert potential.linear is None
+    assert_equal(potential(x), plain(by_autograd(leaf, None, None), x))
 
 
 def test_what_cancels_is_exact_for_any_coefficients():

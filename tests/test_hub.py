@@ -9,6 +9,7 @@ import torch
 from helpers import binary, points
 
 import composable_ebm as ceb
+from composable_ebm.cli import main as command_line
 from composable_ebm.experts import catalogue as catalogue_module
 from composable_ebm.experts.hub import hub_page
 
@@ -104,6 +105,29 @@ def test_damaged_experts_are_not_uploaded(models, hub):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ceb.CheckpointError, match="is truncated"):
         ceb.push_to_hub("toys/thick", "alice/thick")
+    assert not Path(hub).exists()
+
+
+def test_the_command_line_pushes_and_prints_the_address(models, hub, capsys):
+    assert command_line(["push", "toys/thick", "alice/thick", "--private"]) == 0
+    assert capsys.readouterr().out == "https://huggingface.co/alice/thick\n"
+    assert ceb.load_expert("alice/thick").card.full_name == "toys/thick"
+    assert (hub / "private").read_text() == "True"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["toys/thik", "alice/thick"], "no expert named 'toys/thik'. Did you mean toys/thick?"),
+        (["toys/thick", "thick"], "named user/name, got 'thick'"),
+    ],
+)
+def test_the_command_line_says_why_it_does_not_push(models, hub, capsys, arguments, message):
+    assert command_line(["push", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("composable-ebm: ")
+    assert message in printed.err
+    assert printed.out == ""
     assert not Path(hub).exists()
 
 

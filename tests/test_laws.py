@@ -154,6 +154,14 @@ def test_mixture_score_is_the_softmax_weighted_score(v, w):
     torch.testing.assert_close(ceb.mixture([a, b], weights=[v, w]).score(x), expected)
 
 
+def test_score_of_a_mixture_keeps_its_digits_at_energies_far_from_zero():
+    """The squares below are exact in float32 beside 20,000, so that only the mixture can lose digits."""
+    near = [ceb.from_callable(lambda x, m=m: (x - m).square().sum(1), event_shape=(2,)) for m in (0, 1)]
+    far = [ceb.from_callable(lambda x, e=e: 20_000 + e(x), event_shape=(2,)) for e in near]
+    states = torch.tensor([[0.25, 0.5], [-0.75, 1.25], [0.5, 0.75]])
+    torch.testing.assert_close((far[0] | far[1]).score(states), (near[0] | near[1]).score(states))
+
+
 def test_mixture_of_normalised_energies_is_the_analytic_mixture():
     two = ceb.analytic.GaussianMixture([[0.0, 0.5], [1.0, -0.5]], 0.5, weights=[3, 1]).double()
     parts = [ceb.analytic.Gaussian(m, 0.5).double() for m in two.means]

@@ -9,7 +9,7 @@ import composable_ebm
 
 ROOT = Path(composable_ebm.__file__).parent
 FLOORS = {
-    1: "conditionals data diagnostics energy packed plotting schedules weights",
+    1: "conditionals data diagnostics energy native packed plotting schedules weights",
     2: "adapters analytic diffusion bits experts sampling",
     3: "annealed_importance boltzmann partition recipe train",
     4: "evaluation models_page",

@@ -6,28 +6,40 @@ import io
 import json
 import os
 import shlex
-import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import binary, card, expert, network, points
-from mixer_toys import toy_cards, write_models
+from helpers import binary, expert, network, points
+from mixer_toys import diffused, toy_cards, write_models
 from PIL import Image
 
 import composable_ebm as ceb
 from composable_ebm import cli
 from composable_ebm.experts import catalogue
-from composable_ebm.experts.diffused import DiffusedEnergy
 from composable_ebm.experts.library import Library
 from demos.mixer import look, render, state
-from demos.mixer.live import HOLD, START_STEPS, STIR_STEPS, Held, Live, Start
+from demos.mixer.live import HOLD, NUDGE, START_STEPS, STIR, STIR_STEPS, Live, Start
 from demos.mixer.shown import HISTORY, History
 from demos.mixer.state import Request
-from demos.mixer.stream import Frame, stream
+from demos.mixer.stream import stream
 from demos.mixer.terms import Term, terms
 
 # -- experts, frames, pictures ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine():
+    with ceb.Engine() as engine:
+        yield engine
+
+
+def soon(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +74,22 @@ def test_library_loads_an_expert_again_when_it_was_replaced(tmp_path, monkeypatc
     assert float(library["Toys/thick"](x)) != float(before(x))
 
 
-def test_stream_gives_frames_and_then_the_result_of_sample():
+def test_stream_gives_frames_and_then_the_result_of_sample_to_the_last_bit(engine):
     energy = expert(event_shape=(1, 16, 16))
-    items = list(stream(energy, Request("", 4, 30, 5), threading.Event()))
-    assert all(isinstance(item, Frame) for item in items[:-1])
+    engine.submit(energy, 3, None, seed=1)  # somebody else, with the same kernel
+    items = list(stream(energy, Request("", 4, 30, 5), engine.submit))
+    assert all(isinstance(item, ceb.Frame) for item in items[:-1])
     assert items[0].states.shape == (4, 1, 16, 16)
     alone = ceb.sample(energy, num_chains=4, num_steps=30, seed=5)
     assert torch.equal(items[-1].samples, alone.samples)
+    assert torch.equal(items[-1].energies, alone.energies)
+
+
+def test_sampling_a_mix_of_noise_conditioned_experts_is_sample_to_the_last_bit(engine):
+    base, hat = diffused("base", ("image",), 0), diffused("hat", ("bare", "hat"), 1)
+    mix = base + 4 * (hat - hat["any"])
+    *_, result = stream(mix, Request("", 3, 20, 2), engine.submit)
+    assert torch.equal(result.samples, ceb.sample(mix, num_chains=3, num_steps=20, seed=2).samples)
 
 
 @pytest.mark.usefixtures("use_models")
@@ -91,120 +112,164 @@ def test_recipes_are_quoted_where_they_are_copied():
     assert ast.literal_eval(state.as_python(asked).split("ceb.parse(")[1].split(")\n")[0]) == asked.recipe
 
 
-def test_stop_ends_a_stream_early_and_keeps_what_was_reached():
-    stop = threading.Event()
-    stop.set()
-    *_, result = stream(expert(), Request("", 2, 10**6, 0), stop)
-    assert result.num_steps == 1
+def test_stop_ends_a_stream_early_and_keeps_what_was_reached(engine):
+    frames = stream(expert(), Request("", 2, 10**6, 0), engine.submit)
+    items = [next(frames)]
+    engine.runs[0].cancel()
+    *_, last, result = items + list(frames)
+    assert last.step == result.num_steps < 10**6
+    assert torch.equal(last.states, result.samples)
 
 
-def test_closing_a_stream_ends_its_run():
-    stop = threading.Event()
-    frames = stream(expert(), Request("", 2, 10**6, 0), stop)
-    assert isinstance(next(frames), Frame)
-    frames.close()  # returns only when the run has ended
-    assert stop.is_set()
+def test_closing_a_stream_ends_its_run(engine):
+    frames = stream(expert(), Request("", 2, 10**6, 0), engine.submit)
+    assert isinstance(next(frames), ceb.Frame)
+    frames.close()
+    soon(lambda: engine.runs == ())
 
 
-def test_errors_of_a_run_come_out_of_its_stream():
+def test_errors_of_a_run_come_out_of_its_stream(engine):
     with pytest.raises(ValueError, match="no term with a positive weight"):
-        list(stream(-expert(), Request("", 2, 5, 0), threading.Event()))
+        list(stream(-expert(), Request("", 2, 5, 0), engine.submit))
 
 
 # -- live chains --------------------------------------------------------------------------------------
 
 
-def diffused(name, values, seed, **changes):
-    """A noise-conditioned expert with random weights."""
-    torch.manual_seed(seed)
-    net = DiffusedEnergy((1, 4, 4), len(values), hidden=8, components=4, noise_range=(0.02, 10.0))
-    torch.nn.init.zeros_(net.quadratic_head.weight)  # which could fall for ever, untrained
-    if net.value_head is not None:
-        torch.nn.init.normal_(net.value_head.weight)
-    anneal = {"noise_level": {"knots": [[0, 10.0], [1, 0.02]], "between": "karras"}}
-    anneal |= {"noise_power": 2.0, "predict": True}
-    sampler = {"kernel": "Langevin", "step_size": 0.3, "num_steps": 20, "anneal": anneal}
-    description = card(name, values, sampler=sampler, noise_conditioned=True, **changes)
-    return ceb.Expert.standing(net.eval(), description)
+def watched(live):
+    """Its frames from now on, in a list that grows, and its run."""
+    frames = []
+    live.run.watch(frames.append)
+    return frames, live.run
 
 
-def test_live_chains_of_noise_conditioned_energies_settle_at_one_noise_level():
+def settled(live, steps):
+    """A frame after so many steps more."""
+    frames = live.run.frames()
+    first = next(frames).step
+    return next(frame for frame in frames if frame.step >= first + steps)
+
+
+def test_live_chains_of_noise_conditioned_energies_settle_at_one_noise_level(engine):
     base = diffused("base", ("image",), 0)
-    live = Live(base, 3, 0)
-    assert float(live.noise_level) == 10
-    levels = []
-    for _ in range(START_STEPS + 5):
-        live.step()
-        levels.append(float(live.noise_level))
-    assert levels == sorted(levels, reverse=True)
-    assert levels[START_STEPS - 1 :] == pytest.approx([HOLD] * 6)
-    assert live.num_steps == START_STEPS + 5
-    x = live.chain.x
-    assert torch.allclose(live.picture, x + HOLD**2 * base.score(x, noise_level=live.noise_level), atol=1e-5)
+    frames, run = watched(Live(engine.submit, base, 3, 0, num_steps=START_STEPS + 5))
+    assert run.block.sigmas[0] == pytest.approx(10)
+    run.result()
+    levels = {frame.step: float(frame.noise_level) for frame in frames}
+    assert list(levels.values()) == sorted(levels.values(), reverse=True)
+    assert all(level == pytest.approx(HOLD) for step, level in levels.items() if step >= START_STEPS)
+    assert all(level > HOLD + 1e-6 for step, level in levels.items() if step < START_STEPS)
+    last = frames[-1]
+    assert last.step == START_STEPS + 5
+    expected = last.states + HOLD**2 * base.score(last.states, noise_level=last.noise_level)
+    assert torch.allclose(last.denoised, expected, atol=1e-5)
 
 
-def test_steered_chains_go_on_from_where_they_are():
+def test_steered_chains_go_on_from_where_they_are(engine):
     base, hat = diffused("base", ("image",), 0), diffused("hat", ("bare", "hat"), 1)
-    live = Live(base + 4 * (hat - hat["any"]), 64, 0)
-    for _ in range(START_STEPS + 20):
-        live.step()
-    before = live.chain.x
-    live.steer(base + 2 * (hat - hat["any"]))
-    reweighted = float(live.noise_level)
-    live.steer(base + 4 * (~hat - hat["any"]))
-    stirred = float(live.noise_level)
-    assert HOLD < reweighted < stirred < 10
-    noise = (live.chain.x - before).flatten().std()
-    assert float(noise) == pytest.approx((stirred**2 - HOLD**2) ** 0.5, rel=0.1)
-    for _ in range(STIR_STEPS):
-        live.step()
-    assert float(live.noise_level) == pytest.approx(HOLD)
-    assert not live.chain.divergence().any
+    mix = base + 4 * (hat - hat["any"])
+    live = Live(engine.submit, mix, 64, 0, steps_per_second=200)
+    settled(live, START_STEPS + 20)
+    for energy, stir in ((base + 2 * (hat - hat["any"]), NUDGE), (base + 4 * (~hat - hat["any"]), STIR)):
+        settled(live, STIR_STEPS)
+        frames = live.run.frames()
+        before = next(frames)
+        live.steer(energy)
+        first = next(frame for frame in frames if frame.composition is energy)
+        assert before.composition is not energy
+        assert HOLD < float(first.noise_level) < stir
+        rose = (first.states - before.states).flatten().std()
+        assert float(rose) > 0.5 * float(first.noise_level)
+    last = settled(live, STIR_STEPS)
+    assert float(last.noise_level) == pytest.approx(HOLD)
+    assert last.alive.all()
 
 
-def test_a_steered_chain_samples_the_new_recipe():
+def test_steering_stirs_by_as_much_as_chains_carry_at_least(engine):
+    base, hat = diffused("base", ("image",), 0), diffused("hat", ("bare", "hat"), 1)
+    asked = []
+
+    class Told:
+        """A run that notes what it is told, at a frame of our choice."""
+
+        frame = None
+
+        def steer(self, energy, sampler, schedule_steps):
+            asked.append(
+                (sampler.schedule.noise_level(0.0), sampler.schedule.noise_level(1.0), schedule_steps)
+            )
+
+    run = Told()
+    live = Live(lambda *_, **__: run, base + hat, 2, 0)
+
+    def at(level, energy):
+        run.frame = ceb.Frame(1, None, None, None, torch.tensor(level), None, energy)
+
+    live.steer(base + 2 * hat)  # before its first step: the noise that it begins with
+    at(5.0, live.energy)
+    live.steer(base + 3 * hat)  # on the way down
+    at(HOLD, live.energy)
+    live.steer(base + 4 * hat)
+    live.steer(base + ~hat)
+    live.steer(base + 5 * ~hat)  # has not begun with ~hat yet, so that stir is still to come
+    levels = [start for start, _, _ in asked]
+    assert levels == pytest.approx([10.0, 5.0, NUDGE, STIR, STIR])
+    assert all(stop == pytest.approx(HOLD) and steps == STIR_STEPS + 1 for _, stop, steps in asked)
+
+
+def test_a_steered_chain_samples_the_new_recipe(engine):
     hat = diffused("hat", ("bare", "hat"), 1)
-    live = Live(hat["any"] + 8 * (hat - hat["any"]), 256, 0)
+    live = Live(engine.submit, hat["any"] + 8 * (hat - hat["any"]), 256, 0)
     shares = []
     for energy in (hat["any"] + 8 * (hat - hat["any"]), hat["any"] + 8 * (~hat - hat["any"])):
         live.steer(energy)
-        for _ in range(STIR_STEPS + 30):
-            live.step()
-        x, level = live.chain.x, live.noise_level
+        frame = settled(live, STIR_STEPS + 30)
         with torch.no_grad():
-            odds = ceb.Sum([hat["any"], hat], [1.0, -1.0])(x, noise_level=level)
+            odds = ceb.Sum([hat["any"], hat], [1.0, -1.0])(frame.states, noise_level=frame.noise_level)
         shares.append(float(odds.exp().mean()))
     assert shares[1] < shares[0] - 0.2
 
 
-def test_a_refused_recipe_leaves_live_chains_as_they_were():
+def test_a_refused_recipe_leaves_live_chains_as_they_were(engine):
     energy = expert(event_shape=(1, 4, 4))
-    live = Live(energy, 2, 0)
+    live = Live(engine.submit, energy, 2, 0)
     with pytest.raises(ValueError, match="no term with a positive weight"):
         live.steer(-energy)
     assert live.energy is energy
-    live.step()
+    assert settled(live, 3).composition is energy
 
 
-def test_live_chains_of_other_energies_run_with_their_own_kernel():
+def test_live_chains_of_other_energies_run_with_their_own_kernel(engine):
     energy = expert(event_shape=(1, 4, 4))
-    live = Live(2 * energy, 3, 5)
-    assert live.noise_level is None
-    for _ in range(4):
-        live.step()
-    x = live.chain.x
-    assert torch.equal(live.picture, x)
-    assert float(live.chain.dynamics.step_size) == pytest.approx(0.05)
-    live.steer(4 * energy)
-    assert torch.equal(live.chain.x, x)
-    assert float(live.chain.dynamics.step_size) == pytest.approx(0.025)
+    live = Live(engine.submit, 2 * energy, 3, 5)
+    frame = settled(live, 4)
+    assert frame.noise_level is None
+    assert frame.denoised is frame.states
+    assert float(live.run.block.dynamics.step_size) == pytest.approx(0.05)
+    live.steer(more := 4 * energy)
+    soon(lambda: live.run.block.energy is more and live.run.frame.composition is more)
+    assert float(live.run.block.dynamics.step_size) == pytest.approx(0.025)
 
 
-def test_live_chains_keep_no_trace():
-    live = Live(expert(event_shape=(1, 4, 4)), 2, 0)
-    for _ in range(5):
-        live.step()
-    assert len(live.chain.trace().energy) == 0
+def test_live_chains_keep_no_trace(engine):
+    live = Live(engine.submit, expert(event_shape=(1, 4, 4)), 2, 0)
+    settled(live, 5)
+    live.run.cancel()
+    assert len(live.run.result().trace.energy) == 0
+
+
+def test_live_chains_share_a_batch_and_every_network_pass_with_others_of_the_same_experts(engine):
+    base, hat = diffused("base", ("image",), 0), diffused("hat", ("bare", "hat"), 1)
+    lives = [
+        Live(engine.submit, base + w * (hat - hat["any"]), 2, w, steps_per_second=500) for w in (1, 2, 3)
+    ]
+    for live in lives:
+        soon(lambda live=live: live.run.num_steps > START_STEPS)
+    assert all(live.run.shared for live in lives)
+    assert engine.potentials_made == 1
+    lives[0].run.cancel()  # somebody leaves
+    assert settled(lives[1], 3).alive.all()
+    assert "in a batch with other requests" in lives[0].run.result().path
 
 
 def test_terms_take_a_value_and_its_marginal_together():
@@ -261,54 +326,39 @@ def _decode(uri):
 # -- starts -------------------------------------------------------------------------------------------
 
 
-def test_live_chains_start_from_a_picture_with_some_noise():
+def test_live_chains_start_from_a_picture_with_some_noise(engine):
     base = diffused("base", ("image",), 0)
     picture = points(1, (1, 4, 4))[0].clamp(-1, 1)
-    live = Live(base, 64, 0, start=Start(picture, None, 1.5))
-    assert float(live.noise_level) == 1.5
-    assert float((live.chain.x - picture).std()) == pytest.approx(1.5, rel=0.1)
-    for _ in range(START_STEPS):
-        live.step()
-    assert float(live.noise_level) == pytest.approx(HOLD)
+    asked = {}
+
+    def submit(*arguments, **options):
+        asked.update(options)
+        return engine.submit(*arguments, **options)
+
+    live = Live(submit, base, 64, 0, start=Start(picture, None, 1.5))
+    assert asked["sampler"].schedule.noise_level(0.0) == pytest.approx(1.5)
+    noise = asked["init"] - picture
+    assert float(noise.std()) == pytest.approx(1.5, rel=0.1)
+    own = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(live.run.request.seed))
+    assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), own.flatten()]))[0, 1])) < 0.1
+    assert float(settled(live, START_STEPS).noise_level) == pytest.approx(HOLD)
 
 
-def test_what_is_not_painted_stays_as_it_was_to_the_last_bit():
+def test_what_is_not_painted_stays_as_it_was_to_the_last_bit(engine):
     base, hat = diffused("base", ("image",), 0), diffused("hat", ("bare", "hat"), 1)
     picture = points(1, (1, 4, 4))[0].clamp(-1, 1)
     mask = torch.zeros(1, 4, 4)
     mask[:, 1:3] = 1
-    live = Live(base, 3, 0, start=Start(picture, mask))
+    live = Live(engine.submit, base, 3, 0, start=Start(picture, mask))
+    held = (1 - mask).bool().expand(3, -1, -1, -1)
     for energy in (base, base + 4 * (hat - hat["any"])):
         live.steer(energy)
-        for _ in range(STIR_STEPS + 4):
-            live.step()
-        held = (1 - mask).bool().expand(3, -1, -1, -1)
-        assert torch.equal(live.picture[held], picture.expand(3, -1, -1, -1)[held])
-        assert float((live.picture - picture)[~held].abs().max()) > 0.1
-        assert not live.chain.divergence().any
-
-
-def test_the_free_part_is_drawn_from_the_conditional():
-    """Two correlated Gaussians: given the second at 1.5, the first has mean ρ 1.5 and variance 1 - ρ²."""
-    correlation = 0.8
-    energy = ceb.analytic.Gaussian([0.0, 0.0], [[1.0, correlation], [correlation, 1.0]])
-    picture, mask = torch.tensor([0.0, 1.5]), torch.tensor([1.0, 0.0])
-    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
-    held = Held(energy, picture, mask, noise)
-    out = ceb.sample(held, init=torch.zeros(4000, 2), num_steps=200, sampler=ceb.Langevin(0.02), seed=0)
-    x = held.states(out.samples)
-    assert torch.all(x[:, 1] == 1.5)
-    assert float(x[:, 0].mean()) == pytest.approx(correlation * 1.5, abs=0.05)
-    assert float(x[:, 0].var()) == pytest.approx(1 - correlation**2, rel=0.1)
-
-
-def test_held_states_carry_the_noise_of_their_level():
-    picture, mask = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
-    noise = points(3, (1, 2, 2))
-    held = Held(expert(event_shape=(1, 4, 4)), picture, mask, noise)
-    assert torch.allclose(held.states(torch.ones(3, 1, 2, 2), torch.tensor(0.5)), 0.5 * noise)
-    levels = torch.tensor([0.0, 1.0, 2.0])
-    assert torch.allclose(held.states(torch.ones(3, 1, 2, 2), levels), levels.reshape(3, 1, 1, 1) * noise)
+        frame = settled(live, STIR_STEPS + 4)
+        assert torch.equal(frame.denoised[held], picture.expand(3, -1, -1, -1)[held])
+        assert float((frame.denoised - picture)[~held].abs().max()) > 0.1
+        noise = (frame.states - picture)[held]  # the noise of the level is on what is held, too
+        assert float(noise.std()) == pytest.approx(HOLD, rel=0.5)
+        assert frame.alive.all()
 
 
 def _uri(size=(4, 4), color=0, mode="L"):
@@ -392,6 +442,16 @@ def test_history_keeps_the_last_energies_of_the_terms_that_are_there():
         history.add([Term("a", 1, float(i), None)] + ([Term("b", 1, 0.0, None)] if i < 5 else []))
     assert history.of("a") == [float(i) for i in range(10, HISTORY + 10)]
     assert history.of("b") == []
+
+
+def test_terms_of_a_run_are_those_of_its_recipe_however_it_moves():
+    base, hat, tie = expert("base", ("image",)), binary("hat", 1), binary("tie", 2)
+    x, history = points(5, (1, 4, 4)), History()
+    for energy in (base + hat, base + 2 * hat, base + hat - 0.5 * tie, base + (hat | tie)):
+        assert terms(energy, x, None, history.plan(energy)) == terms(energy, x)
+    same = history.plan(base + hat)
+    assert history.plan(base + 3 * hat) is same
+    assert history.plan(base + tie) is not same
 
 
 def test_sparklines_span_their_energies_and_survive_infinities():

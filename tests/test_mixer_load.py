@@ -6,15 +6,10 @@ stream of frames, and close their tab. What a button does is looked up in the pa
 
 import asyncio
 import json
-import os
 import secrets
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -24,11 +19,12 @@ from helpers import card, network
 import composable_ebm as ceb
 from composable_ebm.experts import catalogue
 from composable_ebm.experts.library import Library
-from demos.mixer import app
+from demos.mixer import app, clock
 from demos.mixer import runs as runs_module
 from demos.mixer.clock import FRAMES_PER_SECOND
 from demos.mixer.guard import MAX_BODY_BYTES, Guard
 from demos.mixer.runs import Runs
+from demos.mixer.served import served
 from demos.mixer.state import Limits, Request
 
 httpx = pytest.importorskip("httpx")
@@ -57,40 +53,12 @@ def models(tmp_path_factory):
 
 
 class Server:
-    """A page of its own, in a process of its own, with a temporary folder of its own."""
+    """A page with a temporary folder of its own, and what its description says."""
 
-    def __init__(self, models, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.temporary, self.log = folder / "temporary", folder / "log"
-        self.temporary.mkdir()
-        # The command line, but with no experts beside the toys, whatever the checkout holds.
-        script = (
-            "import pathlib, sys; from composable_ebm import cli; "
-            "from composable_ebm.experts import catalogue; "
-            "catalogue.model_folders = lambda: [pathlib.Path(sys.argv[1])]; sys.exit(cli.main(sys.argv[2:]))"
-        )
-        command = [sys.executable, "-c", script, str(models), "mixer", "--port", str(port)]
-        places = {"TMPDIR": str(self.temporary), "PYTHONPATH": str(Path(__file__).parents[1])}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, "--num-threads", "1"],
-                env={**os.environ, **places},
-                cwd=folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        self.url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                self.page = Page(httpx.get(f"{self.url}/config", timeout=10).json())
-                return
-            except (httpx.HTTPError, json.JSONDecodeError):
-                assert self.process.poll() is None, self.log.read_text()
-                assert time.monotonic() < deadline, "the page did not come up in three minutes"
-                time.sleep(0.2)
+    def __init__(self, mixer):
+        self.process, self.temporary = mixer.process, mixer.temporary
+        self.url = mixer.address.rstrip("/")
+        self.page = Page(httpx.get(f"{self.url}/config", timeout=60).json())
 
     @property
     def memory(self):
@@ -270,11 +238,9 @@ def soon(check, seconds=30):
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
-    served = Server(models, tmp_path_factory.mktemp("server"))
-    yield served
-    served.process.terminate()
-    served.process.wait(30)
+def server(models):
+    with served("--num-threads", "1", models=models) as mixer:
+        yield Server(mixer)
 
 
 # -- many visitors ------------------------------------------------------------------------------------------
@@ -295,7 +261,7 @@ def check_load(server, seconds):
 
 
 def test_twenty_visitors_all_get_frames_and_memory_returns(server):
-    check_load(server, 6)
+    check_load(server, 4)
 
 
 @pytest.mark.slow
@@ -378,23 +344,24 @@ def play_frames(models, monkeypatch, tmp_path, count):
     """Drives the page's generator for `count` frames without waiting, and steers it now and then."""
     monkeypatch.setattr(catalogue, "model_folders", lambda: [models])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(
-        runs_module.FrameClock, "wait", lambda clock, stop: clock._times.append(time.perf_counter())
-    )
+    monkeypatch.setattr(clock, "FRAMES_PER_SECOND", 10**4)
     monkeypatch.setattr(runs_module, "MAX_PLAY_SECONDS", INFINITY)
     process = psutil.Process()
     runs = Runs(Library(), Limits())
-    session = runs._sessions["visitor"] = runs_module.Session()
+    runs.begin(SimpleNamespace(session_hash="visitor"))
     frames = runs.play(Request("toys/hat", 1, 10, 0), "visitor")
+    recipe = "toys/hat"
     for step in range(count):
         next(frames)
         if step == min(200, count // 2):
             before = process.memory_info().rss
         if step % 100 == 99:
-            session.recipe = "~toys/hat" if session.recipe != "~toys/hat" else "toys/hat"
+            recipe = "~toys/hat" if recipe != "~toys/hat" else "toys/hat"
+            runs.steer(recipe, "visitor")
     assert process.memory_info().rss < before + GROWTH
     frames.close()
     assert runs.running() == 0
+    runs.close()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,160 +1,44 @@
-"""The mixer's page in a browser, and its API over HTTP: one server, one browser for all tests."""
+"""The mixer's page in a browser."""
 
-import base64
-import io
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import pytest
-from mixer_toys import write_models
+from mixer_toys import decode
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import composable_ebm as ceb
-from composable_ebm.experts import catalogue
 from demos.mixer import state
-from demos.mixer.screenshot import CHROMIUM_OPTIONS
 from demos.mixer.state import Request
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+expect = pytest.importorskip("playwright.sync_api").expect
+
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("models"))
+def context(browser):
+    """One visitor's browser: what it has loaded once, it need not load again."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.set_default_timeout(30_000)
+    yield context
+    context.close()
 
 
 @pytest.fixture
-def use_models(models, monkeypatch):
-    monkeypatch.setattr(catalogue, "model_folders", lambda: [models])
-
-
-# -- the API ---
-
-
-@pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
-    """The page, served by the command line in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # The command line, but with no experts beside the toys, whatever the checkout holds.
-    script = (
-        "import pathlib, sys; from composable_ebm import cli; from composable_ebm.experts import catalogue; "
-        "catalogue.model_folders = lambda: [pathlib.Path(sys.argv[1])]; sys.exit(cli.main(sys.argv[2:]))"
-    )
-    arguments = ["mixer", "--port", str(port), "--num-threads", "1"]
-    command = [sys.executable, "-c", script, str(models), *arguments]
-    folder = tmp_path_factory.mktemp("server")
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 180
-            while not _answers(url):
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, "the page did not come up in three minutes"
-                time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return pytest.importorskip("gradio_client").Client(server, verbose=False)
-
-
-def test_api_has_three_endpoints(client):
-    named = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
-    assert named == {"/sample", "/experts", "/running"}
-
-
-def test_api_lists_experts(client):
-    experts = {each["name"]: each for each in client.predict(api_name="/experts")}
-    assert experts["Toys/thick"]["values"] == ["thin", "thick"]
-    assert experts["Toys/digit"]["event_shape"] == [1, 16, 16]
-
-
-@pytest.mark.usefixtures("use_models")
-def test_api_samples_what_sample_samples(client):
-    recipe = "Toys/digit[3] + 2*Toys/thick"
-    answer = client.predict(recipe, 5, 20, 7, api_name="/sample")
-    alone = ceb.sample(ceb.parse(recipe), num_chains=5, num_steps=20, seed=7)
-    assert answer["recipe"] == recipe
-    assert answer["energies"] == pytest.approx(alone.energies.tolist(), rel=1e-4, abs=1e-4)
-    assert "5 chains, 20 steps" in answer["report"]
-    picture = _decode(answer["png"])
-    assert picture.text["recipe"] == recipe
-    assert picture.text["seed"] == "7"
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        (("Toys/digti[3]", 4, 5, 0), "unknown expert 'Toys/digti'; did you mean Toys/digit"),
-        (("Toys/digit[12]", 4, 5, 0), "has no value '12'"),
-        (("", 4, 5, 0), "an empty recipe"),
-        (("nan*Toys/digit[3]", 4, 5, 0), "unknown expert 'nan'"),
-        (("1e999*Toys/digit[3]", 4, 5, 0), "must be finite"),
-        (("-Toys/digit[3]", 4, 5, 0), "no term with a positive weight"),
-        (("(" * 5000 + "Toys/digit", 4, 5, 0), "nests at most"),
-        (("Toys/digit", 10**6, 5, 0), "`num_chains` must be a whole number from 1 to 64, got 1000000"),
-        (("Toys/digit", 4, -5, 0), "`num_steps` must be a whole number from 0 to 2000, got -5"),
-        (("Toys/digit", 4, 5, -1), "`seed` must be"),
-        (("Toys/digit", "many", 5, 0), "`num_chains` must be"),
-        ((17, 4, 5, 0), "`recipe` must be text, got int"),
-    ],
-)
-def test_bad_requests_are_explained_and_the_server_stays_alive(client, request_, message):
-    with pytest.raises(Exception, match=message):  # gradio_client has a class of its own for each version
-        client.predict(*request_, api_name="/sample")
-    assert len(client.predict("Toys/digit[1]", 2, 1, 0, api_name="/sample")["energies"]) == 2
-
-
-# -- the page -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if not os.path.exists(CHROMIUM):
-        pytest.skip("there is no chromium; apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser, server):
+def page(context, toy_page):
     """The open page; afterwards, no error may be in its console, and no request left the machine."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(20_000)
+    page = context.new_page()
     errors, hosts = [], set()
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]) if "://" in request.url else None)
-    page.goto(server)
+    page.goto(toy_page)
     _opened(page)
     yield page
     page.close()
     assert errors == []
-    assert hosts == {server.split("/")[2]}
+    assert hosts == {toy_page.split("/")[2]}
 
 
 def _opened(page):
@@ -188,7 +72,6 @@ def _set(page, name, value):
     page.keyboard.press("Tab")
 
 
-@pytest.mark.browser
 def test_page_samples_and_saves_a_picture_with_its_recipe(page, tmp_path):
     assert _recipe(page).input_value() == "Toys/digit[3] + Toys/slanted"
     _button(page, "Sample").click()
@@ -207,9 +90,7 @@ def test_page_samples_and_saves_a_picture_with_its_recipe(page, tmp_path):
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-@pytest.mark.browser
 def test_recipe_follows_the_controls_and_can_be_written_by_hand(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     page.get_by_role("checkbox", name="thick").check()
     expect(_recipe(page)).to_have_value("Toys/digit[3] + Toys/slanted + Toys/thick")
     _role(page, "thick", "NOT")
@@ -238,24 +119,19 @@ def test_recipe_follows_the_controls_and_can_be_written_by_hand(page):
     expect(_recipe(page)).to_have_value("Toys/digit[4] + Toys/slanted")
 
 
-@pytest.mark.browser
 def test_sample_takes_the_controls_as_they_are_when_it_is_pressed(page):
     _role(page, "slanted", "NOT")
     _button(page, "Sample").click()
     page.get_by_role("img", name="16 samples of Toys/digit[3] + ~Toys/slanted", exact=True).wait_for()
 
 
-@pytest.mark.browser
 def test_page_asks_for_an_expert_where_none_is_on(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     for name in ("digit", "slanted"):
         page.get_by_role("checkbox", name=name).uncheck()
     expect(page.locator(".note")).to_have_text("Turn on at least one expert.")
 
 
-@pytest.mark.browser
 def test_stop_keeps_the_partial_picture(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _set(page, "Samples", 64)
     _button(page, "Play").click()  # without an end: a Sample may be over before a busy browser has drawn it
     page.locator("#picture img").wait_for()
@@ -270,12 +146,10 @@ def _soon(check, seconds=20):
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.2)  # to ask takes the server's time
 
 
-@pytest.mark.browser
 def test_play_follows_the_controls_until_stop(page, client):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _button(page, "Play").click()
     page.get_by_role("img", name="16 running chains of Toys/digit[3] + Toys/slanted").wait_for()
     expect(_button(page, "Sample")).to_be_disabled()
@@ -298,11 +172,10 @@ def test_play_follows_the_controls_until_stop(page, client):
     _soon(lambda: client.predict(api_name="/running") == 0)
 
 
-@pytest.mark.browser
-def test_visitors_play_different_mixes_and_a_closed_tab_frees_its_chains(page, client, browser, server):
+def test_visitors_play_different_mixes_and_a_closed_tab_frees_its_chains(page, client, browser, toy_page):
     other, third = browser.new_page(), browser.new_page()
     for each in (other, third):
-        each.goto(server)
+        each.goto(toy_page)
         _opened(each)
     other.get_by_role("checkbox", name="slanted").uncheck()
     mix = "Toys/digit[3] + Toys/slanted"
@@ -322,9 +195,7 @@ def test_visitors_play_different_mixes_and_a_closed_tab_frees_its_chains(page, c
     _soon(lambda: client.predict(api_name="/running") == 0)
 
 
-@pytest.mark.browser
 def test_a_saved_picture_restores_what_it_was_made_of(page, tmp_path):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _choose_family(page, "Yard")
     _role(page, "hat", "NOT")
     _set(page, "Samples", 3)
@@ -354,7 +225,6 @@ def test_a_saved_picture_restores_what_it_was_made_of(page, tmp_path):
     assert page.locator(".note.alert").count() == 0
 
 
-@pytest.mark.browser
 def test_copies_as_python_and_as_command(page):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     _set(page, "Samples", 3)
@@ -366,9 +236,7 @@ def test_copies_as_python_and_as_command(page):
         _soon(lambda text=text: page.evaluate("navigator.clipboard.readText()") == text)
 
 
-@pytest.mark.browser
 def test_pictures_without_a_good_recipe_are_explained(page, tmp_path):
-    expect = pytest.importorskip("playwright.sync_api").expect
     before = _recipe(page).input_value()
     chooser = page.locator("#open-picture")
     for texts, message in (
@@ -389,9 +257,7 @@ def test_pictures_without_a_good_recipe_are_explained(page, tmp_path):
     assert _recipe(page).input_value() == before
 
 
-@pytest.mark.browser
 def test_families_are_shown_one_at_a_time(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     steps = page.get_by_role("spinbutton", name="number input for Steps")
     expect(steps).to_have_value("12")
     _choose_family(page, "Zoo")
@@ -402,9 +268,7 @@ def test_families_are_shown_one_at_a_time(page):
     expect(steps).to_have_value("7")
 
 
-@pytest.mark.browser
 def test_page_composes_ratios_beside_a_base(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _choose_family(page, "Yard")
     hue, hat = "ratio(Yard/hue[red], Yard/hue[any])", "ratio(Yard/hat, Yard/hat[any])"
     expect(_recipe(page)).to_have_value(f"Yard/body + {hue} + 4*{hat}")
@@ -418,7 +282,6 @@ def test_page_composes_ratios_beside_a_base(page):
     expect(page.locator(".note")).to_have_count(0)
 
 
-@pytest.mark.browser
 def test_page_fits_a_telephone(page):
     page.set_viewport_size({"width": 390, "height": 844})
     _button(page, "Sample").click()
@@ -431,9 +294,7 @@ def test_page_fits_a_telephone(page):
         assert box["y"] + box["height"] <= 845
 
 
-@pytest.mark.browser
 def test_experts_in_the_role_or_are_one_group_both_ways(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     page.get_by_role("checkbox", name="thick").check()
     for name in ("slanted", "thick"):
         _role(page, name, "OR")
@@ -446,9 +307,7 @@ def test_experts_in_the_role_or_are_one_group_both_ways(page):
     page.get_by_role("img", name="16 samples of Toys/slanted + (Toys/digit[3] | 2*Toys/thick)").wait_for()
 
 
-@pytest.mark.browser
 def test_a_chosen_sample_is_explained_and_begins_the_next_run(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _set(page, "Samples", 4)
     _button(page, "Sample").click()
     page.get_by_role("link", name="Save picture").wait_for()
@@ -471,10 +330,8 @@ def test_a_chosen_sample_is_explained_and_begins_the_next_run(page):
     expect(_button(page, "Play")).to_be_enabled()
 
 
-@pytest.mark.browser
 def test_an_uploaded_picture_changes_only_where_it_is_painted(page, tmp_path):
     """The held part of every sample is the upload, to the last bit."""
-    expect = pytest.importorskip("playwright.sync_api").expect
     upload = Image.linear_gradient("L").resize((16, 16), Image.Resampling.BOX)
     upload.save(tmp_path / "mine.png")
     (tmp_path / "no.png").write_bytes(b"no picture")
@@ -495,7 +352,7 @@ def test_an_uploaded_picture_changes_only_where_it_is_painted(page, tmp_path):
     _set(page, "Samples", 1)
     _button(page, "Sample").click()
     page.get_by_role("link", name="Save picture").wait_for()
-    made = _decode(page.locator("#picture img").get_attribute("src")).convert("L")
+    made = decode(page.locator("#picture img").get_attribute("src")).convert("L")
     below = [(x, y) for x in range(16) for y in range(8, 16)]
     assert all(abs(made.getpixel(at) - upload.getpixel(at)) <= 1 for at in below)
     above = [(x, y) for x in range(3, 13) for y in (1, 2)]
@@ -504,37 +361,30 @@ def test_an_uploaded_picture_changes_only_where_it_is_painted(page, tmp_path):
     expect(page.locator("#start-says")).to_have_text("Chains start from noise.")
 
 
-@pytest.mark.browser
 def test_a_picture_of_data_that_is_not_there_is_explained(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _tab(page, "Start from")
     _button(page, "A picture of the data").click()
     expect(page.get_by_role("alert")).to_contain_text("there is no data of Toys")
 
 
-@pytest.mark.browser
 def test_a_grid_over_two_weights_fills_and_can_be_saved(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _tab(page, "Explore")
     expect(page.get_by_label("Across: weight of")).to_have_value("Toys/digit[3]")
     expect(page.get_by_label("Up: weight of")).to_have_value("Toys/slanted")
     _set(page, "Grid cells a side", 3)
     _button(page, "Draw grid").click()
     expect(page.get_by_role("link", name="Save grid")).to_be_visible()
-    picture = _decode(page.locator("#grid img").get_attribute("src"))
+    picture = decode(page.locator("#grid img").get_attribute("src"))
     assert picture.width > 3 * 90
     assert picture.text["recipe"] == "Toys/digit[3] + Toys/slanted"
     expect(_button(page, "Play")).to_be_enabled()
 
 
-@pytest.mark.browser
 def test_every_expert_is_shown_alone_beside_the_mix(page):
-    expect = pytest.importorskip("playwright.sync_api").expect
     _button(page, "Each expert alone, from the same noise").click()
     expect(page.locator("#strip figcaption")).to_have_text(["mix", "digit 3", "slanted"])
 
 
-@pytest.mark.browser
 def test_a_run_is_saved_as_an_animation(page, tmp_path):
     _set(page, "Samples", 4)
     _button(page, "Play").click()
@@ -551,12 +401,10 @@ def test_a_run_is_saved_as_an_animation(page, tmp_path):
     assert saved.n_frames > 2
 
 
-@pytest.mark.browser
-def test_a_new_expert_appears_on_reload(page, models):
-    expect = pytest.importorskip("playwright.sync_api").expect
-    shutil.copytree(models / "Toys/thick", models / "Toys/wide")
+def test_a_new_expert_appears_on_reload(page, toys):
+    shutil.copytree(toys / "Toys/thick", toys / "Toys/wide")
     try:
-        config = models / "Toys/wide/config.json"
+        config = toys / "Toys/wide/config.json"
         text = config.read_text().replace('"thick"', '"wide"')
         config.write_text(text)
         page.reload()
@@ -565,25 +413,10 @@ def test_a_new_expert_appears_on_reload(page, models):
         expect(_recipe(page)).to_have_value("Toys/digit[3] + Toys/slanted + Toys/wide")
         expect(page.locator(".note")).to_have_count(0)
     finally:
-        shutil.rmtree(models / "Toys/wide")
+        shutil.rmtree(toys / "Toys/wide")
 
 
-@pytest.mark.browser
 def test_page_tells_what_its_experts_cannot_do(page):
     _tab(page, "Report")
     page.get_by_role("button", name="What these experts cannot do").click()
     page.get_by_text("Makes blobs.").wait_for()
-
-
-def _answers(url):
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-
-
-def _decode(uri):
-    head, content = uri.split(",", 1)
-    assert head == "data:image/png;base64"
-    return Image.open(io.BytesIO(base64.b64decode(content)))

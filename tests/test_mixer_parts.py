@@ -3,18 +3,17 @@
 import io
 import itertools
 import struct
-import threading
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from helpers import card, expert, points
+from helpers import expert, points
+from mixer_toys import diffused
 from PIL import Image, ImageColor, ImageSequence
 
 import composable_ebm as ceb
 from composable_ebm.analytic import Gaussian
-from composable_ebm.experts.diffused import DiffusedEnergy
 from demos.mixer import animate, explore, heat, labelled, starts
 from demos.mixer.animate import Recorder
 from demos.mixer.explore import Axis
@@ -34,6 +33,12 @@ MIX = f"toys/body + 4*{HAT} + 2*{HUE}"
 
 def parse(text):
     return ceb.parse(text, NAMES)
+
+
+@pytest.fixture
+def engine():
+    with ceb.Engine() as engine:
+        yield engine
 
 
 # -- the experts of a recipe ----------------------------------------------------------------------------
@@ -92,32 +97,6 @@ def test_each_expert_stands_alone_beside_the_base():
 # -- grids ----------------------------------------------------------------------------------------------
 
 
-def coefficients(recipe, horizontal, vertical):
-    """The composition and its coefficients in each cell, from the top left."""
-    chosen = tuple(find(recipe, axis.expert) for axis in (horizontal, vertical))
-    cells = [(u, v) for v in vertical.values[::-1] for u in horizontal.values]
-    return *explore._coefficients(recipe, chosen, cells, NAMES), cells
-
-
-@pytest.mark.parametrize(
-    ("recipe", "experts"),
-    [
-        (MIX, ("toys/hat", "toys/hue")),
-        ("toys/hat + 3*toys/hue[green]", ("toys/hue", "toys/hat")),
-        ("toys/body + 3*ratio(toys/tree, toys/body) + toys/hat", ("toys/tree", "toys/hat")),
-        (f"toys/body + (2*{HAT} | {HUE})", ("toys/hat", "toys/hue")),
-        ("2*(toys/body + toys/hat)/3", ("toys/body", "toys/hat")),
-    ],
-)
-def test_coefficients_of_a_cell_are_those_of_its_recipe(recipe, experts):
-    across, up = Axis(experts[0], -1, 3, 3), Axis(experts[1], 0.5, 6, 2)
-    energy, table, cells = coefficients(recipe, across, up)
-    x = points(1, SHAPE)
-    for row, (u, v) in zip(table, cells, strict=True):
-        text = with_weights(recipe, {find(recipe, experts[0]): u, find(recipe, experts[1]): v})
-        assert float(energy(x, coefficients=row)) == pytest.approx(float(parse(text)(x)), abs=1e-4)
-
-
 def undrawn(monkeypatch):
     """The states of each frame of a grid, in place of its pictures."""
     drawn = []
@@ -126,69 +105,63 @@ def undrawn(monkeypatch):
     return drawn
 
 
-def test_a_cell_of_a_grid_is_what_sample_gives_for_its_recipe(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        explore, "labelled_grid", lambda states, *rest: drawn.append(states) or Image.new("L", (1, 1))
-    )
+@pytest.mark.parametrize("recipe", [MIX, f"toys/body + (2*{HAT} | {HUE})"])
+def test_a_cell_of_a_grid_is_what_sample_gives_for_its_recipe(monkeypatch, engine, recipe):
+    drawn = undrawn(monkeypatch)
     across, up = Axis("toys/hat", -2, 4, 3), Axis("toys/hue", 1, 9, 2)
-    *_, last = explore.weight_grid(MIX, across, up, NAMES, num_chains_per_cell=2, seed=5)
+    *_, last = explore.weight_grid(recipe, across, up, NAMES, engine.submit, num_chains_per_cell=2, seed=5)
     assert last.done
     assert last.step == 6
     cells = drawn[-1].split(2)
     for i, (u, v) in enumerate([(u, v) for v in (9.0, 1.0) for u in (-2.0, 1.0, 4.0)]):
-        text = with_weights(MIX, {find(MIX, "toys/hat"): u, find(MIX, "toys/hue"): v})
+        text = with_weights(recipe, {find(recipe, "toys/hat"): u, find(recipe, "toys/hue"): v})
         alone = ceb.sample(parse(text), num_chains=2, seed=5)
         assert torch.allclose(cells[i], alone.samples, atol=1e-4), text
 
 
-def diffused(name, values, seed, **changes):
-    """A noise-conditioned expert with random weights."""
-    torch.manual_seed(seed)
-    net = DiffusedEnergy((1, 4, 4), len(values), hidden=8, components=4, noise_range=(0.02, 10.0))
-    torch.nn.init.zeros_(net.quadratic_head.weight)  # which could fall for ever, untrained
-    if net.value_head is not None:
-        torch.nn.init.normal_(net.value_head.weight)
-    anneal = {"noise_level": {"knots": [[0, 10.0], [1, 0.02]], "between": "karras"}}
-    anneal |= {"noise_power": 2.0, "predict": True}
-    sampler = {"kernel": "Langevin", "step_size": 0.3, "num_steps": 20, "anneal": anneal}
-    description = card(name, values, sampler=sampler, noise_conditioned=True, **changes)
-    return ceb.Expert.standing(net.eval(), description)
+def test_cells_of_a_grid_are_evaluated_together_and_count_as_one_visitor(engine):
+    asked = []
+
+    def submit(*arguments, **options):
+        asked.append(options["share"])
+        return engine.submit(*arguments, **options)
+
+    across, up = Axis("toys/hat", 1, 4, 3), Axis("toys/hue", 1, 9, 2)
+    list(explore.weight_grid(MIX, across, up, NAMES, submit))
+    assert sum(asked) == pytest.approx(1)
+    assert engine.potentials_made == 1
 
 
-def test_a_grid_of_noise_conditioned_experts_is_what_sample_gives(monkeypatch):
+def test_a_grid_of_noise_conditioned_experts_is_what_sample_gives(monkeypatch, engine):
     names = {
         "base": diffused("base", ("image",), 0, attribute="image"),
         "hat": diffused("hat", ("bare", "hat"), 1),
         "cat": diffused("cat", ("dog", "cat"), 2),
     }
-    drawn = []
-    monkeypatch.setattr(
-        explore, "labelled_grid", lambda states, *rest: drawn.append(states) or Image.new("L", (1, 1))
-    )
+    drawn = undrawn(monkeypatch)
     recipe = "base + 2*ratio(hat, hat[any]) + ratio(cat, cat[any])"
-    list(explore.weight_grid(recipe, Axis("hat", 0, 4, 2), Axis("cat", 3, 5, 2), names, seed=2))
+    list(
+        explore.weight_grid(recipe, Axis("hat", 0, 4, 2), Axis("cat", 3, 5, 2), names, engine.submit, seed=2)
+    )
     text = "base + 4*ratio(hat, hat[any]) + 5*ratio(cat, cat[any])"
     expected = ceb.sample(ceb.parse(text, names), num_chains=1, seed=2).samples
     assert torch.allclose(drawn[-1][1:2], expected, atol=1e-4)
 
 
-def test_cells_of_equal_weights_show_equal_pictures():
-    frames = list(
-        explore.weight_grid(MIX, Axis("toys/hat", 4, 4, 1), Axis("toys/hue", 0, 2, 2), NAMES, num_steps=3)
-    )
+def test_cells_of_equal_weights_show_equal_pictures(engine):
+    across, up = Axis("toys/hat", 4, 4, 1), Axis("toys/hue", 0, 2, 2)
+    frames = list(explore.weight_grid(MIX, across, up, NAMES, engine.submit, num_steps=3))
     picture = frames[-1].picture
     assert [frame.done for frame in frames] == [False] * (len(frames) - 1) + [True]
     assert picture.width < picture.height  # one column, two rows
 
 
-def test_a_grid_ends_early_when_told_to():
-    stop = threading.Event()
-    frames = explore.weight_grid(
-        MIX, Axis("toys/hat", 0, 4, 2), Axis("toys/hue", 0, 2, 2), NAMES, num_steps=10**6, stop=stop
-    )
+def test_a_grid_ends_early_when_told_to(engine):
+    across, up = Axis("toys/hat", 0, 4, 2), Axis("toys/hue", 0, 2, 2)
+    frames = explore.weight_grid(MIX, across, up, NAMES, engine.submit, num_steps=10**6)
     assert not next(frames).done
-    stop.set()
+    for run in engine.runs:
+        run.cancel()
     *_, last = frames
     assert last.done
     assert last.step < 10**6
@@ -231,29 +204,34 @@ def test_axes_that_make_no_sense_are_refused(changes, message):
         ({"recipe": "toys/hat - toys/hue[red]"}, "no term with a positive weight"),
     ],
 )
-def test_grids_that_make_no_sense_are_refused(options, message):
+def test_grids_that_make_no_sense_are_refused(engine, options, message):
     asked = {"horizontal": Axis("toys/hat", 0, 1, 2), "vertical": Axis("toys/hue", 0, 1, 2)}
     with pytest.raises(ValueError, match=message):
-        next(explore.weight_grid(library=NAMES, **{"recipe": MIX, **asked, **options}))
+        next(explore.weight_grid(library=NAMES, submit=engine.submit, **{"recipe": MIX, **asked, **options}))
+    assert all(run.cancelled for run in engine.runs)
 
 
 # -- strips ---------------------------------------------------------------------------------------------
 
 
-def test_a_strip_is_the_mix_and_each_expert_alone_from_the_same_noise():
-    strip = explore.strip(MIX, NAMES, seed=3)
+def test_a_strip_is_the_mix_and_each_expert_alone_from_the_same_noise(engine):
+    strip = explore.strip(MIX, NAMES, engine.submit, seed=3)
     assert strip.labels == ["mix", "hat", "not hue red"]
     for text, shown in zip(strip.recipes, strip.samples, strict=True):
-        assert torch.equal(ceb.sample(parse(text), num_chains=1, seed=3).samples[0], shown)
+        alone = ceb.sample(parse(text), num_chains=1, seed=3).samples[0]
+        torch.testing.assert_close(shown, alone, rtol=1e-4, atol=1e-4)
     assert strip.recipes[0] == MIX
 
 
-def test_a_stopped_strip_keeps_what_was_reached():
-    stop = threading.Event()
-    stop.set()
-    strip = explore.strip(MIX, NAMES, num_steps=10**6, stop=stop)
-    assert strip.labels == ["mix"]
-    assert len(strip.samples) == 1
+def test_a_stopped_strip_keeps_what_was_reached(engine):
+    def submit(*arguments, **options):
+        run = engine.submit(*arguments, **options)
+        run.cancel()
+        return run
+
+    strip = explore.strip(MIX, NAMES, submit, num_steps=10**6)
+    assert strip.labels == ["mix", "hat", "not hue red"]
+    assert strip.samples.shape == (3, *SHAPE)
 
 
 # -- heat maps --------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The pictures that the package draws: their files, their pixels, and what they say is wrong."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -16,18 +15,6 @@ from composable_ebm.plotting import image_grid, plot_training, save_grid
 def pixels(path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
-
-
-def test_matplotlib_is_not_loaded_before_the_first_figure():
-    code = """
-import sys
-import composable_ebm
-print("composable_ebm.plotting" in sys.modules)
-import composable_ebm.plotting
-print("matplotlib" in sys.modules)
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["False", "False"]
 
 
 def test_image_grid_places_images_row_by_row():

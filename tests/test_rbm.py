@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from bit_helpers import Network, machine, rbm
+from bit_helpers import Network, machine, rbm, rbm_training
 from torch.nn import functional as F
 
 import composable_ebm as ceb
@@ -54,23 +54,45 @@ def test_fitted_biases_are_the_log_odds_of_the_data():
     assert float(net.visible_bias[0].detach()) == pytest.approx(math.log(0.01 / 0.99), rel=1e-4)
 
 
-def test_gibbs_on_reals_matches_the_mixture_of_gaussians_it_is():
-    # Each state of the hidden bits is a Gaussian component with mean m + sWh and variance s².
+def mixture_of(net):
+    """The Gaussians that an RBM of reals mixes, one for each state of its hidden bits: log weights, means."""
+    h = bit_states(len(net.hidden_bias))
+    means = net.visible_bias + net.noise * h @ net.weight.T
+    squares = means.square().sum(1) - net.visible_bias.square().sum()
+    return (h @ net.hidden_bias + squares / (2 * net.noise**2)).detach(), means.detach()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "chains", "steps"), [(ceb.Gibbs(), 40_000, 40), (ceb.MALA(step_size=0.3), 10_000, 250)]
+)
+def test_both_kernels_on_reals_match_the_mixture_of_gaussians_it_is(kernel, chains, steps):
+    # Continuous, and with conditionals in closed form: block Gibbs and Langevin sample one density.
     net = rbm(hidden=2, size=2, visible="reals")
     net.scale = 0.6
-    h = bit_states(2)
-    means = net.visible_bias + net.scale * h @ net.weight.T
-    log_weight = h @ net.hidden_bias + (means.square() - net.visible_bias.square()).sum(1) / (
-        2 * net.scale**2
-    )
+    log_weight, means = mixture_of(net)
     weight = log_weight.softmax(0)
     mean = weight @ means
     covariance = (weight[:, None] * (means - mean)).T @ (means - mean) + net.scale**2 * torch.eye(2)
-    out = ceb.sample(net.free_energy(), num_chains=40_000, num_steps=40, sampler=ceb.Gibbs())
+    out = ceb.sample(net.free_energy(), init=torch.randn(chains, 2), num_steps=steps, sampler=kernel, seed=0)
     torch.testing.assert_close(out.samples.mean(0), mean, atol=0.03, rtol=0)
     torch.testing.assert_close(out.samples.T.cov(), covariance, atol=0.06, rtol=0.03)
-    truth = float(torch.logsumexp(log_weight, 0).detach()) + math.log(2 * math.pi * net.scale**2)
-    assert exact_log_z(net.free_energy()) == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_density_of_reals_is_normalised_by_quadrature(learned):
+    net = RBM((2,), hidden=3, visible="reals", scale=0.4, learn_scale=learned)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(-0.3, 0.5, generator=torch.Generator().manual_seed(p.ndim))
+    axis = torch.linspace(-9, 9, 1201)
+    x = torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        total = torch.logsumexp(-net.free_energy()(x), 0) + 2 * math.log(axis[1] - axis[0])
+    log_weight, _ = mixture_of(net)
+    closed = torch.logsumexp(log_weight, 0) + math.log(2 * math.pi) + 2 * torch.as_tensor(net.noise).log()
+    closed = closed.detach()
+    assert float(total) == pytest.approx(float(closed), abs=1e-4)
+    assert exact_log_z(net.free_energy()) == pytest.approx(float(closed), abs=1e-4)
 
 
 def test_a_sum_of_two_is_the_one_with_their_hidden_units_side_by_side():
@@ -155,31 +177,50 @@ def test_gradient_of_the_free_energy_is_the_textbook_statistic():
     torch.testing.assert_close(net.weight.grad, expected)
 
 
+@pytest.mark.parametrize("values", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"visible": "reals"}, {"visible": "reals", "learn_scale": True}])
+def test_the_closed_form_of_a_training_pass_is_the_gradient_of_the_plain_one(options, values):
+    net = RBM((5,), values, 3, **options)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(p.ndim))
+    x, weight = torch.rand(6, 5).round(), torch.randn(6, values)
+
+    def passed(training):
+        net.train(training).zero_grad()
+        assert net.only_learns(x) == (training and values == 1)
+        outputs = net(x)
+        (outputs * weight).sum().backward()
+        return outputs, {name: p.grad.clone() for name, p in net.named_parameters()}
+
+    torch.testing.assert_close(passed(True), passed(False))
+    assert not net.train().only_learns(x.requires_grad_())  # sampling, or a second derivative
+
+
+def test_the_scale_of_reals_is_learned_down_to_the_noise_of_the_data(bars):
+    from dataclasses import replace
+
+    from composable_ebm.data import LabelledImages
+    from composable_ebm.train import train
+    from composable_ebm.train.config import RBM as Sizes
+
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.randint(2, (5000, 1), generator=generator) - 0.5
+    x = ends + 0.12 * torch.randn(5000, 2, generator=generator)
+    images = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().reshape(-1, 1, 1, 2)
+    data = LabelledImages(images, {}, {}, "two ends of a diagonal")
+    sizes = Sizes(hidden=4, visible="reals", scale=0.05, learn_scale=True)
+    config = replace(bars, network=sizes, num_iterations=300)
+    network = train(config, data=(data, data)).network
+    start = RBM((1, 1, 2), hidden=4, visible="reals", scale=0.05, learn_scale=True)
+    start.fit(data.batch(torch.arange(5000)))
+    assert float(start.noise.detach()) == pytest.approx(float(x.std()), rel=0.02)
+    assert 0.1 < float(network.noise.detach()) < 0.2
+
+
 @pytest.fixture
 def bars(tmp_path):
-    """A folder for models, and what `TrainConfig` needs for a small RBM on tiny images."""
-    from composable_ebm.train.config import RBM as Sizes
-    from composable_ebm.train.config import GenerationConfig, OptimiserConfig, TrainConfig
-    from composable_ebm.train.objectives import ContrastiveDivergence
-
-    return TrainConfig(
-        family="bits",
-        name="bars",
-        network=Sizes(hidden=8),
-        objective=ContrastiveDivergence(
-            cd_steps=5, buffer_size=200, reinit_prob=0.02, energy_l2=0.0, data_noise=0.0
-        ),
-        optimiser=OptimiserConfig(learning_rate=0.05, grad_clip=10.0, ema=0.9),
-        generation=GenerationConfig(num_steps=20),
-        batch_size=100,
-        num_iterations=250,
-        models=str(tmp_path / "models"),
-        runs=str(tmp_path / "runs"),
-        log_every=50,
-        evaluate_every=250,
-        save_every=250,
-        cpu=True,
-    )
+    return rbm_training(tmp_path, num_iterations=250)
 
 
 @pytest.fixture
@@ -187,10 +228,10 @@ def bars_data(monkeypatch):
     """The trainer's data are bars and stripes."""
     from composable_ebm.data import LabelledImages
     from composable_ebm.data.bars import bars_and_stripes
-    from composable_ebm.train import trainer
 
     images = (bars_and_stripes(3) * 255).byte()
-    monkeypatch.setattr(trainer, "load_data", lambda *_, **__: LabelledImages(images, {}, {}, "bars"))
+    loaded = LabelledImages(images, {}, {}, "bars")
+    monkeypatch.setattr("composable_ebm.train.config.load_data", lambda *_, **__: loaded)
     return images.flatten(1).float() / 255
 
 
@@ -243,6 +284,8 @@ def test_grey_levels_become_the_odds_of_a_white_bit():
     grey = torch.tensor([-1.0, -0.5, 1.0]).expand(20_000, 3)
     bits = as_states(grey, (0.0, 1.0), True, torch.Generator().manual_seed(0))
     torch.testing.assert_close(bits.mean(0), torch.tensor([0.0, 0.25, 1.0]), atol=0.015, rtol=0)
+    black_and_white = torch.tensor([-1.0, 1.0]).expand(3, 2)
+    assert as_states(black_and_white, (0.0, 1.0), True, torch.Generator()).tolist() == [[0, 1]] * 3
     torch.testing.assert_close(as_images(torch.tensor([0.0, 1.0]), (0.0, 1.0)), torch.tensor([-1.0, 1.0]))
 
 
@@ -258,7 +301,12 @@ def test_values_of_an_attribute_are_rbms_of_one_network():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"visible": "grey"}, '"bits" or "reals"'), ({"hidden": 0}, "at least 1"), ({"scale": 0.0}, "positive")],
+    [
+        ({"visible": "grey"}, '"bits" or "reals"'),
+        ({"hidden": 0}, "at least 1"),
+        ({"scale": 0.0}, "positive"),
+        ({"learn_scale": True}, "bits have no scale to learn"),
+    ],
 )
 def test_sizes_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,6 @@ from composable_ebm.experts.diffused import DiffusedEnergy
 from composable_ebm.schedules import Curve
 from composable_ebm.train import Trainer, read_config
 from composable_ebm.train import config as configs
-from composable_ebm.train import trainer as trainer_module
 from composable_ebm.train.denoising import DenoisingScoreMatching
 from composable_ebm.train.objectives import Setting
 from composable_ebm.train.recovery import RecoveryLikelihood
@@ -144,7 +143,7 @@ def config(monkeypatch, tmp_path):
         images[labels == 1, :, :, 2:] += 180
         return LabelledImages(images, {"side": labels}, {"side": ("dark", "bright")}, f"sides/{split}")
 
-    monkeypatch.setattr(trainer_module, "load_data", load)
+    monkeypatch.setattr("composable_ebm.train.config.load_data", load)
     return configs.TrainConfig(
         family="sides",
         name="base",
@@ -285,3 +284,58 @@ def test_a_config_names_its_network_and_objective(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_config(path)
+
+
+# -- images between two values -----------------------------------------------------------------------
+
+
+def test_an_image_between_the_values_counts_for_their_common_density():
+    torch.manual_seed(0)
+    network = DiffusedEnergy(SHAPE, num_values=2, hidden=8, components=5, noise_range=(0.02, 5.0))
+    network.fit(gaussian_images(1000)[0])
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = gaussian_images(64, seed=1)[0]
+
+    def figures(model, y):
+        phase = DenoisingScoreMatching(classification=1.0).begin(
+            Setting(SHAPE, 2, (-1, 1), 64, None, torch.Generator().manual_seed(0))
+        )
+        return phase.loss(model, network, x, y)[1]
+
+    def common(x, noise_level):
+        return -torch.logsumexp(-network(x, noise_level), dim=1, keepdim=True)
+
+    between = figures(network, torch.full((64,), -1))
+    alone = figures(common, torch.zeros(64, dtype=torch.long))
+    torch.testing.assert_close(between["denoising"], alone["denoising"])
+    labelled = [figures(network, torch.full((64,), value))["cross_entropy"] for value in (0, 1)]
+    torch.testing.assert_close(between["cross_entropy"], sum(labelled) / 2)
+    assert between["cross_entropy"] > torch.tensor(2.0).log()  # the least, where both values are alike
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_training_takes_images_between_the_values_if_told_to(between, monkeypatch, tmp_path):
+    images = (torch.rand(40, *SHAPE) * 255).to(torch.uint8)
+    labels = torch.arange(40) % 4 - 1  # a quarter has none
+    data = LabelledImages(images, {"size": labels}, {"size": ("small", "middle", "large")}, "toys")
+    monkeypatch.setattr(configs.DataConfig, "load", lambda self, split: data)
+    config = configs.TrainConfig(
+        data=configs.DataConfig(attribute="size", between=between),
+        network=configs.DiffusedEnergy(hidden=4, components=2),
+        objective=DenoisingScoreMatching(),
+        runs=str(tmp_path),
+        cpu=True,
+    )
+    trainer = Trainer(config)
+    assert len(trainer.data) == (40 if between else 30)
+    assert len(trainer.held_out) == 30
+
+
+def test_images_between_the_values_are_refused_where_each_needs_a_label():
+    with pytest.raises(ValueError, match="RecoveryLikelihood needs a label for every image"):
+        configs.TrainConfig(
+            data=configs.DataConfig(attribute="thick", between=True),
+            network=configs.DiffusedEnergy(),
+            objective=RecoveryLikelihood(),
+        )

@@ -6,13 +6,13 @@ import time
 import pytest
 import torch
 from helpers import Counted, Quadratic, binary, expert, gaussians, points
+from submit_helpers import TIMEOUT, Gate, same_as_alone, submit_together, wait_for
 from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm.sampling.joint import as_one_batch
 from composable_ebm.schedules import Schedule, geometric, linear
 
-TIMEOUT = 30
 KERNELS = [
     ceb.Langevin(0.05),
     ceb.Langevin(0.05, noise_scale=0.1, grad_clip=1.0, noise_first=True),
@@ -27,45 +27,10 @@ def kernel_name(kernel):
     return type(kernel).__name__
 
 
-class Gate(ceb.Energy):
-    """Holds up the engine until it is opened, so that what is submitted meanwhile begins together."""
-
-    event_shape = (1,)
-
-    def __init__(self):
-        super().__init__()
-        self.opened = threading.Event()
-
-    def energy(self, x, noise_level=None):
-        assert self.opened.wait(TIMEOUT)
-        return x.square().sum(1)
-
-
 @pytest.fixture
 def engine():
     with ceb.Engine() as engine:
         yield engine
-
-
-def submit_together(engine, requests):
-    """Submits requests, (composition, options) each, that all begin before any of them steps."""
-    gate = Gate()
-    engine.submit(gate, 1, 0, sampler=ceb.Langevin(0.1))
-    runs = [engine.submit(composition, **options) for composition, options in requests]
-    gate.opened.set()
-    return runs
-
-
-def same_as_alone(requests, runs, tolerance=1e-5):
-    for (composition, options), run in zip(requests, runs, strict=True):
-        alone, out = ceb.sample(composition, **options), run.result(TIMEOUT)
-        torch.testing.assert_close(out.samples, alone.samples, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(out.energies, alone.energies, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(out.trace.energy, alone.trace.energy, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(out.trace.gradient_norm, alone.trace.gradient_norm, rtol=1e-4, atol=1e-4)
-        assert out.trace.step_size.shape == alone.trace.step_size.shape
-        assert (out.recipe, out.num_steps, out.seed) == (alone.recipe, alone.num_steps, alone.seed)
-        assert out.evaluations == alone.evaluations
 
 
 # --- equal to `sample` ---------------------------------------------------------------------------
@@ -257,13 +222,6 @@ def test_several_compositions_are_one_with_a_row_of_coefficients_each():
 
 
 # --- steering ------------------------------------------------------------------------------------
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=kernel_name)
@@ -607,6 +565,11 @@ def test_divergence_reaches_only_the_request_that_has_it(engine):
         ({"num_chains": 0}, "`num_chains` must be a whole number of at least 1, got 0"),
         ({"frame_every": 0}, "`frame_every` must be at least 1, got 0"),
         ({"frames_per_second": 0}, "`frames_per_second` must be positive, got 0"),
+        ({"steps_per_second": -1}, "`steps_per_second` must be positive, got -1"),
+        ({"share": 0}, "`share` must be positive, got 0"),
+        ({"held": "fast"}, '`held` must be "clean" or "noisy", got'),
+        ({"held": "noisy"}, 'held="noisy" needs a `mask` of zeros and ones'),
+        ({"held": "noisy", "mask": 0.5 * torch.ones(2), "init": points(2)}, "`mask` of zeros and ones"),
         ({"schedule_steps": 0}, "`schedule_steps` must be at least 1, got 0"),
         ({"mask": torch.ones(2)}, "holds part of given states: give them as `init`"),
         ({"on_divergence": "stop"}, '`on_divergence` must be "raise" or "report"'),

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import composable_ebm as ceb
-from composable_ebm.data import LabelledImages
+from composable_ebm.data import DATASETS, OF_ANY_SIZE, LabelledImages, shapes
 from composable_ebm.sampling.replay_buffer import ReplayBuffer
 from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, read_config
 from composable_ebm.train import trainer as trainer_module
@@ -44,7 +47,7 @@ def tiny_data(monkeypatch):
         images[labels == 1, :, 2:6, 4:8] = 255
         return LabelledImages(images, {"side": labels}, {"side": ("left", "right")}, f"squares/{split}")
 
-    monkeypatch.setattr(trainer_module, "load_data", load)
+    monkeypatch.setattr("composable_ebm.train.config.load_data", load)
 
 
 @pytest.fixture
@@ -279,9 +282,9 @@ def test_an_unconditional_expert_learns_without_labels(tiny_data, config):
 
 # -- processes -------------------------------------------------------------------------------------
 
-MNIST_CONFIG = """
-family = "digits"
-name = "thick"
+FOLDER_CONFIG = """
+family = "sides"
+name = "side"
 batch_size = 8
 num_iterations = {iterations}
 log_every = 2
@@ -291,7 +294,10 @@ cpu = true
 models = "{folder}/models"
 runs = "{folder}/runs"
 [data]
-attribute = "thick"
+name = "folder"
+root = "{root}"
+attribute = "class"
+size = 8
 [network]
 widths = [4, 4]
 hidden = 8
@@ -303,46 +309,56 @@ num_steps = 2
 """
 
 
-def _write_config(folder: Path, iterations: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.toml"
-    path.write_text(MNIST_CONFIG.format(iterations=iterations, folder=folder))
-    return path
+@pytest.fixture
+def write_config(tmp_path):
+    """Writes the configuration of a training on forty files, which other processes can read too."""
+    root = tmp_path / "sides"
+    for i in range(40):
+        left = Image.new("L", (4, 8), 255)
+        picture = Image.new("L", (8, 8), 5 * i)
+        picture.paste(left, (0, 0) if i % 2 else (4, 0))
+        path = root / ("left" if i % 2 else "right") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+
+    def write(folder, iterations):
+        folder.mkdir(exist_ok=True)
+        path = folder / "config.toml"
+        path.write_text(FOLDER_CONFIG.format(iterations=iterations, folder=folder, root=root))
+        return path
+
+    return write
 
 
-def test_a_training_killed_in_the_middle_resumes_exactly(data_root, tmp_path):
-    environment = {**os.environ, "COMPOSABLE_EBM_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
-
-    def command(path):
-        return [sys.executable, "-m", "composable_ebm.train", str(path)]
-
-    whole = _write_config(tmp_path / "whole", 60)
-    subprocess.run(command(whole), env=environment, check=True, capture_output=True)
-    killed = _write_config(tmp_path / "killed", 60)
+def test_a_training_killed_in_the_middle_resumes_exactly(write_config, tmp_path):
+    whole = Trainer(read_config(write_config(tmp_path / "whole", 60))).run()
+    config = write_config(tmp_path / "killed", 60)
     process = subprocess.Popen(
-        command(killed), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "composable_ebm.train", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    checkpoints = tmp_path / "killed/runs/digits/thick/checkpoints"
+    checkpoints = tmp_path / "killed/runs/sides/side/checkpoints"
     deadline = time.monotonic() + 180
     while latest_checkpoint(checkpoints) is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # it was still running
     assert not (tmp_path / "killed/models").exists()
-    subprocess.run(command(killed), env=environment, check=True, capture_output=True)
-    a, b = (ceb.load_expert(tmp_path / run / "models/digits/thick") for run in ("whole", "killed"))
-    assert weights(a).equal(weights(b))
+    resumed = Trainer(read_config(config)).run()
+    assert weights(resumed).equal(weights(whole))
 
 
-def test_two_processes_share_parameters_and_draw_different_noise(data_root, tmp_path):
-    config = _write_config(tmp_path, 4)
+def test_two_processes_share_parameters_and_draw_different_noise(write_config, tmp_path):
+    config = write_config(tmp_path, 4)
     out = tmp_path / "found.json"
     # `--cpu --num_processes 2` would silently start one process.
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     command = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(ROOT / "tests/train_two_processes.py"), str(config), str(out)]
-    environment = {**os.environ, "COMPOSABLE_EBM_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
-    environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
@@ -377,6 +393,8 @@ def test_every_shipped_config_reads():
         ("objective = 3", r"objective is a table: write \[objective\]"),
         ("[objective]\nreinit_prob = 2", "`reinit_prob` must be between 0 and 1"),
         ("[sampler]\nstep_size = -1", "`step_size` of Langevin must be positive"),
+        ("[data]\nsize = 64", "images of 'digits' have one size; `size` is for celeba, faces, folder"),
+        ("[data]\nsize = -1", "must be at least 1 pixel, got -1"),
         ("this is not toml", "is no TOML"),
     ],
 )
@@ -385,6 +403,16 @@ def test_a_config_with_a_mistake_says_where(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_config(path)
+
+
+def test_the_size_of_images_reaches_the_data_sets_that_have_one(tmp_path, monkeypatch):
+    for name in DATASETS:
+        load = import_module(f"composable_ebm.data.{name}").load
+        assert ("size" in signature(load).parameters) == (name in OF_ANY_SIZE), name
+    path = tmp_path / "config.toml"
+    path.write_text('data = { name = "shapes", size = 16 }')
+    monkeypatch.setattr(shapes, "SIZES", dict.fromkeys(shapes.SIZES, 3))
+    assert read_config(path).data.load("validation").event_shape == (3, 16, 16)
 
 
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path):

@@ -53,6 +53,8 @@ def test_from_a_folder_to_an_expert_in_the_catalogue_in_recipes_and_in_the_mixer
     expert = ceb.load_expert("my_photos/sky")
     assert expert.card.values == ("day", "late_night")
     assert expert.card.data == f"my photos/train, {folder_labelled(photos)} images"
+    flags = " ".join(["--num-iterations", "3", *SMALL, *NETWORK])
+    assert expert.card.training["command"] == f"composable-ebm train 'my photos' sky {flags}"
 
     recipe = "my_photos/base + 2*(my_photos/sky[day] - my_photos/sky[any])"
     assert command_line(["sample", recipe, "--num-chains", "2", "--out", "day.png"]) == 0
@@ -95,6 +97,19 @@ def test_training_goes_on_where_it_stopped(photos, capsys):
     assert training.main([photos.name, "--num-iterations", "3", *flags, *SMALL, *NETWORK]) == 0
     assert ceb.load_expert("my_photos/base").card.training["iterations"] == 3
     assert "resuming from" in capsys.readouterr().out
+
+
+def test_the_command_on_the_card_does_not_say_where_files_went(photos):
+    assert train(photos.name, "--models", "here", "--runs=there", num_iterations=1) == 0
+    command = ceb.load_expert("here/my_photos/base").card.training["command"]
+    assert command.startswith("composable-ebm train 'my photos' --num-iterations 1 ")
+
+
+def test_pictures_are_learned_at_the_size_asked_for(photos):
+    assert train(photos.name, "--data.size", "16", num_iterations=1) == 0
+    expert = ceb.load_expert("my_photos/base")
+    assert expert.event_shape == (3, 16, 16)
+    assert ceb.sample(expert, num_chains=2, num_steps=2).samples.shape == (2, 3, 16, 16)
 
 
 def test_names_are_made_fit_for_recipes(tmp_path):

@@ -12,6 +12,10 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import combinations
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,6 +27,7 @@ from composable_ebm.evaluation.judge import Judge, see
 from composable_ebm.evaluation.metrics import kolmogorov_smirnov
 from composable_ebm.evaluation.rows import proportion, right
 from composable_ebm.evaluation.task import Request, Task
+from composable_ebm.experts.expert import Expert
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.engine import Sampler
 from composable_ebm.sampling.hmc import HMC
@@ -75,18 +80,51 @@ def agreement(task: Task, name: str, judge: Judge, pool: LabelledImages, chains:
     expert = task.all_experts[name]["any"]
     generator = torch.Generator().manual_seed(seed)
     sigma = NOISE_LEVEL if expert.noise_conditioned else 0.0
-    level = torch.tensor(sigma) if sigma else None
     data = pool.batch(torch.randperm(len(pool), generator=generator)[:chains])
     own = draw(_values(task, name, chains)[0], generator)[0]
     noise = [sigma * torch.randn(data.shape, generator=generator) for _ in range(2)]
     starts = {"data": data + noise[0], "own samples": own + noise[1]}
-    energies: dict[str, Tensor] = {}
-    states: dict[str, Tensor] = {}
-    found: dict = {"noise_level": sigma, "chains": chains, "gradients": GRADIENTS, "runs": {}}
-    acceptance: dict[str, float | None] = {}
+    runs = _runs(expert, starts, sigma, generator)
+
+    energies = {run: ends.energies for run, ends in runs.items()}
+    truth = _rates(judge, task, pool, starts["data"])
+    found: dict = {"noise_level": sigma, "chains": chains, "gradients": GRADIENTS}
+    found["runs"] = {
+        run: _figures(ends, energies["data"], _rates(judge, task, pool, ends.states), truth)
+        for run, ends in runs.items()
+    }
+    between = [
+        kolmogorov_smirnov(energies[f"{a} from {start}"], energies[f"{b} from {start}"])
+        for start in starts
+        for a, b in combinations(kernels(1.0), 2)
+    ]
+    found["ks_samplers"] = round(max(between), 3)
+    found["ks_starts"] = round(
+        kolmogorov_smirnov(energies["MALA from data"], energies["MALA from own samples"]), 3
+    )
+    found["ks_chance"] = round(1.358 * (2 / chains) ** 0.5, 3)
+    found["quantiles"] = _quantiles(energies)
+    found["calibrated"] = verdict(found)
+    return found
+
+
+class _Ends(NamedTuple):
+    """Where chains are at the end of a run: states, their energies, and the share of proposals accepted."""
+
+    states: Tensor
+    energies: Tensor
+    acceptance: float | None = None
+
+
+def _runs(
+    expert: Expert, starts: Mapping[str, Tensor], sigma: float, generator: torch.Generator
+) -> dict[str, _Ends]:
+    """The starts as they are, and what each sampler makes of them."""
+    level = torch.tensor(sigma) if sigma else None
+    runs = {}
     for start, x in starts.items():
         with torch.no_grad():
-            energies[start], states[start] = expert(x, noise_level=level), x
+            runs[start] = _Ends(x, expert(x, noise_level=level))
         for label, (kernel, num_steps) in kernels(sigma or LEVEL_WITHOUT_NOISE).items():
             sampler: Sampler = Annealed(kernel, Schedule(noise_level=constant(sigma))) if sigma else kernel
             out = sample(
@@ -97,36 +135,23 @@ def agreement(task: Task, name: str, judge: Judge, pool: LabelledImages, chains:
                 generator=generator,
                 on_divergence="report",
             )
-            run = f"{label} from {start}"
-            energies[run], states[run], acceptance[run] = out.energies, out.samples, out.acceptance_rate
-    truth = _rates(judge, task, pool, states["data"])
-    for run, values in energies.items():
-        rates = _rates(judge, task, pool, states[run])
-        found["runs"][run] = {
-            "energy": round(float(values.mean()), 2),
-            "energy_std": round(float(values.std()), 2),
-            "ks": round(kolmogorov_smirnov(values, energies["data"]), 3),
-            "attributes": round(max(float((rates[n] - truth[n]).abs().max()) for n in truth), 3),
-        }
-        if acceptance.get(run) is not None:
-            found["runs"][run]["acceptance"] = round(float(acceptance[run] or 0), 3)
-    labels = list(kernels(1.0))
-    found["ks_samplers"] = round(
-        max(
-            kolmogorov_smirnov(energies[f"{a} from {start}"], energies[f"{b} from {start}"])
-            for start in starts
-            for i, a in enumerate(labels)
-            for b in labels[i + 1 :]
-        ),
-        3,
-    )
-    found["ks_starts"] = round(
-        kolmogorov_smirnov(energies["MALA from data"], energies["MALA from own samples"]), 3
-    )
-    found["ks_chance"] = round(1.358 * (2 / chains) ** 0.5, 3)
-    found["quantiles"] = _quantiles(energies)
-    found["calibrated"] = verdict(found)
-    return found
+            runs[f"{label} from {start}"] = _Ends(out.samples, out.energies, out.acceptance_rate)
+    return runs
+
+
+def _figures(
+    ends: _Ends, of_data: Tensor, rates: Mapping[str, Tensor], truth: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """How the end of a run compares with data, whose energies are `of_data` and shares `truth`."""
+    figures = {
+        "energy": round(float(ends.energies.mean()), 2),
+        "energy_std": round(float(ends.energies.std()), 2),
+        "ks": round(kolmogorov_smirnov(ends.energies, of_data), 3),
+        "attributes": round(max(float((rates[n] - truth[n]).abs().max()) for n in truth), 3),
+    }
+    if ends.acceptance is not None:
+        figures["acceptance"] = round(ends.acceptance, 3)
+    return figures
 
 
 def verdict(found: dict) -> bool:

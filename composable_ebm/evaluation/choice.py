@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,48 +100,59 @@ def alternatives(task: Task, judge: Judge, samples: int, seed: int) -> list[dict
     for pair in ALTERNATIVES.get(task.family, ()):
         if any(name not in task.terms for request in pair for name in request):
             continue
-        certain, bare, components = (
-            [compose("ratio", request, task.terms, task.base, w) for request in pair]
-            for w in (None, 1.0, WEIGHT)
-        )
-        sampler, num_steps = calibrated_sampler(components[0])
-        plain = Mixture(components)
-        known: dict[str, Mixture] = {"uncalibrated": plain}
-        if plain.key != Mixture(bare).key:
-            known["weight 1"] = Mixture(bare)
-        if isinstance(sampler, Annealed) and sampler.schedule.noise_level is not None:
-            known["calibrated"] = calibrate(
-                plain, sampler, num_steps=num_steps, num_chains=CALIBRATION_CHAINS, seed=seed + 1
-            )
+        ways = _ways_to_write(pair, task, seed)
         for share in PROPORTIONS:
             for method in METHODS:
-                generator = torch.Generator().manual_seed(seed)
-                if method == "random choice":
-                    first = torch.rand(samples, generator=generator) < share
-                    x = draw([certain[0 if one else 1] for one in first.tolist()], generator)[0]
-                elif method in known:
-                    mixture = Mixture(known[method].operands, [share, 1 - share])
-                    x = sample(
-                        mixture,
-                        num_chains=samples,
-                        num_steps=num_steps,
-                        sampler=sampler,
-                        generator=generator,
-                        on_divergence="report",
-                    ).samples
-                else:
+                if method not in ways:
                     continue
-                seen = see(judge, task.family, x)
+                generator = torch.Generator().manual_seed(seed)
+                x = ways[method](share, samples, generator)
                 found.append(
                     {
                         "first": _words(pair[0], task),
                         "second": _words(pair[1], task),
                         "requested": share,
                         "method": method,
-                        **_shares(seen, pair, share),
+                        **_shares(see(judge, task.family, x), pair, share),
                     }
                 )
     return found
+
+
+Drawing = Callable[[float, int, torch.Generator], Tensor]
+"""From the share of the first request and a number: that many samples."""
+
+
+def _ways_to_write(pair: Sequence[Request], task: Task, seed: int) -> dict[str, Drawing]:
+    """Method -> how it draws, for the methods that there are for a pair."""
+    certain, bare, components = (
+        [compose("ratio", request, task.terms, task.base, w) for request in pair] for w in (None, 1.0, WEIGHT)
+    )
+    sampler, num_steps = calibrated_sampler(components[0])
+    plain = Mixture(components)
+    mixtures = {"uncalibrated": plain}
+    if plain.key != Mixture(bare).key:
+        mixtures["weight 1"] = Mixture(bare)
+    if isinstance(sampler, Annealed) and sampler.schedule.noise_level is not None:
+        mixtures["calibrated"] = calibrate(
+            plain, sampler, num_steps=num_steps, num_chains=CALIBRATION_CHAINS, seed=seed + 1
+        )
+
+    def choose(share: float, samples: int, generator: torch.Generator) -> Tensor:
+        first = torch.rand(samples, generator=generator) < share
+        return draw([certain[0 if one else 1] for one in first.tolist()], generator)[0]
+
+    def mix(mixture: Mixture, share: float, samples: int, generator: torch.Generator) -> Tensor:
+        return sample(
+            Mixture(mixture.operands, [share, 1 - share]),
+            num_chains=samples,
+            num_steps=num_steps,
+            sampler=sampler,
+            generator=generator,
+            on_divergence="report",
+        ).samples
+
+    return {"random choice": choose, **{name: partial(mix, each) for name, each in mixtures.items()}}
 
 
 def _shares(seen: Mapping[str, Tensor], pair: Sequence[Request], requested: float) -> dict:

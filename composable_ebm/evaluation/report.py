@@ -9,7 +9,7 @@ from pathlib import Path
 
 from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, figure, save_figure
 
-SKY = "#7fb2d9"
+SKY, OCHRE = "#7fb2d9", "#b8860b"
 STYLES = {
     "ratio": (BLUE, "ratio form"),
     "weight 1": (SKY, "ratio form, weight 1"),
@@ -18,6 +18,7 @@ STYLES = {
     "sum": (ORANGE, "plain sum"),
     "joint": (INK, "joint model"),
     "diffusion": (RED, "composable diffusion"),
+    "contrastive": (OCHRE, "contrastive experts"),
     "ebmkit": (GREY, "ebmkit"),
 }
 

@@ -91,7 +91,7 @@ class Denoiser(ModulatedSkeleton):
         noise = noise_level.square()[:, None]
         d = x.flatten(1) - self.mean
         along = d @ self.axes.T
-        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(noise_level)
+        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(noise_level, 6)
         start = self.from_pixels(d * (noise + self.spread.square()).rsqrt())
         start = start + self.from_components(along * (self.variances + noise).rsqrt())
         h = F.silu(start * (1 + gain1) + bias1)

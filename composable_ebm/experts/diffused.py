@@ -90,7 +90,7 @@ class DiffusedEnergy(ModulatedSkeleton):
         precision = 1 / (self.variances + noise[:, None])
         scale = noise + self.spread.square()
 
-        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(sigma)
+        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(sigma, 6)
         start = self.from_pixels(d * scale.rsqrt()[:, None]) + self.from_components(along * precision.sqrt())
         h = F.silu(start * (1 + gain1) + bias1)
         h = h + F.silu(self.second(h) * (1 + gain2) + bias2)

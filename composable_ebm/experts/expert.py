@@ -106,6 +106,10 @@ class Expert(Energy):
     def body(self) -> nn.Module:
         return self.network
 
+    @property
+    def column(self) -> int | None:
+        return self.value
+
     def read(self, outputs: Tensor) -> Tensor:
         # A batched pass pads the outputs of networks with fewer values.
         outputs = outputs[:, : len(self.card.values)]

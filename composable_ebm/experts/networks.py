@@ -22,8 +22,17 @@ from composable_ebm.experts.denoiser import Denoiser
 from composable_ebm.experts.diffused import DiffusedEnergy
 from composable_ebm.experts.patches import DiffusedPatches
 from composable_ebm.experts.rbm import RBM
+from composable_ebm.experts.windows import DiffusedWindows
 
-__all__ = ["NETWORKS", "RBM", "ConvEnergy", "Denoiser", "DiffusedEnergy", "DiffusedPatches"]
+__all__ = [
+    "NETWORKS",
+    "RBM",
+    "ConvEnergy",
+    "Denoiser",
+    "DiffusedEnergy",
+    "DiffusedPatches",
+    "DiffusedWindows",
+]
 
 
 class ConvEnergy(nn.Module):
@@ -98,5 +107,6 @@ NETWORKS: dict[str, type[nn.Module]] = {
     "DiffusedEnergy": DiffusedEnergy,
     "RBM": RBM,
     "DiffusedPatches": DiffusedPatches,
+    "DiffusedWindows": DiffusedWindows,
 }
 """The networks that a checkpoint may name."""

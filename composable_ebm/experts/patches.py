@@ -110,7 +110,7 @@ class DiffusedPatches(ModulatedSkeleton):
         precision = 1 / (self.variances + noise)
         scale = noise + self.spread.square()
 
-        gain1, bias1, gain2, bias2, gain3, bias3 = (part[:, None] for part in self.modulation(sigma[:, 0]))
+        gain1, bias1, gain2, bias2, gain3, bias3 = (part[:, None] for part in self.modulation(sigma[:, 0], 6))
         start = self.from_pixels(d * scale.rsqrt()[:, None])
         start = start + self.from_components(along * precision.sqrt()[:, None])
         h = F.silu(start * (1 + gain1) + bias1)

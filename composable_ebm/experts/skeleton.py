@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FIT_IMAGES", "GaussianSkeleton", "ModulatedSkeleton"]
+__all__ = ["FIT_IMAGES", "GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton"]
 
 FIT_IMAGES = 10_000
 
@@ -69,7 +69,38 @@ class GaussianSkeleton(nn.Module):
         return (kept + rest) / size
 
 
-class ModulatedSkeleton(GaussianSkeleton):
+class LevelledSkeleton(GaussianSkeleton):
+    """The skeleton with gains and biases that the noise level gives to the layers of a network.
+
+    Args:
+        event_shape: (channels, height, width).
+        components: Principal components of the skeleton.
+        noise_range: Smallest and largest noise level of the network, in data units.
+        modulations: Gains and biases of all layers together.
+    """
+
+    def __init__(
+        self, event_shape: Sequence[int], components: int, noise_range: Sequence[float], modulations: int
+    ) -> None:
+        super().__init__(event_shape, components, noise_range)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
+        self.embed = nn.Linear(32, 64)
+        self.modulate = nn.Linear(64, modulations)
+
+    def level(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
+        """σ of each row, (batch,), within the network's range; the smallest where none is given."""
+        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
+        return sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
+
+    def modulation(self, sigma: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """Gain and bias of the layers in turn, `parts` in all, (batch, units) each, at levels (batch,)."""
+        waves = sigma.log()[:, None] * self.frequencies
+        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
+        return self.modulate(embedding).chunk(parts, dim=1)
+
+
+class ModulatedSkeleton(LevelledSkeleton):
     """The skeleton with the way into a perceptron of three hidden layers, which the noise level modulates.
 
     A subclass adds the layers `second` and `third`, and its heads.
@@ -87,11 +118,7 @@ class ModulatedSkeleton(GaussianSkeleton):
     def __init__(
         self, event_shape: Sequence[int], hidden: int, components: int, noise_range: Sequence[float]
     ) -> None:
-        super().__init__(event_shape, components, noise_range)
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
-        self.embed = nn.Linear(32, 64)
-        self.modulate = nn.Linear(64, 6 * hidden)
+        super().__init__(event_shape, components, noise_range, modulations=6 * hidden)
         self.from_pixels = nn.Linear(len(self.mean), hidden, bias=False)
         self.from_components = nn.Linear(components, hidden)
 
@@ -105,14 +132,3 @@ class ModulatedSkeleton(GaussianSkeleton):
             if head is not None:
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
-
-    def level(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
-        """σ of each row, (batch,), within the network's range; the smallest where none is given."""
-        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
-        return sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
-
-    def modulation(self, sigma: Tensor) -> tuple[Tensor, ...]:
-        """Gain and bias of the three hidden layers in turn, (batch, hidden) each, at levels (batch,)."""
-        waves = sigma.log()[:, None] * self.frequencies
-        embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
-        return self.modulate(embedding).chunk(6, dim=1)

@@ -8,7 +8,7 @@ chains have alike (state, energy, gradient, whether they are still finite) is on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State,
 from composable_ebm.schedules import Schedule
 
 Sampler = Kernel | Annealed
+Held = Literal["clean", "noisy"]
 
-__all__ = ["Block", "MaskedNoise", "Rows", "Sampler", "joined"]
+__all__ = ["Block", "Held", "Hold", "MaskedNoise", "Rows", "Sampler", "joined"]
 
 
 class Rows(NamedTuple):
@@ -121,6 +122,31 @@ class MaskedNoise(Noise):
         return super().normal(like) * self.mask
 
 
+class Hold(NamedTuple):
+    """A part of states that is held, with the noise of the level that the rest is at.
+
+        x = m x + (1 - m) (x₀ + σ ε),     ε the same at every level
+
+    So an energy that knows noise levels always sees states that look like its data at that level.
+
+    Attributes:
+        mask: m, True where states may move, broadcasting over them.
+        states: x₀, (rows, *event).
+        noise: ε, (rows, *event).
+    Reference:
+        Song et al. (2021), arXiv 2011.13456, appendix I.2.
+    """
+
+    mask: Tensor
+    states: Tensor
+    noise: Tensor
+
+    def put(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
+        """`x` with the held part in place, at σ () or at no noise at all."""
+        held = self.states if noise_level is None else self.states + noise_level * self.noise
+        return torch.where(self.mask, x, held)
+
+
 class Block:
     """One run's part in a batch.
 
@@ -133,10 +159,13 @@ class Block:
         ends: Whether the run ends with its schedule. One that does not stays at the last values,
             and never makes the last predictor step, to no noise at all.
         mask: 1 where states may move, 0 where they are held, broadcasting over (rows, *event).
+        held: "clean": what is held stays as it is; "noisy": it is clean, and carries the noise of the
+            level while there is any.
         num_warmup: Steps at the start in which the step size adapts, if the kernel has a target.
         record: Keeps a trace.
     Attributes:
         sampler: What it follows.
+        hold: What is held with noise, if anything is.
         dynamics: Step size, temperature and noise scale, before the schedule's factors.
         num_steps: Steps taken.
         evaluations: Gradients taken of its rows, where potentials are shared by several blocks.
@@ -154,6 +183,7 @@ class Block:
         num_steps: int | None = None,
         ends: bool = True,
         mask: Tensor | None = None,
+        held: Held = "clean",
         num_warmup: int = 0,
         record: bool = True,
     ) -> None:
@@ -161,6 +191,9 @@ class Block:
         self.size = len(x)
         self.noise = noise if mask is None else MaskedNoise(noise, mask)
         self.mask = mask
+        self.hold: Hold | None = None
+        if mask is not None and held == "noisy":
+            self.hold = Hold(mask.bool(), x.detach().clone(), noise.normal(x))
         self.record = record
         self.history: list[tuple[Tensor | None, ...]] = []
         self.num_steps = 0
@@ -191,7 +224,7 @@ class Block:
         self.ends = ends
         self.dynamics = self.kernel.dynamics(like)
         self.place = 0
-        self.levels = schedule.levels(count)
+        self.levels = schedule.levels(count) if annealed else []
         self.sigmas = schedule.values(schedule.noise_level, count) or []
         self._sigma = like.new_tensor(self.sigmas) if self.sigmas else None
         self._temperature = _table(like, schedule.values(schedule.temperature, count))
@@ -224,6 +257,15 @@ class Block:
         """The same as a number."""
         return self.sigmas[min(self.place, len(self.sigmas) - 1)] if self.sigmas else None
 
+    @property
+    def carried(self) -> Tensor | None:
+        """The noise that the states carry now, (); None without any."""
+        return None if self._is_clean() else self.noise_level
+
+    def placed(self, x: Tensor) -> Tensor:
+        """States with the held part as it is at the noise that they carry now."""
+        return x if self.hold is None else self.hold.put(x, self.carried)
+
     def scheduled(self) -> Dynamics:
         """The numbers of the next step."""
         step_size, temperature, noise_scale = self.dynamics
@@ -245,14 +287,17 @@ class Block:
         if self._sigma is None or self.place > len(self.levels):
             return False
         if self._is_past_the_end():
-            return self.schedule.predict and self.ends
+            return self._is_clean()
         return self.levels[self.place] != self.levels[self.place - 1]
 
     def predicted(self, state: State) -> Tensor:
         """Where chains that leave a noise level start at the next one: moved there, or as they are.
 
-        After the last level that is 0, no noise at all.
+        After the last level that is 0, no noise at all. What is held moves with the level.
         """
+        return self.placed(self._moved(state))
+
+    def _moved(self, state: State) -> Tensor:
         if not self.schedule.predict or self._sigma is None:
             return state.x
         last = self._is_past_the_end()
@@ -263,6 +308,10 @@ class Block:
 
     def _is_past_the_end(self) -> bool:
         return self.place == len(self.levels)
+
+    def _is_clean(self) -> bool:
+        """Whether the predictor has taken the last of the noise away."""
+        return self.schedule.predict and self.ends and self.place >= len(self.levels)
 
     # -- what happened ------------------------------------------------------------------------------
 

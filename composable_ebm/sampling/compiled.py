@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.packed import PackedLinear, hooked, versions
+from composable_ebm.packed import PackedLinear, Watch, hooked, version_of
 from composable_ebm.sampling.native import NativeNetwork
 
 __all__ = ["CompiledNetwork", "known_layers"]
@@ -86,10 +86,13 @@ class CompiledNetwork:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
+        self._watch = Watch(network)
         self.version: tuple = ()
         self.layers: list[nn.Module] = []
         self.steps: list[Step] = []
         self.native: NativeNetwork | None = None
+        self.flat = False  # whether outputs are (batch,)
+        self._seen: tuple[Tensor, tuple[int, int], bool] | None = None
         self.path = ""
 
     def applies(self, x: Tensor) -> bool:
@@ -101,13 +104,14 @@ class CompiledNetwork:
 
     def refresh(self) -> None:
         """Takes over weights and layers that changed since the last call."""
-        version = versions(self.network)
+        version = self._watch()
         if version == self.version:
             return
         self.version = version
         tensors = (*self.network.parameters(), *self.network.buffers())
         usable = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         self.layers = (known_layers(self.network) or []) if usable else []
+        self.flat = any(isinstance(layer, nn.Flatten) and layer.start_dim == 0 for layer in self.layers)
         self.steps = []
         self.native = None
 
@@ -138,13 +142,20 @@ class CompiledNetwork:
         """With one output a row, cotangents only scale the gradient, so it comes with the energies."""
         self.path = "compiled to C"
         energy, gradient = native(x)
-        flat = any(isinstance(layer, nn.Flatten) and layer.start_dim == 0 for layer in self.layers)
 
         def pull_back(cotangent: Tensor) -> Tensor:
-            cotangent = cotangent.reshape(-1, *[1] * (x.ndim - 1))
-            return gradient if bool((cotangent == 1).all()) else gradient * cotangent
+            if self._is_one(cotangent):
+                return gradient
+            return gradient * cotangent.reshape(-1, *[1] * (x.ndim - 1))
 
-        return energy if flat else energy[:, None], pull_back
+        return energy if self.flat else energy[:, None], pull_back
+
+    def _is_one(self, cotangent: Tensor) -> bool:
+        """Whether it is 1 everywhere; in a run it is the same tensor at every step."""
+        version = version_of(cotangent)
+        if self._seen is None or self._seen[0] is not cotangent or self._seen[1] != version:
+            self._seen = (cotangent, version, bool((cotangent == 1).all()))
+        return self._seen[2]
 
 
 def _convolution(layer: nn.Conv2d) -> Step:

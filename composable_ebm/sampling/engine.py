@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy
-from composable_ebm.sampling.block import Block, MaskedNoise, Rows, Sampler, joined
+from composable_ebm.sampling.block import Block, Held, MaskedNoise, Rows, Sampler, joined
 from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.sampling.graphs import (
     Capturable,
@@ -133,7 +133,8 @@ class Batch(ABC):
     def begin(self, block: Block, x: Tensor) -> Rows:
         """The rows of a block whose chains stand at `x`, (rows, *event), before any step."""
         with evaluating(block.energy.modules()):
-            state = block.kernel.init(self.potential_of([block]), x.detach(), block.noise)
+            x = block.placed(x.detach())
+            state = block.kernel.init(self.potential_of([block]), x, block.noise)
         return Rows.new(state, self.clock)
 
     def join(self, block: Block, rows: Rows) -> None:
@@ -250,6 +251,7 @@ class Chain(Batch):
         num_steps: Length of the run, which a schedule is stretched over; not needed without one.
         coefficients: (n,) or (batch, n); those of the expression unless given.
         mask: 1 where states may move, 0 where they are held, broadcasting over (batch, *event).
+        held: Whether what is held carries the noise of the level, see `Block`.
         num_warmup: Steps at the start in which the step size adapts, if the kernel has a target.
         record: Keeps a trace.
         graphs: Captures steps and replays them, see `graphs`; pays where a chain is long.
@@ -265,6 +267,7 @@ class Chain(Batch):
         num_steps: int | None = None,
         coefficients: Tensor | None = None,
         mask: Tensor | None = None,
+        held: Held = "clean",
         num_warmup: int = 0,
         record: bool = True,
         graphs: StepGraphs | None = None,
@@ -274,7 +277,15 @@ class Chain(Batch):
         coefficients = energy.coefficients if coefficients is None else coefficients
         energy.check_coefficients(coefficients, len(x))
         self.block = Block(
-            energy, x, sampler, noise, num_steps=num_steps, mask=mask, num_warmup=num_warmup, record=record
+            energy,
+            x,
+            sampler,
+            noise,
+            num_steps=num_steps,
+            mask=mask,
+            held=held,
+            num_warmup=num_warmup,
+            record=record,
         )
         self.potential = FusedPotential(
             energy,

@@ -9,14 +9,15 @@ through one forward pass in which
     chains of known layers                                           run compiled (CPU, see `compiled`);
     everything else                                                  is evaluated by itself, by autograd.
 
-Each form equals the plain one to float tolerance. Only the input gradient is computed. On a CPU the
-networks run one after another: there the batched pass, a grouped convolution, is the slower form
-from 16 chains on (81 ms against 59 for three digit experts at 64 chains, one thread).
+Weighted sums of outputs need no graph around this, see `linear`. Each form equals the plain one to
+float tolerance. Only the input gradient is computed. On a CPU the networks run one after another:
+there the batched pass, a grouped convolution, is the slower form from 16 chains on (81 ms against 59
+for three digit experts at 64 chains, one thread).
 
 A class of networks may have an attribute `together`, a class of one pass over several of them:
 `together.groups(networks)` tells which may go together, `together(networks)` builds the pass,
-`.applies(x)` whether it serves such states, and `(x, noise_level)` gives outputs (networks, batch,
-...) and the function that pulls their cotangents back to x.
+`.applies(x)` whether it serves such states, `(x, noise_level)` gives outputs (networks, batch, ...) and
+the function that pulls their cotangents back to x, and `.path` says how, in words.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from composable_ebm.energy import Energy, Sum, naming, one_per_state
-from composable_ebm.packed import versions
+from composable_ebm.packed import Watch
 from composable_ebm.sampling.compiled import CompiledNetwork, Pullback
+from composable_ebm.sampling.linear import LinearPlan
 
 __all__ = ["FusedPotential", "fuse"]
 
@@ -63,11 +65,15 @@ def _stack_padded(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tensors)
 
 
+Evaluate = Callable[[Tensor], tuple[Tensor, Pullback]]
+"""x -> outputs, and cotangents of the outputs -> their gradient by x."""
+
+
 class _ByHand(torch.autograd.Function):
     """Outputs whose gradient is computed by hand: `evaluate` gives them and pulls cotangents back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, Pullback]]) -> Tensor:
+    def forward(ctx, x: Tensor, evaluate: Evaluate) -> Tensor:
         outputs, ctx.pull_back = evaluate(x)
         return outputs
 
@@ -99,6 +105,7 @@ class Group:
         self._together = together(self.networks) if together is not None else None
         single = len(readers) == 1 and self._together is None
         self._compiled = CompiledNetwork(self.networks[0]) if single else None
+        self._watches = [Watch(network) for network in self.networks]
         self._stacked: Stacked | None = None
         self._stacked_version: tuple = ()
 
@@ -107,19 +114,45 @@ class Group:
         """Whether it works on copies of the networks' weights."""
         return self._together is not None or len(self.networks) > 1
 
+    def by_hand(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | None:
+        """The form that gives outputs and pulls cotangents back without a graph, or None where none serves:
+        outputs (networks, batch, ...), or those of the one network alone if `single`."""
+        level = noise_level if self.noise_conditioned else None
+        together, compiled = self._together, self._compiled
+        if together is not None:
+            if not together.applies(x):
+                return None
+
+            def evaluate(states: Tensor) -> tuple[Tensor, Pullback]:
+                result = together(states, level)
+                self.path = together.path
+                return result
+
+            return evaluate
+        if compiled is None or level is not None or not compiled.applies(x):
+            return None
+
+        def evaluate_one(states: Tensor) -> tuple[Tensor, Pullback]:
+            result = compiled(states)
+            self.path = compiled.path
+            return result
+
+        return evaluate_one
+
+    @property
+    def single(self) -> bool:
+        """Whether outputs by hand are those of one network, without an axis for networks."""
+        return self._together is None
+
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> Sequence[Tensor]:
         """Outputs of each network, at noise levels () or (batch,)."""
+        if (evaluate := self.by_hand(x, noise_level)) is not None:
+            outputs = _ByHand.apply(x, evaluate)
+            return [outputs] if self.single else outputs
         level = noise_level if self.noise_conditioned else None
-        if self._together is not None and self._together.applies(x):
-            self.path = "in one pass, gradient by hand"
-            return _ByHand.apply(x, lambda states: self._together(states, level))
-        if self._compiled is not None and level is None and self._compiled.applies(x):
-            outputs = _ByHand.apply(x, self._compiled)
-            self.path = self._compiled.path
-            return [outputs]
         self.path = "by autograd"
         if len(self.networks) > 1 and self._together is None:
-            version = tuple(versions(network) for network in self.networks)
+            version = tuple(watch() for watch in self._watches)
             if self._stacked is None or version != self._stacked_version:
                 self._stacked, self._stacked_version = Stacked(self.networks), version
             return self._stacked(x, level)  # type: ignore
@@ -233,6 +266,7 @@ class FusedPotential:
         self.noise_level: Tensor | None = None
         self.mask = mask
         self.plan = fuse(energy, stack)
+        self.linear = LinearPlan.of(energy, self.plan)
         self.evaluations = 0
         self.may_be_constant = False
 
@@ -243,6 +277,12 @@ class FusedPotential:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self.evaluations += 1
+        if self.linear is not None:
+            with torch.no_grad():
+                result = self.linear(x, self.noise_level, self.coefficients)
+            if result is not None:
+                energy, gradient = result
+                return energy, gradient if self.mask is None else gradient * self.mask
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             energy = self._evaluate(x)

@@ -97,6 +97,7 @@ class Gibbs(Kernel):
                 )
         return State(x, x.new_zeros(len(x)), torch.zeros_like(x))
 
+    @torch.no_grad()
     def step(
         self, potential: Potential, state: State, noise: Noise, dynamics: Dynamics
     ) -> tuple[State, Info]:
@@ -114,15 +115,17 @@ class Gibbs(Kernel):
                 # A weight that was moved to no whole number freezes its chains: loud, without a wait.
                 term = torch.where(_is_whole(weight), term, torch.nan)
                 count = weight.round().clamp(min=0)
-                eta = eta + noise.binomial(count, fields.sigmoid().nan_to_num(0.0)) @ part.weight.T
+                on = noise.binomial(count, fields.sigmoid().nan_to_num(0.0))
+                eta = torch.addmm(eta, on, part.weight.T)
             if part.precision is not None:
                 precision = precision + column * part.precision
             energy = energy + term
         mask = potential.mask
         free = None if mask is None else torch.broadcast_to(mask, state.x.shape).flatten(1).bool()
         if potential.composition.binary:
-            # For bits x² is x.
-            drawn = _drawn_bits(x, eta - precision / 2, parts, noise, free)
+            if isinstance(precision, Tensor):
+                eta = eta - precision / 2  # for bits x² is x
+            drawn = _drawn_bits(x, eta, parts, noise, free)
         else:
             drawn = eta / precision + noise.normal(x) * precision**-0.5
         if free is not None:

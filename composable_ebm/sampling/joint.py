@@ -2,6 +2,9 @@
 
     E(x)[row] = Σₜ w[row, t] Eₜ(x[row]),     t over the terms of all compositions
 
+Terms that differ only in the coefficients inside them, as an OR of other weights does, are one term,
+whose coefficients differ from row to row.
+
 A row is evaluated only by networks that its own composition names: what it does not ask for costs
 nothing, and cannot reach it, not even as 0 · ∞. On a CUDA device all rows go through all networks,
 so that those of one architecture are one batched pass; there a term with weight 0 adds exactly 0 as
@@ -10,16 +13,16 @@ long as it is finite.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Sum
+from composable_ebm.energy import Energy, Mixture, Not, Sum
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Rows, joined
 from composable_ebm.sampling.engine import Batch
@@ -48,8 +51,10 @@ def as_one_batch(expressions: Sequence[Energy]) -> tuple[Sum, Tensor]:
             raise ValueError(
                 f"the weights of {expression} differ from chain to chain; here an expression is one row."
             )
-    whole = Sum(list({key: term for e in expressions for key, (term, _) in terms_of(e).items()}.values()))
-    return whole, coefficient_rows(whole, expressions, [1] * len(expressions))
+    parts = [terms_of(expression) for expression in expressions]
+    whole = Sum(list({key: term for each in parts for key, (term, _) in each.items()}.values()))
+    terms = {term.key: term for term in whole.operands}
+    return whole, coefficient_rows(terms, parts, [1] * len(expressions))
 
 
 def terms_of(energy: Energy) -> dict[Hashable, tuple[Energy, Weight]]:
@@ -59,28 +64,59 @@ def terms_of(energy: Energy) -> dict[Hashable, tuple[Energy, Weight]]:
     return {energy.key: (energy, 1.0)}
 
 
-def coefficient_rows(whole: Sum, expressions: Sequence[Energy], sizes: Sequence[int]) -> Tensor:
-    """Coefficients of `whole` under which each block of rows has the energy of its own expression.
+class Kind(NamedTuple):
+    """What terms of several compositions are known by, whatever the coefficients inside them.
 
-    Terms of an expression that are not in `whole` are left out. The coefficients inside a term are
-    part of its key, so they are the same for all.
+    Attributes:
+        structure: See `structure_of`.
+        repeat: How many terms of this structure come before it in its composition.
+    """
+
+    structure: Hashable
+    repeat: int
+
+
+def kinds_of(energy: Energy) -> dict[Kind, tuple[Energy, Weight]]:
+    """The terms of a composition and their weights, by kind."""
+    found: dict[Kind, tuple[Energy, Weight]] = {}
+    seen: Counter[Hashable] = Counter()
+    for term, weight in terms_of(energy).values():
+        structure = structure_of(term)
+        found[Kind(structure, seen[structure])] = term, weight
+        seen[structure] += 1
+    return found
+
+
+def structure_of(energy: Energy) -> Hashable:
+    """Equal for energies that are equal under equal coefficients."""
+    if isinstance(energy, (Sum, Mixture, Not)):
+        return type(energy), *map(structure_of, energy.operands)
+    return energy.key
+
+
+def coefficient_rows(
+    terms: Mapping[Any, Energy],
+    expressions: Sequence[Mapping[Any, tuple[Energy, Weight]]],
+    sizes: Sequence[int],
+) -> Tensor:
+    """Coefficients of the sum of `terms` under which each block of rows has its own expression.
+
+    Terms of an expression that are not among `terms` are left out.
 
     Args:
-        whole: A sum of terms of all expressions.
-        expressions: One for each block.
+        terms: The terms of the sum, by key.
+        expressions: The terms of one for each block and their weights, by the same keys.
         sizes: Rows of each block.
     Returns:
         float64, (Σ sizes, n).
     """
-    terms = [terms_of(expression) for expression in expressions]
-    weights = [[own[t.key][1] if t.key in own else 0.0 for t in whole.operands] for own in terms]
-    if any(isinstance(w, Tensor) for row in weights for w in row):
-        blocks = [stack_weights(row).cpu().expand(size, -1) for row, size in zip(weights, sizes, strict=True)]
-        outer = torch.cat(blocks)
-    else:
-        outer = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(sizes), dim=0)
-    inner = whole.coefficients[..., len(whole.operands) :].to(outer.device)
-    return torch.cat([outer, inner.expand(len(outer), -1)], dim=1)
+    blocks = []
+    for own, size in zip(expressions, sizes, strict=True):
+        found = {key: own.get(key, (term, 0.0)) for key, term in terms.items()}
+        outer = stack_weights([weight for _, weight in found.values()])
+        inner = [term.coefficients for term, _ in found.values() if term.num_coefficients]
+        blocks.append(torch.cat([part.cpu().expand(size, -1) for part in (outer, *inner)], dim=1))
+    return torch.cat(blocks)
 
 
 class PotentialPool:
@@ -95,11 +131,11 @@ class PotentialPool:
         self.made = 0
         self._potentials: OrderedDict[Hashable, FusedPotential] = OrderedDict()
 
-    def get(self, terms: Sequence[Energy], stack: bool) -> FusedPotential:
-        """The potential of Σ terms, whose coefficients and noise level the caller sets."""
-        key = (stack, *(term.key for term in terms))
+    def get(self, terms: Mapping[Any, Energy], stack: bool) -> FusedPotential:
+        """The potential of Σ terms, given by key, whose coefficients and noise level the caller sets."""
+        key = (stack, *terms)
         if key not in self._potentials:
-            self._potentials[key] = FusedPotential(Sum(terms), stack=stack)
+            self._potentials[key] = FusedPotential(Sum(list(terms.values())), stack=stack)
             self.made += 1
             if len(self._potentials) > self.capacity:
                 self._potentials.popitem(last=False)
@@ -108,11 +144,11 @@ class PotentialPool:
 
     def of(self, energy: Energy, like: Tensor) -> FusedPotential:
         """The potential of one composition, with its coefficients, for states such as `like`."""
-        terms = [term for term, _ in terms_of(energy).values()]
-        potential = self.get(terms, stack=like.device.type != "cpu")
-        whole = potential.composition
-        assert isinstance(whole, Sum)
-        rows = coefficient_rows(whole, [energy], [len(like)])
+        own = kinds_of(energy)
+        terms = {kind: term for kind, (term, _) in own.items()}
+        potential = copy(self.get(terms, stack=like.device.type != "cpu"))
+        potential.composition = Sum(list(terms.values()))  # with the coefficients inside terms, too
+        rows = coefficient_rows(terms, [own], [len(like)])
         potential.coefficients = rows.to(device=like.device, dtype=like.dtype)
         return potential
 
@@ -141,14 +177,17 @@ class JointPotential:
         self.blocks = list(blocks)
         self.sizes = [block.size for block in blocks]
         stack = like.device.type != "cpu"
+        expressions = [kinds_of(block.energy) for block in blocks]
         self._shares = [
             _Share(
-                potential := pool.get(terms, stack),
-                self._coefficients(potential, readers).to(device=like.device, dtype=like.dtype),
+                pool.get(terms, stack),
+                coefficient_rows(
+                    terms, [expressions[i] for i in readers], [self.sizes[i] for i in readers]
+                ).to(device=like.device, dtype=like.dtype),
                 self._rows(readers, like.device),
-                tuple(readers),
+                readers,
             )
-            for terms, readers in _shared_out([block.energy for block in blocks], stack)
+            for terms, readers in _shared_out(expressions, stack)
         ]
         self.mask = self._masks(like)
         self._like = like[:0]
@@ -231,12 +270,6 @@ class JointPotential:
             return levels[0]
         return joined(levels, self.sizes)
 
-    def _coefficients(self, potential: FusedPotential, readers: Sequence[int]) -> Tensor:
-        whole = potential.composition
-        assert isinstance(whole, Sum)
-        expressions = [self.blocks[i].energy for i in readers]
-        return coefficient_rows(whole, expressions, [self.sizes[i] for i in readers])
-
     def _rows(self, readers: Sequence[int], device: torch.device) -> slice | Tensor | None:
         """The rows of some blocks: None for all, a slice where they lie together, else their indices."""
         if len(readers) == len(self.blocks):
@@ -278,7 +311,8 @@ class JointBatch(Batch):
         pool: Where potentials are kept.
         clock: Steps that it has taken.
     Attributes:
-        used: Time that each of its runs has had, in seconds.
+        charged: Time that each of its runs has been charged for, in seconds.
+        due: When it may take its next step, by `time.perf_counter`.
     """
 
     def __init__(self, kind: Hashable, like: Tensor, pool: PotentialPool, clock: int = 0) -> None:
@@ -286,7 +320,8 @@ class JointBatch(Batch):
         self.kind = kind
         self.like = like
         self.clock = clock
-        self.used = 0.0
+        self.charged = 0.0
+        self.due = 0.0
         self._pool = pool
         self._potentials: dict[tuple[Block, ...], JointPotential] = {}
 
@@ -330,26 +365,30 @@ class JointBatch(Batch):
         self._potentials.clear()
 
 
-def _shared_out(expressions: Sequence[Energy], stack: bool) -> list[tuple[list[Energy], list[int]]]:
+def _shared_out(
+    expressions: Sequence[Mapping[Kind, tuple[Energy, Weight]]], stack: bool
+) -> list[tuple[dict[Kind, Energy], tuple[int, ...]]]:
     """The terms of all expressions, those that the same expressions need together, and who needs them.
 
-    Terms that read one network go together, so that it is evaluated once.
+    Terms that read one network go together, so that it is evaluated once; those of one structure do
+    not, since a sum would merge them if their coefficients were equal too.
     """
-    terms: dict[Hashable, Energy] = {}
+    terms: dict[Kind, Energy] = {}
     readers: dict[Hashable, set[int]] = {}  # of each source
     for i, expression in enumerate(expressions):
-        for key, (term, _) in terms_of(expression).items():
-            terms[key] = term
+        for kind, (term, _) in expression.items():
+            terms.setdefault(kind, term)
             readers.setdefault(_source(term, stack), set()).add(i)
-    shares: dict[tuple[int, ...], list[Energy]] = {}
-    for term in terms.values():
-        shares.setdefault(tuple(sorted(readers[_source(term, stack)])), []).append(term)
-    return [(together, list(who)) for who, together in shares.items()]
+    shares: dict[Hashable, tuple[dict[Kind, Energy], tuple[int, ...]]] = {}
+    for kind, term in terms.items():
+        who = tuple(sorted(readers[_source(term, stack)]))
+        shares.setdefault((who, kind.repeat), ({}, who))[0][kind] = term
+    return list(shares.values())
 
 
 def _source(term: Energy, stack: bool) -> Hashable:
     """What is evaluated to know a term: its network, where it has just one, or else the term itself."""
     bodies = {id(body) if (body := leaf.body()) is not None else None for leaf in term.leaves()}
     if None in bodies or (len(bodies) > 1 and not stack):
-        return term.key
+        return structure_of(term)
     return "networks" if stack else bodies.pop()

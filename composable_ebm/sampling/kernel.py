@@ -96,7 +96,8 @@ class Noise:
 
     def bits(self, probability: Tensor) -> Tensor:
         """1 with the given probabilities, (batch, *event), and 0 otherwise."""
-        return (self.uniforms(probability) < probability).to(probability.dtype)
+        u = self.uniforms(probability)
+        return torch.lt(u, probability, out=u)
 
     def binomial(self, count: Tensor, probability: Tensor) -> Tensor:
         """How many of `count` bits are 1, for `count` () or (batch,) and probabilities (batch, units)."""
@@ -108,7 +109,7 @@ class Noise:
             # A read of `count` would wait for the device; on a CPU single bits are the faster draw.
             if not n.is_cuda and bool((n == 1).all()):
                 u = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
-                blocks.append((u < p).to(p.dtype))
+                blocks.append(torch.lt(u, p, out=u))
             else:
                 blocks.append(torch.binomial(n.expand_as(p).contiguous(), p, generator=generator))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

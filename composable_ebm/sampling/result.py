@@ -65,7 +65,7 @@ def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
         leaves = potential.plan(x, potential.noise_level)
         coefficients = potential.coefficients
         if isinstance(composition, Sum):
-            own, blocks = composition._split(coefficients)
+            own, blocks = composition.split(coefficients)
             operands = list(composition.operands)
             weights = [own[..., i] for i in range(len(operands))]
         else:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from composable_ebm.energy import Energy
-from composable_ebm.sampling.block import Block, Rows, Sampler
+from composable_ebm.sampling.block import Block, Hold, Rows, Sampler
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.sample import calibrated_sampler, check_positive_term
 
 OnFrame = Callable[["Frame"], object]
 
-__all__ = ["Frame", "OnFrame", "Run", "Steering"]
+EARLY = 0.25
+"""Share of the time between two frames that one may come too soon, to keep the rate that was asked for."""
+
+__all__ = ["Frame", "OnFrame", "Request", "Run", "Steering"]
 
 
 class Frame(NamedTuple):
@@ -29,6 +33,8 @@ class Frame(NamedTuple):
         gradients: ∂E/∂x, (num_chains, *event).
         noise_level: Noise that the states carry on purpose, (), in data units, or None.
         alive: False for a chain that diverged and was frozen, (num_chains,).
+        composition: What the run follows at this step.
+        hold: The part of the states that is held with noise, if any is.
     """
 
     step: int
@@ -37,14 +43,17 @@ class Frame(NamedTuple):
     gradients: Tensor
     noise_level: Tensor | None
     alive: Tensor
+    composition: Energy
+    hold: Hold | None = None
 
     @property
     def denoised(self) -> Tensor:
         """The states less their noise: at noise level σ the mean of the clean states given the noisy
-        ones is x - σ² ∂E/∂x (Tweedie's formula)."""
+        ones is x - σ² ∂E/∂x (Tweedie's formula). What is held is as it was given."""
         if self.noise_level is None:
             return self.states
-        return self.states - self.noise_level.square() * self.gradients
+        x = self.states - self.noise_level.square() * self.gradients
+        return x if self.hold is None else self.hold.put(x, None)
 
 
 class Steering(NamedTuple):
@@ -53,6 +62,35 @@ class Steering(NamedTuple):
     energy: Energy
     sampler: Sampler | None
     schedule_steps: int | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a run is to be carried out; see `Engine.submit`.
+
+    Attributes:
+        total: Steps, warm-up included; None for a run without an end.
+    Raises:
+        ValueError: If a number makes no sense.
+    """
+
+    total: int | None
+    seed: int
+    num_warmup: int
+    on_divergence: str
+    frame_every: int
+    frames_per_second: float | None
+    steps_per_second: float | None
+    share: float
+    alone: bool
+
+    def __post_init__(self) -> None:
+        if self.frame_every < 1:
+            raise ValueError(f"`frame_every` must be at least 1, got {self.frame_every}.")
+        for name in ("frames_per_second", "steps_per_second", "share"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
 
 
 class Run:
@@ -65,38 +103,21 @@ class Run:
         cancelled: Whether it was told to end early.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        *,
-        calibrated: bool,
-        seed: int,
-        total: int | None,
-        num_warmup: int,
-        on_divergence: str,
-        frame_every: int,
-        frames_per_second: float | None,
-        wake: Callable[[], None],
-    ) -> None:
+    def __init__(self, block: Block, request: Request, *, calibrated: bool, wake: Callable[[], None]) -> None:
         self.composition = block.energy
         self.num_chains = block.size
         self.num_steps = 0
         self.cancelled = False
         # For the engine, whose thread alone touches the block.
         self.block = block
+        self.request = request
         self.calibrated = calibrated
-        self.seed = seed
-        self.total = total
-        self.num_warmup = num_warmup
-        self.on_divergence = on_divergence
         self.start = time.perf_counter()
         self.shared = False
-        self._frame_every = frame_every
-        self._seconds_per_frame = 1 / frames_per_second if frames_per_second else 0.0
         self._wake = wake
         self._changed = threading.Condition()
         self._frame: Frame | None = None
-        self._framed_at = 0.0
+        self._next_frame = 0.0
         self._wanted = False  # whether anyone looks at frames
         self._steering: Steering | None = None
         self._result: SampleResult | None = None
@@ -156,7 +177,8 @@ class Run:
             composition: On states of the same shape and data range.
             sampler: Goes on with this one, from the beginning of its schedule. Where that begins at
                 more noise than the states carry, noise is added to them: a stir, which lets chains
-                leave what the last composition held them to.
+                leave what the last composition held them to. Let it begin at the `noise_level` of the
+                last `frame` at least, since noise is never taken away.
             schedule_steps: Steps that its schedule takes; after them its last values stay. What is
                 left of the run unless given, or the calibrated number where the run has no end.
         Raises:
@@ -193,7 +215,15 @@ class Run:
         most as often as `frame_every` and `frames_per_second` of the request say. Closing the
         iterator leaves the run alone.
         """
-        self._wanted = True
+        self._wanted = True  # from now on, and not from the first frame asked for
+        return self._followed()
+
+    @property
+    def frame(self) -> Frame | None:
+        """The newest frame: the last one, or while the run goes on, one for those who look at `frames`."""
+        return self._frame
+
+    def _followed(self) -> Iterator[Frame]:
         frame: Frame | None = None
         while (frame := self._after(frame)) is not None:
             yield frame
@@ -225,7 +255,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all its steps are taken, or it was told to end."""
-        return self.cancelled or (self.total is not None and self.num_steps >= self.total)
+        total = self.request.total
+        return self.cancelled or (total is not None and self.num_steps >= total)
 
     def take_steering(self) -> Steering | None:
         """What it was told to follow since this was last asked."""
@@ -233,19 +264,32 @@ class Run:
             steering, self._steering = self._steering, None
         return steering
 
-    def show(self, rows: Callable[[], Rows]) -> None:
-        """Makes a frame if one is due."""
-        now = time.perf_counter()
-        due = self.num_steps % self._frame_every == 0 and now - self._framed_at >= self._seconds_per_frame
-        if not (self._wanted and (due or self.finished)):
-            return
-        (state, alive, *_), level = rows(), self.block.noise_level
+    @property
+    def wants_frame(self) -> bool:
+        """Whether a frame is due: the last one always is, also for those who look later."""
+        if self.finished:
+            return self._frame is None or self._frame.step != self.num_steps
+        is_time = time.perf_counter() >= self._next_frame - EARLY * self._seconds_per_frame
+        return self._wanted and self.num_steps % self.request.frame_every == 0 and is_time
+
+    def show(self, rows: Rows) -> None:
+        """Makes a frame of its chains."""
+        now, period, (state, alive, *_) = time.perf_counter(), self._seconds_per_frame, rows
+        # One that is late does not put off those after it.
+        self._next_frame = (self._next_frame if now < self._next_frame + period else now) + period
         # Later steps may write to the states.
         x, energy, gradient = (t.clone() for t in (state.x, state.energy, state.gradient))
-        frame = Frame(self.num_steps, x, energy, gradient, level, alive.clone())
+        block = self.block
+        frame = Frame(
+            self.num_steps, x, energy, gradient, block.carried, alive.clone(), block.energy, block.hold
+        )
         with self._changed:
-            self._frame, self._framed_at = frame, now
+            self._frame = frame
             self._changed.notify_all()
+
+    @property
+    def _seconds_per_frame(self) -> float:
+        return 1 / self.request.frames_per_second if self.request.frames_per_second else 0.0
 
     def end(self, result: SampleResult | None, error: BaseException | None = None) -> None:
         """Hands over the result, or the error."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy, Mixture, Not, Sum
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.block import Block, Rows, Sampler
+from composable_ebm.sampling.block import Block, Held, Rows, Sampler
 from composable_ebm.sampling.engine import Callback, Chain, divergence_of, evaluating, trace_of
 from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.sampling.kernel import Noise
@@ -43,6 +43,7 @@ def sample(
     generator: torch.Generator | None = None,
     coefficients: Tensor | None = None,
     mask: Tensor | None = None,
+    held: Held = "clean",
     num_warmup: int = 0,
     keep_every: int | None = None,
     callback: Callback | None = None,
@@ -69,6 +70,9 @@ def sample(
         coefficients: Replaces the coefficients of the composition, (n,) or (batch, n).
         mask: 1 where states may move and 0 where they are held at `init`; broadcasts over
             (batch, *event). Inpainting: the free part is sampled given the rest.
+        held: "clean": what is held is `init` throughout. "noisy": it carries the noise of the level,
+            one draw that fades with the schedule, as noise-conditioned energies expect it; once the
+            noise is gone it is `init` again. The free part starts at `init` as ever.
         num_warmup: Extra steps at the start in which a kernel with a `target_acceptance` adapts.
         keep_every: Keeps the states every so many steps in `trajectory`.
         callback: `callback(step, chain)` every `callback_every` steps, for live frames; the states
@@ -101,6 +105,7 @@ def sample(
         generator=generator,
         coefficients=coefficients,
         mask=mask,
+        held=held,
         num_warmup=num_warmup,
         on_divergence=on_divergence,
     )
@@ -114,6 +119,7 @@ def sample(
         num_steps=total,
         coefficients=coefficients,
         mask=asked.mask,
+        held=held,
         num_warmup=num_warmup,
         graphs=graphs.shared(asked.x.device),
     )
@@ -167,6 +173,7 @@ def prepare(
     generator: torch.Generator | None,
     coefficients: Tensor | None,
     mask: Tensor | None,
+    held: str,
     num_warmup: int,
     on_divergence: str,
     device: torch.device | None = None,
@@ -190,6 +197,10 @@ def prepare(
             raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
     if on_divergence not in ("raise", "report"):
         raise ValueError(f'`on_divergence` must be "raise" or "report", got {on_divergence!r}.')
+    if held not in ("clean", "noisy"):
+        raise ValueError(f'`held` must be "clean" or "noisy", got {held!r}.')
+    if held == "noisy" and (mask is None or not ((mask == 0) | (mask == 1)).all()):
+        raise ValueError('held="noisy" needs a `mask` of zeros and ones, which says what is held.')
     if mask is not None and init is None:
         raise ValueError("a `mask` holds part of given states: give them as `init`.")
     device = _device(energy, init, device)
@@ -343,7 +354,7 @@ def _total_weight(energy: Energy, coefficients: Tensor) -> float:
     """A bound on the gradient of a composition, in units of the gradient of one expert."""
     if not isinstance(energy, (Sum, Mixture, Not)):
         return 1.0
-    own, blocks = energy._split(coefficients)
+    own, blocks = energy.split(coefficients)
     bounds = [_total_weight(child, block) for child, block in zip(energy.operands, blocks, strict=True)]
     if not isinstance(energy, Sum):
         return max(bounds)
@@ -365,9 +376,9 @@ def check_positive_term(energy: Energy, coefficients: Tensor | None = None) -> N
     if coefficients.shape[-1:] != (energy.num_coefficients,):
         return  # refused, with its shape, once the batch is known
     if isinstance(energy, Mixture):
-        for component, block in zip(energy.operands, energy._split(coefficients)[1], strict=True):
+        for component, block in zip(energy.operands, energy.split(coefficients)[1], strict=True):
             check_positive_term(component, block)
-    if isinstance(energy, Sum) and not (energy._split(coefficients)[0] > 0).any(dim=-1).all():
+    if isinstance(energy, Sum) and not (energy.split(coefficients)[0] > 0).any(dim=-1).all():
         raise ValueError(
             f"{energy} has no term with a positive weight, so exp(-E) has no reason to be a density: "
             "add the expert to start from, e.g. base + ratio(a, b), or use ~a for a bounded NOT."

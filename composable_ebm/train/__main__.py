@@ -14,6 +14,8 @@ from composable_ebm.train.trainer import TrainingDivergedError, train
 USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ...
        composable-ebm train FOLDER [ATTRIBUTE] [--num-iterations N] ...   your own images"""
 
+PLACES = ("--models", "--runs", "--push-to-hub")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains the expert that a configuration describes, or one of a folder of images.
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags:
         config = _override(config, flags)
     try:
-        expert = train(config)
+        expert = train(config, arguments=_what_is_trained(arguments))
     except (TrainingDivergedError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -53,6 +55,19 @@ def _described(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         return read_config(arguments[0]), arguments[1:]
     named = arguments[1:2] if arguments[1:] and not arguments[1].startswith("-") else []
     return folder_config(arguments[0], *named), arguments[1 + len(named) :]
+
+
+def _what_is_trained(arguments: list[str]) -> list[str]:
+    """The arguments without those that only say where the expert goes."""
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, _ = argument.partition("=")
+        if flag.replace("_", "-") not in PLACES:
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)  # its value
+    return kept
 
 
 def _override(config: TrainConfig, arguments: list[str]) -> TrainConfig:

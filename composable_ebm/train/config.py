@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from composable_ebm.data import OF_ANY_SIZE, LabelledImages, load_data
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.kernel import Kernel
@@ -24,6 +25,7 @@ __all__ = [
     "Denoiser",
     "DiffusedEnergy",
     "DiffusedPatches",
+    "DiffusedWindows",
     "GenerationConfig",
     "OptimiserConfig",
     "TrainConfig",
@@ -41,12 +43,40 @@ class DataConfig:
         root: Folder of the data; searched for unless given.
         exclude: Combinations to hold out of training, such as "smile+glasses", where the data set
             knows how.
+        size: Height and width of the images in pixels, for data sets that can be had in several; 0
+            for the size that the data set has of itself.
+        between: Learns from the images between two values, too, which have no label because neither
+            would be right, such as strokes of middling thickness: they belong to p(x), and to no value
+            more than to another. Without them a ratio of values means nothing there.
+    Raises:
+        ValueError: If the data set has images of one size, or there can be none of that size.
     """
 
     name: str = "digits"
     attribute: str = ""
     root: str = ""
     exclude: tuple[str, ...] = ()
+    size: int = 0
+    between: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(f"`size` of the data must be at least 1 pixel, got {self.size}.")
+        if self.size and self.name not in OF_ANY_SIZE:
+            raise ValueError(
+                f"the images of {self.name!r} have one size; `size` is for {', '.join(OF_ANY_SIZE)}."
+            )
+
+    def load(self, split: str) -> LabelledImages:
+        """The images of a split, "train" or "validation", with labels for all that the data set knows."""
+        options: dict[str, object] = {}
+        if self.exclude:
+            options["exclude"] = self.exclude
+        if self.size:
+            options["size"] = self.size
+        if self.name == "folder":  # other columns of its table may hold anything
+            options["attributes"] = self.attribute.split("+") if self.attribute else ()
+        return load_data(self.name, split, self.root or None, **options)
 
 
 @dataclass(frozen=True)
@@ -79,6 +109,18 @@ class DiffusedPatches:
 
 
 @dataclass(frozen=True)
+class DiffusedWindows:
+    """Sizes of a `experts.windows.DiffusedWindows`."""
+
+    hidden: int = 128
+    blocks: int = 3
+    stride: int = 4
+    overlap: int = 2
+    components: int = 96
+    noise_range: tuple[float, ...] = (0.02, 10.0)
+
+
+@dataclass(frozen=True)
 class Denoiser:
     """Sizes of a `experts.denoiser.Denoiser`."""
 
@@ -94,6 +136,7 @@ class RBM:
     hidden: int = 500
     visible: str = "bits"
     scale: float = 1.0
+    learn_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,8 +178,8 @@ class GenerationConfig:
     step_size: float = 0.3
 
 
-Network = ConvEnergy | DiffusedEnergy | DiffusedPatches | Denoiser | RBM
-NOISE_CONDITIONED = (DiffusedEnergy, DiffusedPatches, Denoiser)
+Network = ConvEnergy | DiffusedEnergy | DiffusedPatches | DiffusedWindows | Denoiser | RBM
+NOISE_CONDITIONED = (DiffusedEnergy, DiffusedPatches, DiffusedWindows, Denoiser)
 
 AnyObjective = (
     ContrastiveDivergence
@@ -164,6 +207,8 @@ class TrainConfig:
         evaluate_every: Iterations between held-out metrics and sample grids.
         save_every: Iterations between checkpoints.
         mixed_precision: "no" or "bf16".
+        largest_gap: Energy gap, in nats either way, from which a training counts as diverged and goes back
+            to its last good state. Free energies of hundreds of reals need more than the default.
         accumulate: Batches whose gradients are summed into one optimiser step.
         cpu: Stays on the CPU.
         licence: Licence of the expert and its data.
@@ -195,6 +240,7 @@ class TrainConfig:
     evaluate_every: int = 250
     save_every: int = 250
     mixed_precision: str = "no"
+    largest_gap: float = 50.0
     accumulate: int = 1
     cpu: bool = False
     licence: str = ""
@@ -211,11 +257,16 @@ class TrainConfig:
         if not self._is_trainable():
             raise ValueError(
                 f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: "
-                "DenoisingScoreMatching needs a network over noise levels (DiffusedEnergy, DiffusedPatches "
-                "or Denoiser), RecoveryLikelihood one that is an energy (not a Denoiser), all others a "
-                "ConvEnergy; an RBM learns by ContrastiveDivergence."
+                "DenoisingScoreMatching needs a network over noise levels (DiffusedEnergy, DiffusedPatches, "
+                "DiffusedWindows or Denoiser), RecoveryLikelihood one that is an energy (not a Denoiser), "
+                "all others a ConvEnergy; an RBM learns by ContrastiveDivergence."
             )
         objective = self.objective
+        if self.data.between and not isinstance(objective, DenoisingScoreMatching):
+            raise ValueError(
+                f"{type(objective).__name__} needs a label for every image: leave `data.between` out, or "
+                "train by DenoisingScoreMatching."
+            )
         contrastive = objective if isinstance(objective, ContrastiveDivergence) else None
         if contrastive and self.binary and (contrastive.data_noise or contrastive.energy_l2):
             raise ValueError(
@@ -239,7 +290,8 @@ class TrainConfig:
 
         All others, such as the number of iterations or the learning rate, may change on the way.
         """
-        data = {name: getattr(self.data, name) for name in ("name", "attribute", "exclude")}
+        learned = ("name", "attribute", "exclude", "size", "between")
+        data = {name: getattr(self.data, name) for name in learned}
         network = {"type": type(self.network).__name__, **dataclasses.asdict(self.network)}
         parts = {"data": data, "network": network, "objective": {"type": type(self.objective).__name__}}
         return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}

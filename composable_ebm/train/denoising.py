@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.data.dataset import UNLABELLED
 from composable_ebm.train.objectives import Figures, Objective, Phase, Setting
 
 __all__ = ["DenoisingAtOneLevel", "DenoisingScoreMatching"]
@@ -129,7 +130,7 @@ class _DenoisingPhase(Phase):
         xi = torch.randn(x.shape, generator=self.generator, device=x.device)
         noisy = (x + sigma.reshape(-1, *[1] * (x.ndim - 1)) * xi).requires_grad_()
         outputs = model(noisy, sigma)
-        energy = outputs.gather(1, y[:, None])[:, 0]
+        energy = _energy_of(outputs, y)
         (gradient,) = torch.autograd.grad(energy.sum(), noisy, create_graph=True)
         denoised = noisy - sigma.square().reshape(-1, *[1] * (x.ndim - 1)) * gradient
         error = (denoised - x).square().flatten(1).mean(1) / network.denoiser_error(sigma)  # type: ignore[operator]
@@ -141,7 +142,7 @@ class _DenoisingPhase(Phase):
                 inside = (bucket == i).float()
                 figures[f"denoising_{i}"] = torch.stack([(error * inside).sum(), inside.sum()])
         if self.objective.classification and outputs.shape[1] > 1:
-            cross_entropy = F.cross_entropy(-outputs, y)
+            cross_entropy = _cross_entropy(outputs, y)
             loss = loss + self.objective.classification * cross_entropy
             figures["cross_entropy"] = cross_entropy.detach()
         return loss, {"loss": loss.detach(), **figures}
@@ -158,3 +159,16 @@ class _DenoisingPhase(Phase):
 
     def _draw(self, draw: Callable[..., Tensor], count: int, like: Tensor) -> Tensor:
         return draw((count,), generator=self.generator, device=like.device)
+
+
+def _energy_of(outputs: Tensor, y: Tensor) -> Tensor:
+    """E(x, y) of each row, (batch,), and E(x) = -log Σ_y exp(-E(x, y)) of rows between the values."""
+    known = outputs.gather(1, y.clamp(min=0)[:, None])[:, 0]
+    return torch.where(y == UNLABELLED, -torch.logsumexp(-outputs, dim=1), known)
+
+
+def _cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
+    """Mean of -log p(y | x); between the values of its mean over them, least where all are alike."""
+    log_p = torch.log_softmax(-outputs, dim=1)
+    known = log_p.gather(1, y.clamp(min=0)[:, None])[:, 0]
+    return -torch.where(y == UNLABELLED, log_p.mean(1), known).mean()

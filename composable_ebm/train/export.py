@@ -160,11 +160,7 @@ def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledIm
     """Writes the expert with the energies of its own samples, its metrics and its training curve."""
     curve = config.run_folder / METRICS
     card = expert.card
-    training = {
-        "command": f"accelerate launch -m composable_ebm.train configs/{card.full_name}.toml",
-        "machine": _machine(next(expert.network.parameters()).device),
-        **facts,
-    }
+    training = {"machine": _machine(next(expert.network.parameters()).device), **facts}
     card = replace(calibrated(expert, data), training=training)
     card = save_expert(config.model_folder, expert.network, card, half=config.half)
     if curve.exists():

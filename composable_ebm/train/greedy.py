@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from composable_ebm.data import LabelledImages, load_data
+from composable_ebm.data import LabelledImages
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.rbm import RBM
 from composable_ebm.train.config import TrainConfig
@@ -50,8 +50,8 @@ def train_layers(
     """
     if not configs:
         return list(below)
-    name, root = configs[0].data.name, configs[0].data.root or None
-    data = data or (load_data(name, "train", root), load_data(name, "validation", root))
+    seen = configs[0].data
+    data = data or (seen.load("train"), seen.load("validation"))
     layers: list[Expert] = []
     for expert in below:
         layers.append(expert)

@@ -150,13 +150,15 @@ class ContrastiveDivergence(Objective):
         all_pos, all_neg = outputs.split([len(positives), len(negatives)])
         e_pos = all_pos.gather(1, y_pos[:, None])[:, 0]
         e_neg = all_neg.gather(1, y_neg[:, None])[:, 0]
-        squares = e_pos.square().mean() + e_neg.square().mean()
-        loss = e_pos.mean() - e_neg.mean() + self.energy_l2 * squares
+        positive, negative = e_pos.mean(), e_neg.mean()
+        loss = positive - negative
         parts = {
-            "energy_positive": e_pos.detach().mean(),
-            "energy_negative": e_neg.detach().mean(),
-            "energy_gap": e_neg.detach().mean() - e_pos.detach().mean(),
+            "energy_positive": positive.detach(),
+            "energy_negative": negative.detach(),
+            "energy_gap": -loss.detach(),
         }
+        if self.energy_l2:
+            loss = loss + self.energy_l2 * (e_pos.square().mean() + e_neg.square().mean())
         if self.classification and outputs.shape[1] > 1:
             cross_entropy = F.cross_entropy(-all_pos, y_pos)
             loss = loss + self.classification * cross_entropy

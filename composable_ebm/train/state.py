@@ -92,15 +92,15 @@ def check_identity(path: Path, stored: Mapping, wanted: Mapping) -> None:
 
     Args:
         path: The checkpoint.
-        stored: `TrainConfig.identity` of the training that wrote it; empty if it did not say.
+        stored: `TrainConfig.identity` of the training that wrote it; what it does not say may be anything.
         wanted: That of the training that would go on from it.
     Raises:
         ValueError: If they differ; the message says where.
     """
     plain = json.loads(json.dumps(wanted))
-    differing = [name for name in plain if stored and stored.get(name) != plain[name]]
+    differing = [name for name in plain if name in stored and stored[name] != plain[name]]
     if differing:
-        settings = ", ".join(f"{n} = {stored.get(n)!r} (now {plain[n]!r})" for n in differing)
+        settings = ", ".join(f"{n} = {stored[n]!r} (now {plain[n]!r})" for n in differing)
         raise ValueError(
             f"cannot resume from {path}: it was trained with {settings}. Put that back to go on, or start "
             f"anew: delete {path.parent}, or give another `runs` or `name`."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,25 +17,22 @@ from composable_ebm.experts.card import Card
 from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.library import Library
 
-from . import factors, look, render, starts, state
-from .explore import Axis
+from . import look, render, starts, state
+from .answers import Answers, about, axes_of, first_recipe, opening, steps_of
 from .guard import Guard
 from .live import STIR
-from .palette import cannot, palette
-from .runs import FAILURES, Runs, sentences, understood
-from .state import Limits, Request
-from .trust import doubts
+from .palette import cannot
+from .runs import Runs
+from .state import Limits
 
 CSS = Path(__file__).with_name("page.css")
 SCRIPT = Path(__file__).with_name("page.js")
 
-_NOTHING_ON = "Turn on at least one expert."
 # Where a page is not served over https or to the same machine, browsers offer no clipboard.
 _COPY = """(text) => {
     if (!navigator.clipboard) { window.prompt("Copy this:", text); return; }
     navigator.clipboard.writeText(text);
 }"""
-_NO_EXPERTS = "There are no experts here. Train one, or name a folder of them in COMPOSABLE_EBM_MODELS."
 
 # Gradio keeps a quarter of a megabyte for each visitor who was ever here, up to this many.
 _SESSIONS = 200
@@ -148,7 +146,7 @@ def build(limits: Limits, device: torch.device | str = "cpu") -> gr.Blocks:
     library = Library(device)
     runs = Runs(library, limits)
     known, damaged = cards()
-    first = _first(known)
+    first = first_recipe(known)
     runs.warm_up(first)  # before the first visitor comes
     with gr.Blocks(title="Composable energies", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>Composable energies</h1>", elem_classes="title")
@@ -161,18 +159,8 @@ def build(limits: Limits, device: torch.device | str = "cpu") -> gr.Blocks:
         gr.api(runs.sample, api_name="sample", concurrency_id="sampler", concurrency_limit=1)
         gr.api(runs.experts, api_name="experts", queue=False)
         gr.api(runs.running, api_name="running", queue=False)
+    weakref.finalize(page, runs.close)
     return page
-
-
-def _first(known: dict[str, Card]) -> str:
-    rows = state.rows(known)
-    return state.compose(rows, state.defaults(rows), rows[0].family) if rows else ""
-
-
-def _opening(known: dict[str, Card]) -> str:
-    """The palette as a visitor finds it."""
-    rows = state.rows(known)
-    return palette(rows, state.defaults(rows), rows[0].family) if rows else ""
 
 
 def _unseen(label: str, name: str = "") -> gr.Textbox:
@@ -182,15 +170,15 @@ def _unseen(label: str, name: str = "") -> gr.Textbox:
 
 def _controls(known: dict[str, Card], damaged: dict[str, str], first: str, limits: Limits) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    made["palette"] = gr.HTML(_opening(known), elem_id="palette")
+    made["palette"] = gr.HTML(opening(known), elem_id="palette")
     made["recipe"] = gr.Textbox(first, label="Recipe", lines=1, max_lines=4, elem_id="recipe")
-    made["problem"] = gr.HTML(_about(known, damaged), elem_classes="notes")
+    made["problem"] = gr.HTML(about(known, damaged), elem_classes="notes")
     with gr.Row(elem_classes="numbers"):
         made["num_chains"] = gr.Slider(
             1, limits.max_chains, min(16, limits.max_chains), step=1, label="Samples", buttons=[]
         )
         made["num_steps"] = gr.Slider(
-            1, limits.max_steps, _steps(known, first, limits), step=1, label="Steps", buttons=[]
+            1, limits.max_steps, steps_of(known, first, limits), step=1, label="Steps", buttons=[]
         )
     with gr.Row(elem_classes="seed"):
         made["seed"] = gr.Number(
@@ -213,7 +201,9 @@ def _controls(known: dict[str, Card], damaged: dict[str, str], first: str, limit
 
 def _results(known: dict[str, Card]) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    lowest = 0 if "ratio(" in _first(known) else 1  # without a base, something must hold each cell together
+    lowest = (
+        0 if "ratio(" in first_recipe(known) else 1
+    )  # without a base, something must hold each cell together
     made["picture"] = gr.HTML(render.placeholder(), elem_id="picture")
     with gr.Tabs(elem_classes="more"):
         with gr.Tab("Why"):
@@ -271,137 +261,32 @@ def _wire(page: gr.Blocks, at: _Parts, runs: Runs, library: Library, limits: Lim
     text = [at.chosen, at.answered, at.recipe]
     numbers = [at.num_chains, at.num_steps, at.seed]
     shown = [at.picture, at.terms, at.report, at.problem, at.play, at.sample, at.stop, at.grid, at.strip]
-
-    def asked(chosen: Any, answered: Any, recipe: Any, *counts: Any) -> Request:
-        wanted = state.wanted(state.rows(cards()[0]), chosen, answered, recipe)
-        return state.clamped(wanted, *counts, limits)
-
-    built = cards()
-
-    def open_page() -> tuple:
-        known, damaged = now = cards()
-        axes = _axes_of(_first(known))
-        if now == built:  # nothing came or went: what a quick visitor has moved already stays
-            return *[gr.skip()] * 4, *axes
-        return _opening(known), _first(known), _about(known, damaged), cannot(known), *axes
-
-    def compose(chosen: str, recipe: str, request: gr.Request) -> tuple:
-        known = cards()[0]
-        rows = state.rows(known)
-        try:
-            family, choices = state.chosen(rows, chosen)
-        except ValueError as error:
-            return gr.skip(), chosen, gr.skip(), render.note(sentences(error))
-        made = state.compose(rows, choices, family)
-        steps = state.moved_to(chosen)
-        runs.steer(made, request.session_hash or "")
-        said = gr.skip() if made != recipe else read(made, request)
-        return made, chosen, (_steps(known, made, limits) if steps else gr.skip()), said
-
-    def read(recipe: str, request: gr.Request) -> str:
-        if not recipe:
-            return render.note(_NOTHING_ON)
-        try:
-            energy = understood(recipe, library)
-            said = doubts(energy)
-        except FAILURES as error:
-            return render.note(sentences(error))
-        runs.steer(recipe, request.session_hash or "")
-        return render.note(" ".join(said), problem=False)
-
-    def watch(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any) -> Iterator[tuple]:
-        *counts, start, level = rest
-        yield from runs.watch(
-            asked(chosen, answered, recipe, *counts), request.session_hash or "", start, level
-        )
-
-    def play(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any) -> Iterator[tuple]:
-        *counts, start, level = rest
-        yield from runs.play(
-            asked(chosen, answered, recipe, *counts), request.session_hash or "", start, level
-        )
-
-    def alone(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *counts: Any) -> Iterator[tuple]:
-        yield from runs.strip(asked(chosen, answered, recipe, *counts), request.session_hash or "")
-
-    def draw(chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any) -> Iterator[tuple]:
-        *counts, across, low, high, up, lowest, highest, cells = rest
-        yield from runs.grid(
-            asked(chosen, answered, recipe, *counts),
-            lambda: (_axis_of(across, low, high, cells), _axis_of(up, lowest, highest, cells)),
-            request.session_hash or "",
-        )
-
-    def follow(recipe: str) -> Any:
-        """The palette that describes a recipe, if any does."""
-        rows = state.rows(cards()[0])
-        found = state.decompose(rows, recipe)
-        if found is None:
-            return gr.skip()
-        return palette(rows, found[1], found[0], secrets.token_hex(4))
-
-    def restore(texts: str) -> list:
-        try:
-            found = state.restored(texts, limits)
-            understood(found.recipe, library)
-        except FAILURES as error:
-            return [render.note(sentences(error)), *[gr.skip()] * 5]
-        counts = [found.num_chains, found.num_steps, found.seed]
-        return ["", follow(found.recipe), found.recipe, *counts]
-
-    def heat(sent: str, chosen: Any, answered: Any, recipe: Any) -> str:
-        if not sent:
-            return ""
-        try:
-            wanted = state.wanted(state.rows(cards()[0]), chosen, answered, recipe)
-            return look.heat_map(sent, understood(wanted, library))
-        except FAILURES as error:
-            return render.note(sentences(error))
-
-    def example(recipe: str) -> tuple:
-        try:
-            energy = understood(recipe, library)
-            family = factors.factors(recipe)[0].name.split("/")[0]
-            index = secrets.randbelow(10**6)
-            picture, described = starts.from_data(family, index, energy.event_shape)
-        except FAILURES as error:
-            return gr.skip(), render.note(sentences(error))
-        return render.example(picture, described), ""
-
-    def film(kind: str) -> Callable:
-        def save(looked: str, request: gr.Request) -> str:
-            try:
-                return runs.film(look.chain_of(looked), kind, request.session_hash or "")
-            except FAILURES as error:
-                return render.note(sentences(error))
-
-        return save
+    answers = Answers(runs, library, limits)
 
     page.load(None, None, None, js=SCRIPT.read_text())
-    page.load(
-        open_page, None, [at.palette, at.recipe, at.problem, at.cannot, at.axes[0], at.axes[3]], **quick
-    )
+    opened = [at.palette, at.recipe, at.problem, at.cannot, at.axes[0], at.axes[3]]
+    page.load(answers.open_page, None, opened, **quick)
     at.chosen.change(
-        compose,
+        answers.compose,
         [at.chosen, at.recipe],
         [at.recipe, at.answered, at.num_steps, at.problem],
         trigger_mode="always_last",
         **quick,
     )
     # Not `input`, which a text box sends for typing alone: recipes are pasted too.
-    at.recipe.change(read, at.recipe, at.problem, trigger_mode="always_last", **quick)
-    at.recipe.change(_axes_of, at.recipe, [at.axes[0], at.axes[3]], trigger_mode="always_last", **quick)
-    at.recipe.submit(follow, at.recipe, at.palette, **quick)
-    at.dropped.change(restore, at.dropped, [at.problem, at.palette, at.recipe, *numbers], **quick)
+    at.recipe.change(answers.read, at.recipe, at.problem, trigger_mode="always_last", **quick)
+    at.recipe.change(axes_of, at.recipe, [at.axes[0], at.axes[3]], trigger_mode="always_last", **quick)
+    at.recipe.submit(answers.follow, at.recipe, at.palette, **quick)
+    at.dropped.change(answers.restore, at.dropped, [at.problem, at.palette, at.recipe, *numbers], **quick)
     at.dice.click(lambda: secrets.randbelow(10**6), None, at.seed, **quick)
     at.stop.click(runs.stop, None, None, **quick)
-    at.look.change(heat, [at.look, *text], at.heat, trigger_mode="always_last", **quick)
-    at.example.click(example, at.recipe, [at.example_picture, at.problem], **quick)
+    at.look.change(answers.heat, [at.look, *text], at.heat, trigger_mode="always_last", **quick)
+    at.example.click(answers.example, at.recipe, [at.example_picture, at.problem], **quick)
     for button, kind in zip(at.films, ("gif", "webp"), strict=True):
-        button.click(film(kind), at.look, at.film, **quick)
+        button.click(answers.film(kind), at.look, at.film, **quick)
     for button, write in at.copies.items():
         button.click(
-            lambda *values, write=write: write(asked(*values)), [*text, *numbers], at.copied, **quick
+            lambda *values, write=write: write(answers.asked(*values)), [*text, *numbers], at.copied, **quick
         ).then(None, at.copied, None, js=_COPY)
 
     def runs_as(event: Callable, function: Callable, inputs: list, **queue: Any) -> None:
@@ -412,33 +297,8 @@ def _wire(page: gr.Blocks, at: _Parts, runs: Runs, library: Library, limits: Lim
     one = {"concurrency_id": "sampler", "concurrency_limit": 1}
     begun = [*text, *numbers, at.start, at.level]
     for event in (at.sample.click, at.recipe.submit):
-        runs_as(event, watch, begun, **one)
-    runs_as(at.play.click, play, begun, concurrency_id="live", concurrency_limit=limits.max_players)
-    runs_as(at.alone.click, alone, [*text, *numbers], **one)
-    runs_as(at.draw.click, draw, [*text, *numbers, *at.axes], **one)
+        runs_as(event, answers.watch, begun, **one)
+    runs_as(at.play.click, answers.play, begun, concurrency_id="live", concurrency_limit=limits.max_players)
+    runs_as(at.alone.click, answers.alone, [*text, *numbers], **one)
+    runs_as(at.draw.click, answers.draw, [*text, *numbers, *at.axes], **one)
     page.unload(runs.leave)
-
-
-def _steps(known: dict[str, Card], recipe: str, limits: Limits) -> int:
-    """The steps that the experts of a recipe were calibrated with."""
-    named = [each.name.split("/")[0] for each in factors.factors(recipe)]
-    steps = state.steps(known).get(named[0] if named else "", state.DEFAULT_STEPS)
-    return min(steps, limits.max_steps)
-
-
-def _axes_of(recipe: str) -> tuple:
-    """The experts whose weights a grid may run over: two choices of axis."""
-    named = list(dict.fromkeys(each.expert for each in factors.factors(recipe)))
-    movable = named[1:] if len(named) > 2 else named
-    across, up = (movable[i] if i < len(movable) else None for i in range(2))
-    return gr.Dropdown(named, value=across), gr.Dropdown(named, value=up)
-
-
-def _axis_of(expert: Any, low: Any, high: Any, count: Any) -> Axis:
-    low, high = (state.clamp(value, -state.MAX_WEIGHT, state.MAX_WEIGHT, 0.0) for value in (low, high))
-    return Axis(str(expert or ""), low, high, int(state.clamp(count, 2, 8, 5)))
-
-
-def _about(known: dict[str, Card], damaged: dict[str, str]) -> str:
-    problems = [*([] if known else [_NO_EXPERTS]), *(f"{n} is damaged: {why}" for n, why in damaged.items())]
-    return render.note("\n".join(problems))

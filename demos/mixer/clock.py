@@ -1,11 +1,9 @@
-"""When the next frame of running chains is due."""
+"""How often running chains step and are shown."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
 
 import torch
 
@@ -17,16 +15,24 @@ __all__ = ["FRAMES_PER_SECOND", "FrameClock"]
 
 
 class FrameClock:
-    """Paces frames: as many as can be seen, no more.
+    """Says how many frames are wanted, as many as can be seen, and counts those that came.
 
     Args:
         device: Where the chains run.
+    Attributes:
+        frames: How many came.
+        frames_per_second: Most that are wanted.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.frames = 0
-        self.wanted = FRAMES_PER_SECOND if torch.device(device).type == "cpu" else ACCELERATED
-        self._times: deque[float] = deque([time.perf_counter()], maxlen=self.wanted + 1)
+        self.frames_per_second = FRAMES_PER_SECOND if torch.device(device).type == "cpu" else ACCELERATED
+        self._times: deque[float] = deque([time.perf_counter()], maxlen=self.frames_per_second + 1)
+
+    @property
+    def steps_per_second(self) -> int:
+        """Most steps that are wanted."""
+        return STEPS_PER_FRAME * self.frames_per_second
 
     @property
     def rate(self) -> float:
@@ -34,15 +40,7 @@ class FrameClock:
         passed = self._times[-1] - self._times[0]
         return (len(self._times) - 1) / passed if passed else 0.0
 
-    def fill(self, step: Callable[[], None]) -> None:
-        """Takes the steps of one frame: one at least, no more than there is time for."""
-        for _ in range(STEPS_PER_FRAME):
-            step()
-            if time.perf_counter() - self._times[-1] > 0.5 / self.wanted:
-                break
+    def tick(self) -> None:
+        """Counts a frame."""
         self.frames += 1
-
-    def wait(self, stop: threading.Event) -> None:
-        """Until the next frame is due."""
-        stop.wait(max(0.0, self._times[-1] + 1 / self.wanted - time.perf_counter()))
         self._times.append(time.perf_counter())

@@ -6,10 +6,8 @@ between two pictures is what was asked for, and not chance.
 
 from __future__ import annotations
 
-import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,18 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composable_ebm import Annealed, Chain, Energy, parse, sample
-from composable_ebm.sampling.kernel import Dynamics, Noise
-from composable_ebm.sampling.sample import calibrated_sampler, check_positive_term, initial_states
+from composable_ebm import Energy, Frame, Run, parse
 
-from .factors import Factor, alone, find, with_weights
+from .factors import alone, find, with_weights
 from .labelled import labelled_grid
+from .live import Submit
 from .state import MAX_WEIGHT
-from .stream import denoised
 
 MAX_VALUES = 12  # along an axis
 MAX_CHAINS = 256
-_SECONDS_PER_FRAME = 0.2
+FRAMES_PER_SECOND = 5
 
 __all__ = ["Axis", "GridFrame", "Strip", "strip", "weight_grid"]
 
@@ -101,26 +97,26 @@ def weight_grid(
     horizontal: Axis,
     vertical: Axis,
     library: Mapping[str, Energy],
+    submit: Submit,
     *,
     num_chains_per_cell: int = 1,
     num_steps: int | None = None,
     seed: int = 0,
-    stop: threading.Event | None = None,
 ) -> Iterator[GridFrame]:
     """Samples at all pairs of two weights, as one labelled picture that fills while one looks on.
 
-    All cells run as one batch. Each starts from the same noise and takes steps of the size that was
-    calibrated for its weights, so that a cell shows what `sample` gives for its recipe.
+    Each cell is a run from the same noise, so that it shows what `sample` gives for its recipe; they
+    run as one batch, and share the time of one run.
 
     Args:
         recipe: A recipe that names both experts.
         horizontal: Weights from left to right.
         vertical: Weights from the bottom up.
         library: What names mean, as in `parse`.
+        submit: Begins the runs. When they are cancelled, the last frame shows what was reached.
         num_chains_per_cell: Pictures in each cell.
         num_steps: Steps of the sampler; what the experts were calibrated with unless given.
         seed: Seeds the noise.
-        stop: Ends the run at its next step when set; the last frame then shows what was reached.
     Yields:
         A frame now and then, the last of them with `done`.
     Raises:
@@ -137,129 +133,73 @@ def weight_grid(
         )
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"`num_steps` of a grid must be at least 1, got {num_steps}.")
-    energy, coefficients = _coefficients(recipe, factors, cells, library)
-    check_positive_term(energy, coefficients)
-    chain, total = _chain(energy, coefficients, num_chains_per_cell, num_steps, seed)
+    recipes = [with_weights(recipe, dict(zip(factors, cell, strict=True))) for cell in cells]
+    energies = [parse(text, library) for text in recipes]
     names = [factor.label for factor in factors]
     axes = (horizontal.values, vertical.values)
-    shown = -math.inf
-    while True:
-        done = chain.num_steps == total or (stop is not None and stop.is_set())
-        if done or time.perf_counter() - shown >= _SECONDS_PER_FRAME:
-            states = chain.x if chain.num_steps == total else denoised(chain)
-            lost = chain.divergence().chains
-            picture = labelled_grid(states, lost, energy.data_range, names, axes)
-            yield GridFrame(picture, done, chain.num_steps)
-            shown = time.perf_counter()
-        if done:
-            return
-        chain.advance(1)
+
+    def drawn(frames: Sequence[Frame], done: bool) -> GridFrame:
+        states = torch.cat([frame.denoised for frame in frames])
+        lost = torch.cat([~frame.alive for frame in frames])
+        picture = labelled_grid(states, lost, energies[0].data_range, names, axes)
+        return GridFrame(picture, done, frames[0].step)
+
+    with _together(submit, energies, num_chains_per_cell, num_steps, seed) as runs:
+        for _ in runs[0].frames():
+            frames = [run.frame for run in runs if run.frame is not None]
+            if len(frames) == len(runs):
+                yield drawn(frames, done=False)
+        for run in runs:
+            run.result()
+        yield drawn([run.frame for run in runs if run.frame is not None], done=True)
 
 
 def strip(
     recipe: str,
     library: Mapping[str, Energy],
+    submit: Submit,
     seed: int = 0,
     num_steps: int | None = None,
-    stop: threading.Event | None = None,
 ) -> Strip:
     """The mix and each of its experts alone, from the same noise, beside p(x) where the recipe has it.
 
     Args:
         recipe: A recipe.
         library: What names mean, as in `parse`.
+        submit: Begins the runs. When they are cancelled, the strip shows what was reached.
         seed: Seeds the noise of each.
         num_steps: Steps of the sampler; what the experts were calibrated with unless given.
-        stop: Ends the run at its next step when set; the strip is then shorter.
     Raises:
         ValueError: If the recipe cannot be read or sampled.
     """
     parse(recipe, library)
     wanted = [("mix", recipe), *alone(recipe, library)]
-    samples: list[Tensor] = []
-    for _, text in wanted:
-        result = sample(
-            parse(text, library),
-            num_chains=1,
-            num_steps=num_steps,
-            seed=seed,
-            callback=lambda step, chain: stop is not None and stop.is_set(),
-            on_divergence="report",
-        )
-        samples.append(result.samples)
-        if stop is not None and stop.is_set():
-            break
-    made = wanted[: len(samples)]
-    return Strip([label for label, _ in made], torch.cat(samples), [text for _, text in made])
+    energies = [parse(text, library) for _, text in wanted]
+    with _together(submit, energies, 1, num_steps, seed) as runs:
+        samples = torch.cat([run.result().samples for run in runs])
+    return Strip([label for label, _ in wanted], samples, [text for _, text in wanted])
 
 
-def _coefficients(
-    recipe: str,
-    factors: Sequence[Factor],
-    cells: Sequence[tuple[float, float]],
-    library: Mapping[str, Energy],
-) -> tuple[Energy, Tensor]:
-    """The recipe, and its coefficients in each cell, (cells, n).
-
-    A coefficient is a polynomial of the two weights, c = a + b u + d v + e u v: where one expert is
-    divided by another, both of their coefficients move. Four recipes tell it.
-    """
-    probes = [(u, v) for u in (1.25, 2.75) for v in (1.25, 2.75)]
-    parsed = [
-        parse(with_weights(recipe, dict(zip(factors, probe, strict=True))), library) for probe in probes
-    ]
-    energy = parsed[0]
-    if len({each.num_coefficients for each in parsed}) > 1:
-        raise ValueError(f"the weights of {recipe} cannot be moved; write each expert once.")
-    parts = torch.linalg.solve(_monomials(probes), torch.stack([each.coefficients for each in parsed]))
-    return energy, _monomials(cells) @ parts
-
-
-def _monomials(pairs: Sequence[tuple[float, float]]) -> Tensor:
-    return torch.tensor([[1, u, v, u * v] for u, v in pairs], dtype=torch.float64)
-
-
-def _chain(
-    energy: Energy, coefficients: Tensor, num_chains: int, num_steps: int | None, seed: int
-) -> tuple[Chain, int]:
-    """Chains of all cells, `num_chains` of each, and how many steps they take."""
-    samplers = [calibrated_sampler(energy, row) for row in coefficients]
-    sampler, calibrated_steps = samplers[0]
-    total = calibrated_steps if num_steps is None else num_steps
-    device = next(energy.parameters(), torch.empty(0)).device
-    generator = torch.Generator(device).manual_seed(seed)
-    x = initial_states(energy, num_chains, None, generator, device)
-    if isinstance(sampler, Annealed) and sampler.schedule.noise_level is not None:
-        level = sampler.schedule.noise_level(0.0)
-        x = level * torch.randn(x.shape, generator=generator, device=device)
-    count = len(coefficients)
-    chain = Chain(
-        energy,
-        x.repeat(count, *[1] * (x.ndim - 1)),
-        sampler,
-        _SharedNoise(generator, num_chains),
-        num_steps=total,
-        coefficients=coefficients.repeat_interleave(num_chains, 0),
-        record=False,
-    )
-    kernels = [each.kernel if isinstance(each, Annealed) else each for each, _ in samplers]
-    dynamics = [kernel.dynamics(x) for kernel in kernels]
-    chain.dynamics = Dynamics(
-        *(
-            None if values[0] is None else torch.stack(values).repeat_interleave(num_chains)
-            for values in zip(*dynamics, strict=True)
-        )  # type: ignore[arg-type]
-    )
-    return chain, total
-
-
-class _SharedNoise(Noise):
-    """The same draws for every block of `num_rows` rows."""
-
-    def __init__(self, generator: torch.Generator, num_rows: int) -> None:
-        super().__init__((generator, num_rows))
-        self.num_rows = num_rows
-
-    def _draw(self, draw: Callable[..., Tensor], event: Sequence[int], like: Tensor) -> Tensor:
-        block = super()._draw(draw, event, like)
-        return block.repeat(len(like) // self.num_rows, *[1] * (block.ndim - 1))
+@contextmanager
+def _together(
+    submit: Submit, energies: Sequence[Energy], num_chains: int, num_steps: int | None, seed: int
+) -> Iterator[list[Run]]:
+    """A run of each energy, all from the same noise, that share the time of one run."""
+    runs: list[Run] = []
+    try:
+        for energy in energies:
+            run = submit(
+                energy,
+                num_chains,
+                "calibrated" if num_steps is None else num_steps,
+                seed,
+                frames_per_second=FRAMES_PER_SECOND,
+                share=1 / len(energies),
+                on_divergence="report",
+            )
+            run.frames()  # somebody looks on
+            runs.append(run)
+        yield runs
+    finally:
+        for run in runs:
+            run.cancel()

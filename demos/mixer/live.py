@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from composable_ebm import Annealed, Chain, Energy
+from composable_ebm import Annealed, Energy, Run
 from composable_ebm.energy import Sum
-from composable_ebm.sampling.fusion import fuse
-from composable_ebm.sampling.kernel import Noise
+from composable_ebm.sampling.block import Sampler
 from composable_ebm.sampling.sample import calibrated_sampler, check_positive_term, initial_states
-from composable_ebm.schedules import Curve, Schedule, constant
-
-from .stream import denoised
+from composable_ebm.schedules import Curve, Schedule
 
 # Noise levels in data units, for energies that know them. At HOLD details move and things keep their
 # place. From STIR down glasses come and go in a dozen steps, while hair and skin mostly stay; from 0.8
@@ -23,7 +20,10 @@ from .stream import denoised
 HOLD, NUDGE, STIR = 0.2, 1.0, 2.0
 START_STEPS, STIR_STEPS = 24, 16
 
-__all__ = ["Held", "Live", "Start"]
+Submit = Callable[..., Run]
+"""`Engine.submit`, or what does the same."""
+
+__all__ = ["Live", "Start", "Submit", "check"]
 
 
 class Start(NamedTuple):
@@ -41,45 +41,6 @@ class Start(NamedTuple):
     level: float = STIR
 
 
-class Held(Energy):
-    """An energy of the free part of states, given the rest: inpainting.
-
-    The held part is the picture with the noise that the level asks for, the same noise at every level,
-
-        x' = m x + (1 - m) (x₀ + σ ε),      E_held(x, σ) = E(x', σ),
-
-    so that the energy always sees states that look like its data at that level.
-
-    Args:
-        energy: The energy of whole states.
-        picture: x₀, of the event's shape.
-        mask: m, broadcasting over it.
-        noise: ε, (batch, *event).
-    Reference:
-        Song et al. (2021), arXiv 2011.13456, appendix I.2, for held parts that carry the level's noise.
-    """
-
-    def __init__(self, energy: Energy, picture: Tensor, mask: Tensor, noise: Tensor) -> None:
-        super().__init__()
-        self.whole = energy
-        self.picture, self.mask, self.noise = picture, mask, noise
-        self.event_shape, self.data_range = energy.event_shape, energy.data_range
-        self.noise_conditioned = energy.noise_conditioned
-        self.plan = fuse(energy, stack=picture.device.type != "cpu")
-
-    def states(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        """x', the states with the held part in place."""
-        level = 0.0 if noise_level is None else noise_level.reshape(-1, *[1] * self.picture.ndim)
-        return self.mask * x + (1 - self.mask) * (self.picture + level * self.noise)
-
-    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        leaves = self.plan(self.states(x, noise_level), noise_level)
-        return self.whole.combine(leaves, self.whole.coefficients.to(x))
-
-    def __str__(self) -> str:
-        return str(self.whole)
-
-
 class Live:
     """Running chains of a recipe that may change while they run.
 
@@ -89,129 +50,123 @@ class Live:
     with the kernel that they were calibrated with, unannealed.
 
     Args:
+        submit: Begins their run.
         energy: What to sample from.
         num_chains: How many chains.
         seed: Seeds their noise.
-        device: Where they run.
         start: What they start from; noise unless given.
+        num_steps: How many steps they take; no end unless given.
+        frames_per_second: Most frames a second.
+        steps_per_second: Most steps a second.
     Attributes:
-        energy: What they sample from now.
-        num_steps: Steps taken since they began.
+        energy: What they were last told to follow.
+        run: Their run.
     Raises:
         ValueError: If the energy cannot be sampled.
     """
 
     def __init__(
         self,
+        submit: Submit,
         energy: Energy,
         num_chains: int,
         seed: int,
-        device: torch.device | str = "cpu",
+        *,
         start: Start | None = None,
+        num_steps: int | None = None,
+        frames_per_second: float | None = None,
+        steps_per_second: float | None = None,
     ) -> None:
-        device = torch.device(device)
-        self._generator = torch.Generator(device).manual_seed(seed)
-        self._noise = Noise((self._generator, num_chains))
         self.energy = energy
-        self.num_steps = 0
-        self._prepare()
-        x = initial_states(energy, num_chains, None, self._generator, device)
-        self._hold = None
+        self._level = _start_level(energy)
+        init, mask = None, None
         if start is not None:
-            picture = start.picture.to(x)
-            if start.mask is not None:
-                self._hold = (picture, start.mask.to(x), self._noise.normal(x))
-            else:
-                x = picture.expand_as(x).clone()
-        if self._start_level is None:
-            self.chain = self._steady(x)
-        elif start is None or start.mask is not None:
-            x = self._start_level * self._noise.normal(x)
-            self.chain = self._annealing(x, self._start_level, START_STEPS)
-        else:
-            level = min(max(start.level, HOLD), self._start_level)
-            self.chain = self._annealing(x + level * self._noise.normal(x), level, START_STEPS)
-
-    @property
-    def picture(self) -> Tensor:
-        """What the chains look like, (num_chains, *event)."""
-        picture = denoised(self.chain)
-        return picture if self._held is None else self._held.states(picture)
-
-    @property
-    def states(self) -> Tensor:
-        """Where the chains are, with the noise that they carry, (num_chains, *event)."""
-        return self.chain.x if self._held is None else self._held.states(self.chain.x, self.noise_level)
-
-    @property
-    def _held(self) -> Held | None:
-        return self.chain.energy if isinstance(self.chain.energy, Held) else None
-
-    @property
-    def noise_level(self) -> Tensor | None:
-        """The noise that the states carry on purpose, or None."""
-        return self.chain.potential.noise_level
+            if self._level is not None and start.mask is None:
+                self._level = min(max(start.level, HOLD), self._level)
+            init, seed = _begun(energy, num_chains, seed, start, self._level)
+            mask = start.mask
+        self.run = submit(
+            energy,
+            num_chains,
+            num_steps,
+            seed,
+            sampler=_sampler(energy, self._level),
+            schedule_steps=START_STEPS + 1,
+            init=init,
+            mask=mask,
+            held="clean" if mask is None else "noisy",
+            frames_per_second=frames_per_second,
+            steps_per_second=steps_per_second,
+            on_divergence="report",
+        )
 
     def fits(self, energy: Energy) -> bool:
         """Whether `energy` can take over these states."""
         return energy.event_shape == self.energy.event_shape and energy.data_range == self.energy.data_range
 
     def steer(self, energy: Energy) -> None:
-        """Goes on from the current states towards another recipe.
+        """Goes on from the current states towards another recipe, from the next step on.
 
         Raises:
             ValueError: If it cannot be sampled; then everything stays as it was.
         """
-        before = self.energy
-        reweighted = _parts(before) == _parts(energy)
-        self.energy = energy
-        try:
-            self._prepare()
-        except ValueError:
-            self.energy = before
-            self._prepare()
-            raise
-        level = self.noise_level
-        x = self.chain.x.nan_to_num(0.0, 0.0, 0.0)  # chains that had diverged start over
-        if self._start_level is None or level is None:
-            self.chain = self._steady(x)
-            return
-        stir = max(NUDGE if reweighted else STIR, float(level))
-        x = x + (stir**2 - float(level) ** 2) ** 0.5 * self._noise.normal(x)
-        self.chain = self._annealing(x, stir, STIR_STEPS)
+        level = None
+        if _start_level(energy) is not None:
+            level = max(NUDGE if _parts(self.energy) == _parts(energy) else STIR, self._carried())
+        self.run.steer(energy, _sampler(energy, level), STIR_STEPS + 1)
+        self.energy, self._level = energy, level
 
-    def step(self) -> None:
-        """Takes one step with every chain."""
-        self.chain.advance(1)
-        self.num_steps += 1
-        if self._anneal_steps and self.chain.num_steps == self._anneal_steps:
-            self.chain = self._steady(self.chain.x)
+    def _carried(self) -> float:
+        """As much noise as the states carry, or more: levels only fall until a new recipe comes."""
+        frame = self.run.frame
+        carried = 0.0 if frame is None or frame.noise_level is None else float(frame.noise_level)
+        follows = frame is not None and frame.composition is self.energy
+        return carried if follows else max(carried, self._level or 0.0)
 
-    def _prepare(self) -> None:
-        check_positive_term(self.energy)
-        sampler, _ = calibrated_sampler(self.energy)
-        annealed = isinstance(sampler, Annealed) and sampler.schedule.noise_level is not None
-        self._kernel = sampler.kernel if isinstance(sampler, Annealed) else sampler
-        self._schedule = sampler.schedule if annealed else None
-        self._start_level = self._schedule.noise_level(0.0) if annealed else None
 
-    def _annealing(self, x: Tensor, level: float, steps: int) -> Chain:
-        self._anneal_steps = steps
-        return self._chain(x, Curve(((0, level), (1, HOLD)), "karras"), steps + 1)
+def check(energy: Energy) -> None:
+    """Raises ValueError if chains of `energy` cannot be begun."""
+    check_positive_term(energy)
+    calibrated_sampler(energy)
 
-    def _steady(self, x: Tensor) -> Chain:
-        self._anneal_steps = 0
-        return self._chain(x, constant(HOLD), 1)
 
-    def _chain(self, x: Tensor, level: Curve, num_steps: int) -> Chain:
-        sampler = self._kernel
-        if self._schedule is not None:
-            predict = self._schedule.predict and num_steps > 1
-            schedule = Schedule(noise_level=level, noise_power=self._schedule.noise_power, predict=predict)
-            sampler = Annealed(self._kernel, schedule)
-        energy = self.energy if self._hold is None else Held(self.energy, *self._hold)
-        # The chains have no end: a trace of them would grow for ever.
-        return Chain(energy, x, sampler, self._noise, num_steps=num_steps, record=False)
+def _start_level(energy: Energy) -> float | None:
+    """The noise that chains of an energy start from, or None where it knows no noise."""
+    sampler, _ = calibrated_sampler(energy)
+    if not isinstance(sampler, Annealed) or sampler.schedule.noise_level is None:
+        return None
+    return sampler.schedule.noise_level(0.0)
+
+
+def _sampler(energy: Energy, level: float | None) -> Sampler:
+    """The calibrated kernel, from a noise level down to where it stays."""
+    sampler, _ = calibrated_sampler(energy)
+    if not isinstance(sampler, Annealed):
+        return sampler
+    if level is None:
+        return sampler.kernel
+    curve = Curve(((0, level), (1, HOLD)), "karras")
+    own = sampler.schedule
+    return Annealed(
+        sampler.kernel, Schedule(noise_level=curve, noise_power=own.noise_power, predict=own.predict)
+    )
+
+
+def _begun(
+    energy: Energy, num_chains: int, seed: int, start: Start, level: float | None
+) -> tuple[Tensor, int]:
+    """States that begin at a picture, (num_chains, *event), and a seed for the noise of their steps."""
+    device = next(energy.parameters(), torch.empty(0)).device
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = initial_states(energy, num_chains, None, generator, device)
+    if level is not None:
+        noise = level * torch.randn(noise.shape, generator=generator, device=device)
+    picture = start.picture.to(noise)
+    if start.mask is not None:
+        x = torch.where(start.mask.to(device) > 0, noise, picture)
+    else:
+        x = picture.expand_as(noise) if level is None else picture + noise
+    return x, int(torch.randint(2**62, (), generator=generator, device=device))
 
 
 def _parts(energy: Energy) -> list[Hashable]:

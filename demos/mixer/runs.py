@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from contextlib import suppress
 
 import gradio as gr
 
-from composable_ebm import Energy, Mixture, Not, SampleResult, Sum, parse, sample
+from composable_ebm import Energy, Engine, Frame, Mixture, Not, SampleResult, Sum, parse
 from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.library import Library
 
@@ -20,6 +19,7 @@ from .animate import Recorder
 from .clock import FrameClock
 from .explore import Axis, strip, weight_grid
 from .live import STIR, Live
+from .session import FAILURES, Session, sentences
 from .shown import History, Shown
 from .state import Limits, Request
 from .stream import stream
@@ -29,23 +29,14 @@ FILM_FRAMES = 96
 MAX_FILMS = 24
 MAX_PLAY_SECONDS = 600.0  # without a change, as for a forgotten tab
 MAX_RECIPE_WEIGHT = 1000.0  # far beyond what the controls give
-
-FAILURES = (ValueError, OSError, RuntimeError)
-"""What a request can do wrong, as sentences for whoever made it; anything else is a defect."""
+MAX_BATCH = 64  # chains that step together on a CPU, where larger batches are slower and no cheaper
+MAX_ACCELERATED_BATCH = 1024
 
 _UNEXPECTED = "Something went wrong on the server; its log has the details."
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["FAILURES", "Runs", "understood"]
-
-
-class Session:
-    """A visitor's run: how it is told to stop, and the recipe that it follows."""
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.recipe: str | None = None
+__all__ = ["FAILURES", "Runs", "sentences", "understood"]
 
 
 class Films:
@@ -72,16 +63,20 @@ class Films:
 
 
 class Runs:
-    """The runs of all visitors, one a visitor.
+    """The runs of all visitors, one a visitor, on one engine.
 
     Args:
         library: The experts.
         limits: The most that may be asked for.
+    Attributes:
+        engine: Takes the steps of them all.
     """
 
     def __init__(self, library: Library, limits: Limits) -> None:
         self.library = library
         self.limits = limits
+        most = MAX_BATCH if library.device.type == "cpu" else MAX_ACCELERATED_BATCH
+        self.engine = Engine(library.device, max(most, limits.max_chains))
         self._sessions: dict[str, Session] = {}
         self._films = Films()
 
@@ -89,26 +84,27 @@ class Runs:
         """Loads the experts of `recipe` and all that first frames need, so that no visitor waits for it."""
         with suppress(*FAILURES):
             energy = understood(recipe, self.library)
-            sample(energy, num_chains=1, num_steps=1)
-            live = Live(energy, 4, 0, self.library.device)
-            for _ in range(3):
-                live.step()
-            shown.framed(live.picture, energy, "", "")
-            shown.term_table(live, History())
+            for frame in Live(self.engine.submit, energy, 4, 0, num_steps=3).run.frames():
+                shown.framed(frame.denoised, energy, "", "")
+                shown.term_table(frame, History())
             doubts(energy)
+
+    def close(self) -> None:
+        """Ends all runs, and the engine."""
+        self.engine.close()
 
     # -- the page -----------------------------------------------------------------------------------
 
     def begin(self, request: gr.Request) -> tuple:
         """Makes a run that Stop can reach while it still waits in the queue: (Play, Sample, Stop)."""
         self.stop(request)
-        self._sessions[request.session_hash or ""] = Session()
+        self._sessions[request.session_hash or ""] = Session(self.engine)
         return shown.buttons(running=True)
 
     def stop(self, request: gr.Request) -> None:
-        """Ends the visitor's run at its next step; what it has reached stays on the page."""
+        """Ends the visitor's run before its next step; what it has reached stays on the page."""
         if (session := self._sessions.get(request.session_hash or "")) is not None:
-            session.stop.set()
+            session.stop()
 
     def leave(self, request: gr.Request) -> None:
         """Ends the run of a visitor who has closed the page, one that still waits in the queue too."""
@@ -120,6 +116,7 @@ class Runs:
         """Has the visitor's chains, if they play, follow another recipe."""
         if (session := self._sessions.get(visitor)) is not None:
             session.recipe = recipe
+            self._follow(session)
 
     def watch(self, asked: Request, visitor: str, start: str = "", level: float = STIR) -> Iterator[Shown]:
         """What the page shows while `sample` runs, and after it; from a start, while live chains run for
@@ -131,7 +128,7 @@ class Runs:
             start: What to start from, as `look.started` reads it.
             level: How much noise is put on it.
         """
-        session = self._sessions.get(visitor) or Session()
+        session = self._session(visitor)
         updates = self._sampled(asked, session, visitor)
         if start:
             updates = self._played(asked, session, visitor, (start, level), asked.num_steps)
@@ -139,17 +136,17 @@ class Runs:
 
     def play(self, asked: Request, visitor: str, start: str = "", level: float = STIR) -> Iterator[Shown]:
         """What the page shows while chains run on and on, following the recipe, until Stop."""
-        session = self._sessions.get(visitor) or Session()
+        session = self._session(visitor)
         yield from self._guarded(self._played(asked, session, visitor, (start, level)), session, visitor)
 
     def grid(self, asked: Request, axes: Callable[[], tuple[Axis, Axis]], visitor: str) -> Iterator[Shown]:
         """What the page shows while a grid over two weights fills."""
-        session = self._sessions.get(visitor) or Session()
+        session = self._session(visitor)
         yield from self._guarded(self._gridded(asked, axes, session), session, visitor)
 
     def strip(self, asked: Request, visitor: str) -> Iterator[Shown]:
         """The mix and every expert alone, from the same noise."""
-        session = self._sessions.get(visitor) or Session()
+        session = self._session(visitor)
         yield from self._guarded(self._stripped(asked, session), session, visitor)
 
     def film(self, chain: int | None, kind: str, visitor: str) -> str:
@@ -160,6 +157,9 @@ class Runs:
         """
         content = self._films.of(visitor).save(chain, "webp" if kind == "webp" else "gif")
         return render.film_link(content, "webp" if kind == "webp" else "gif")
+
+    def _session(self, visitor: str) -> Session:
+        return self._sessions.get(visitor) or Session(self.engine)
 
     def _guarded(self, updates: Iterator[Shown], session: Session, visitor: str) -> Iterator[Shown]:
         # `begin` has set the buttons, but a busy browser merges updates that it has not drawn yet, and
@@ -176,21 +176,23 @@ class Runs:
             _log.exception("a run of the page failed")
             yield shown.ended(problem=render.note(_UNEXPECTED))
         finally:
-            session.stop.set()
+            session.stop()
             if self._sessions.get(visitor) is session:
                 del self._sessions[visitor]
 
     def _sampled(self, asked: Request, session: Session, visitor: str) -> Iterator[Shown]:
         energy = understood(asked.recipe, self.library)
         film, history = self._films.begin(visitor, shown.data_range(energy)), History()
-        for item in stream(energy, asked, session.stop):
+        begun = time.perf_counter()
+        for item in stream(energy, asked, session.submit):
             if isinstance(item, SampleResult):
                 film.add(item.samples)
                 yield shown.finished(item, energy, asked, history)
             else:
-                film.add(item.states)
-                line = render.caption(item.step, asked.num_steps, item.energy, item.rate)
-                yield Shown(shown.framed(item.states, energy, line, shown.alt(asked)))
+                film.add(picture := item.denoised)
+                rate = item.step / (time.perf_counter() - begun)
+                line = render.caption(item.step, asked.num_steps, float(item.energies.mean()), rate)
+                yield Shown(shown.framed(picture, energy, line, shown.alt(asked)))
 
     def _played(
         self,
@@ -200,56 +202,48 @@ class Runs:
         start: tuple[str, float],
         num_steps: int | None = None,
     ) -> Iterator[Shown]:
-        recipe = followed = asked.recipe
-        energy = understood(recipe, self.library)
+        history, clock = History(), FrameClock(self.library.device)
+        recipe, told, ending = asked.recipe, "", ""
+        while recipe:
+            energy = understood(recipe, self.library)
+            live = Live(
+                session.submit,
+                energy,
+                asked.num_chains,
+                asked.seed,
+                start=look.started(*start, energy),
+                num_steps=num_steps,
+                frames_per_second=clock.frames_per_second,
+                steps_per_second=clock.steps_per_second,
+            )
+            film = self._films.begin(visitor, shown.data_range(energy))
+            session.play(recipe, live)
+            self._follow(session)
+            for frame in live.run.frames():
+                clock.tick()
+                film.add(picture := frame.denoised)
+                problem = session.problem or _lost(frame)
+                # Said once: what `read` has to say about the recipe stands in the same place.
+                said = gr.skip() if problem == told else render.note(problem)
+                told = problem
+                yield shown.live(frame, picture, clock, history, said)
+                if num_steps is None and session.seconds_unmoved > MAX_PLAY_SECONDS:
+                    ending = "Stopped, as nothing was moved for a while. Press Play to go on."
+                    session.stop()
+            live.run.result()  # raises what went wrong, if anything did
+            recipe, start = session.take_next(), ("", STIR)
+        yield shown.stopped(frame, session.followed, asked, clock, history, ending or problem)
 
-        def begun(energy: Energy) -> Live:
-            begin = look.started(*start, energy)
-            return Live(energy, asked.num_chains, asked.seed, self.library.device, begin)
-
-        live, history = begun(energy), History()
-        film = self._films.begin(visitor, shown.data_range(energy))
-        clock = FrameClock(self.library.device)
-        steered = time.monotonic()
-        problem = told = ""
-        while not session.stop.is_set():
-            if (wanted := session.recipe) not in (None, recipe):
-                recipe, steered = wanted, time.monotonic()
-                try:
-                    energy = understood(recipe, self.library)
-                    if live.fits(energy):
-                        live.steer(energy)
-                    else:
-                        start = ("", STIR)
-                        live = begun(energy)
-                        film = self._films.begin(visitor, shown.data_range(energy))
-                    followed, problem = recipe, ""
-                except FAILURES as error:  # the chains go on with what they had
-                    problem = sentences(error)
-            clock.fill(live.step)
-            film.add(live.picture)
-            if (lost := int(live.chain.divergence().chains.sum())) and not problem:
-                problem = (
-                    f"{lost} of {asked.num_chains} chains diverged and were frozen; try smaller weights."
-                )
-            # Said once: what `read` has to say about the recipe stands in the same place.
-            said = gr.skip() if problem == told else render.note(problem)
-            told = problem
-            yield shown.live(live, asked, clock, history, said)
-            if num_steps is not None and live.num_steps >= num_steps:
-                break
-            clock.wait(session.stop)
-            if num_steps is None and time.monotonic() - steered > MAX_PLAY_SECONDS:
-                problem = "Stopped, as nothing was moved for a while. Press Play to go on."
-                break
-        yield shown.stopped(live, followed, asked, clock, history, problem)
+    def _follow(self, session: Session) -> None:
+        """Has running chains follow the recipe that their visitor asks for now."""
+        session.follow(lambda recipe: understood(recipe, self.library))
 
     def _gridded(
         self, asked: Request, axes: Callable[[], tuple[Axis, Axis]], session: Session
     ) -> Iterator[Shown]:
         understood(asked.recipe, self.library)
         frames = weight_grid(
-            asked.recipe, *axes(), self.library, num_steps=asked.num_steps, seed=asked.seed, stop=session.stop
+            asked.recipe, *axes(), self.library, session.submit, num_steps=asked.num_steps, seed=asked.seed
         )
         for frame in frames:
             picture = render.table_of(frame.picture, asked, frame.step, frame.done)
@@ -257,7 +251,7 @@ class Runs:
 
     def _stripped(self, asked: Request, session: Session) -> Iterator[Shown]:
         energy = understood(asked.recipe, self.library)
-        made = strip(asked.recipe, self.library, asked.seed, asked.num_steps, session.stop)
+        made = strip(asked.recipe, self.library, session.submit, asked.seed, asked.num_steps)
         yield shown.ended(strip=render.strip(made.labels, made.samples, shown.data_range(energy)))
 
     # -- the API ------------------------------------------------------------------------------------
@@ -278,13 +272,14 @@ class Runs:
         try:
             asked = state.checked(recipe, num_chains, num_steps, seed, self.limits)
             energy = understood(asked.recipe, self.library)
-            result = sample(
+            result = self.engine.submit(
                 energy,
-                num_chains=asked.num_chains,
-                num_steps=asked.num_steps,
-                seed=asked.seed,
+                asked.num_chains,
+                asked.num_steps,
+                asked.seed,
+                alone=True,
                 on_divergence="report",
-            )
+            ).result()
         except FAILURES as error:
             raise gr.Error(sentences(error), print_exception=False) from error
         picture = render.montage(result.samples, shown.data_range(energy))
@@ -321,6 +316,13 @@ class Runs:
         ]
 
 
+def _lost(frame: Frame) -> str:
+    """What is to be said of chains that are not finite any more."""
+    if not (lost := int((~frame.alive).sum())):
+        return ""
+    return f"{lost} of {len(frame.alive)} chains diverged and were frozen; try smaller weights."
+
+
 def understood(recipe: str, library: Library) -> Energy:
     """The composition that a visitor's recipe describes.
 
@@ -340,8 +342,3 @@ def _largest_weight(energy: Energy) -> float:
     if isinstance(energy, (Mixture, Not)):
         return max(_largest_weight(operand) for operand in energy.operands)
     return 1.0
-
-
-def sentences(error: BaseException) -> str:
-    """What went wrong, with the context that was added on the way up."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])

@@ -8,57 +8,23 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import io
 import os
-import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from demos.mixer.served import CHROMIUM_OPTIONS, find_chromium, served
+
 ROOT = Path(__file__).resolve().parents[2]
-# A Chromium that asks no other host for anything.
-CHROMIUM_OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 GIF_PIXELS = 294  # three times nine faces of 32 px
 GIF_BYTES = 2 * 10**6
 GIF_MILLISECONDS = 120
 
-__all__ = ["CHROMIUM_OPTIONS", "main"]
-
-
-@contextlib.contextmanager
-def served() -> Iterator[str]:
-    """The address of a page of its own, gone afterwards."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "composable_ebm.cli", "mixer", "--port", str(port), "--num-threads", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}/"
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(address):
-                break
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+__all__ = ["main"]
 
 
 def film(page: Any, moves: list[tuple[str, str]], seconds: float) -> list[Image.Image]:
@@ -104,19 +70,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of playing")
     parser.add_argument("--dark", action="store_true")
     arguments = parser.parse_args()
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
+    if (chromium := find_chromium()) is None:
         sys.exit("no chromium found; install Debian's package chromium")
     from playwright.sync_api import sync_playwright  # a development extra
 
-    with served() as address, sync_playwright() as playwright:
+    with served("--num-threads", "1") as mixer, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
         page = browser.new_page(
             viewport={"width": arguments.width, "height": arguments.height},
             color_scheme="dark" if arguments.dark else "light",
         )
         page.set_default_timeout(120_000)
-        page.goto(address)
+        page.goto(mixer.address)
         page.locator("#picture[role=group]").wait_for()
         if arguments.gif is not None:
             page.get_by_role("spinbutton", name="number input for Samples").fill("9")

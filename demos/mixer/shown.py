@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
 from torch import Tensor
 
-from composable_ebm import Energy, SampleResult
+from composable_ebm import Energy, Frame, SampleResult
+from composable_ebm.sampling.fusion import LeafPlan, fuse
 
 from . import render
 from .clock import FrameClock
-from .live import Live
 from .state import Request
 from .terms import Term, terms
 
@@ -55,6 +55,14 @@ class History:
 
     def __init__(self) -> None:
         self._energies: dict[str, deque[float]] = {}
+        self._plan: tuple[list[Hashable], LeafPlan] | None = None
+
+    def plan(self, energy: Energy) -> LeafPlan:
+        """How to evaluate the leaves of a recipe, made anew for other experts only."""
+        keys = [leaf.key for leaf in energy.leaves()]
+        if self._plan is None or self._plan[0] != keys:
+            self._plan = keys, fuse(energy, stack=False)
+        return self._plan[1]
 
     def add(self, found: Sequence[Term]) -> None:
         """Takes the terms of now; those that are gone from the recipe are forgotten."""
@@ -68,12 +76,12 @@ class History:
         return list(self._energies.get(name, ()))
 
 
-def live(live: Live, asked: Request, clock: FrameClock, history: History, said: Any) -> Shown:
-    """A frame of running chains; the terms now and then."""
-    line = render.live_caption(live.num_steps, float(live.chain.state.energy.mean()), clock.rate)
-    described = f"{asked.num_chains} running chains of {live.energy}"
-    table = term_table(live, history) if clock.frames % TERMS_EVERY == 1 else gr.skip()
-    return Shown(framed(live.picture, live.energy, line, described), table, problem=said)
+def live(frame: Frame, picture: Tensor, clock: FrameClock, history: History, said: Any) -> Shown:
+    """A frame of running chains, whose `picture` is without noise; the terms now and then."""
+    line = render.live_caption(frame.step, float(frame.energies.mean()), clock.rate)
+    described = f"{len(picture)} running chains of {frame.composition}"
+    table = term_table(frame, history) if clock.frames % TERMS_EVERY == 1 else gr.skip()
+    return Shown(framed(picture, frame.composition, line, described), table, problem=said)
 
 
 def finished(result: SampleResult, energy: Energy, asked: Request, history: History) -> Shown:
@@ -93,22 +101,22 @@ def finished(result: SampleResult, energy: Energy, asked: Request, history: Hist
 
 
 def stopped(
-    live: Live, recipe: str, asked: Request, clock: FrameClock, history: History, problem: str
+    frame: Frame, recipe: str, asked: Request, clock: FrameClock, history: History, problem: str
 ) -> Shown:
     """What running chains end with."""
-    mean = float(live.chain.state.energy.mean())
-    line = render.live_caption(live.num_steps, mean, clock.rate, stopped=True)
+    energy = frame.composition
+    line = render.live_caption(frame.step, float(frame.energies.mean()), clock.rate, stopped=True)
     texts = {
         "recipe": recipe,
         "num_chains": str(asked.num_chains),
         "num_steps": str(asked.num_steps),
         "seed": str(asked.seed),
-        "live": f"step {live.num_steps} of chains that followed a changing recipe",
+        "live": f"step {frame.step} of chains that followed a changing recipe",
     }
-    described = f"{asked.num_chains} samples of {live.energy}"
+    described = f"{asked.num_chains} samples of {energy}"
     return ended(
-        picture=_saved(live.picture, live.energy, line, described, texts),
-        terms=term_table(live, history),
+        picture=_saved(frame.denoised, energy, line, described, texts),
+        terms=term_table(frame, history),
         problem=render.note(problem, problem=False),
     )
 
@@ -124,9 +132,10 @@ def buttons(running: bool) -> tuple:
     return idle, gr.Button(interactive=not running), gr.Button(interactive=running)
 
 
-def term_table(live: Live, history: History) -> str:
+def term_table(frame: Frame, history: History) -> str:
     """What each term says of running chains, and has said."""
-    found = terms(live.energy, live.states, live.noise_level)
+    energy = frame.composition
+    found = terms(energy, frame.states, frame.noise_level, history.plan(energy))
     history.add(found)
     return render.term_table(found, history.of)
 

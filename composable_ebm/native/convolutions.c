@@ -9,25 +9,7 @@
    for the forward pass (rows and j run over the kernel) and, for each place of a pixel modulo the
    stride, for the input gradient (they run over the taps that reach such a pixel). */
 
-#include <stddef.h>
-#include <string.h>
-
-#define LANES 16
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef float loose __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int ivec __attribute__((vector_size(4 * LANES)));
-#define INLINE static inline __attribute__((always_inline))
-#define LOAD(address) ((vec) * (const loose *)(address))
-#define STORE(address, value) (*(loose *)(address) = (loose)(value))
-#define SPLAT(value) ((vec){0} + (value))
-#define WHERE(mask, a, b) ((vec)(((mask) & (ivec)(a)) | (~(mask) & (ivec)(b))))
-
-/* Or gcc loads it again for every pixel, and loads become the bottleneck. */
-#ifdef __AVX512F__
-#define STAY_IN_REGISTER(value) __asm__("" : "+v"(value))
-#else
-#define STAY_IN_REGISTER(value)
-#endif
+#include "vectors.h"
 
 enum { SILU = 1, RELU = 2 };
 
@@ -38,23 +20,6 @@ typedef struct {
     int activation;
     int forward_weight, backward_weight, bias;  /* places in the array of weights */
 } Layer;
-
-INLINE vec exponential(vec x) {
-    x = WHERE(x > 88.0f, SPLAT(88.0f), x);
-    x = WHERE(x < -87.0f, SPLAT(-87.0f), x);
-    vec shifted = x * 1.44269504f + 12582912.0f;  /* rounds to the nearest integer */
-    vec n = shifted - 12582912.0f;
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = SPLAT(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec scale = ((ivec)shifted - 0x4B400000 + 127) << 23;
-    return p * (vec)scale;
-}
 
 INLINE void tile(const int pixels, const int vectors, const float **x, int rows, ptrdiff_t row_step,
                  int length, const float *w, ptrdiff_t w_step, const float *bias, float **z) {
@@ -145,7 +110,7 @@ static void activate(const Layer *l, float *z, float *h, int padding) {
         for (int j = 0; j < l->out_width * l->out_channels; j += LANES) {
             vec a = LOAD(source + j), value = a, slope = SPLAT(1.0f);
             if (l->activation == SILU) {
-                vec gate = 1.0f / (1.0f + exponential(-a));
+                vec gate = sigmoid(a);
                 value = a * gate;
                 slope = gate + value * (1.0f - gate);
             } else if (l->activation == RELU) {
@@ -170,30 +135,8 @@ static int taps(int a, int kernel, int stride, int padding, int *first) {
     return count;
 }
 
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
-#endif
-
-/* Sums of neighbours: those of `a` in the first half, those of `b` in the second. */
-INLINE vec neighbours(vec a, vec b) {
-    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
-/* Lanes 0 to 7: the sums over the lanes of eight vectors. */
-INLINE vec totals(const vec v[8]) {
-    vec fours[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++)
-        fours[i] = neighbours(neighbours(v[4 * i], v[4 * i + 1]), neighbours(v[4 * i + 2], v[4 * i + 3]));
-    vec eight = neighbours(fours[0], fours[1]);
-    return neighbours(eight, eight);
-}
-
 /* dz, with its border, to dx without one. Weights lie by place modulo the stride, then by tap. */
-static void backward(const Layer *l, const float *weights, const float *dz, float *dx, int thin) {
+static void backward(const Layer *l, const float *weights, const float *dz, float *dx) {
     int s = l->stride, by = border(l->kernel_height, s), bx = border(l->kernel_width, s);
     int width = l->out_width + 2 * bx, depth = l->out_channels, channels = l->in_channels;
     const float *w = weights + l->backward_weight;
@@ -218,29 +161,97 @@ static void backward(const Layer *l, const float *weights, const float *dz, floa
                     target[p] = dx + (ptrdiff_t)((row * s + a) * l->in_width + column * s + b) * channels;
                     if (++column == wide) column = 0, row++;
                 }
-                if (!thin) {
-                    pixels_times_weights(count, source, rows, (ptrdiff_t)width * depth, length, w, channels,
-                                         NULL, target);
-                    continue;
-                }
-                for (int c = 0; c < channels; c++) { /* fewer channels than lanes: lanes along dz */
-                    vec sum[8];
-                    const float *column = w + (ptrdiff_t)c * rows * length;
-#pragma GCC unroll 8
-                    for (int p = 0; p < 8; p++) sum[p] = SPLAT(0.0f);
-                    for (int r = 0; r < rows; r++)
-                        for (int j = 0; j < length; j += LANES, column += LANES) {
-                            vec factor = LOAD(column);
-#pragma GCC unroll 8
-                            for (int p = 0; p < 8; p++)
-                                sum[p] += factor * LOAD(source[p] + (ptrdiff_t)r * width * depth + j);
-                        }
-                    vec sums = totals(sum);
-                    for (int p = 0; p < count; p++) target[p][c] = sums[p];
-                }
+                pixels_times_weights(count, source, rows, (ptrdiff_t)width * depth, length, w, channels, NULL,
+                                     target);
             }
             w += (ptrdiff_t)rows * length * channels;
         }
+}
+
+/* The first layer has fewer input channels than lanes, so there lanes run along a row of its output:
+   dz lies channel by channel, and a vector of it meets all pixels of the image that its outputs read,
+   stride² of them for each. */
+typedef struct {
+    int low_y, low_x;      /* the first output that reaches a block of stride² pixels, relative to it */
+    int reach_y, reach_x;  /* how many do */
+    int high, wide;        /* blocks */
+    ptrdiff_t pitch, size; /* floats of a row of outputs with its border, and of a channel */
+} Planes;
+
+static Planes planes_of(const Layer *l) {
+    Planes p;
+    int s = l->stride;
+    p.low_y = -((l->kernel_height - 1 - l->padding) / s), p.low_x = -((l->kernel_width - 1 - l->padding) / s);
+    p.reach_y = (s - 1 + l->padding) / s - p.low_y + 1, p.reach_x = (s - 1 + l->padding) / s - p.low_x + 1;
+    p.high = (l->in_height + s - 1) / s, p.wide = (l->in_width + s - 1) / s;
+    p.pitch = p.wide + p.reach_x;
+    p.size = (p.high + p.reach_y) * p.pitch + 2 * LANES;
+    return p;
+}
+
+/* d times slope, (pixels, channels), to planes (channels, rows, columns). */
+static void to_planes(const Layer *l, const Planes *p, const float *d, const float *slope, float *planes) {
+    int depth = l->out_channels;
+    for (int row = 0; row < l->out_height; row++)
+        for (int first = 0; first < l->out_width; first += LANES)
+            for (int c = 0; c < depth; c += LANES) {
+                vec v[LANES];
+                ptrdiff_t at = (ptrdiff_t)(row * l->out_width + first) * depth + c;
+                for (int i = 0; i < LANES; i++, at += depth)
+                    v[i] = first + i < l->out_width ? LOAD(d + at) * LOAD(slope + at) : SPLAT(0.0f);
+                transpose(v);
+                float *target = planes + c * p->size + (row - p->low_y) * p->pitch + first - p->low_x;
+                for (int i = 0; i < LANES; i++) STORE(target + i * p->size, v[i]);
+            }
+}
+
+/* A few rows of blocks at once, so that a weight is read once for all of them. */
+INLINE void thin_tile(const int s, const int together, const Layer *l, const Planes *p, const float *w,
+                      const float *planes, float *dx, int row, int column) {
+    vec sum[16];
+    const float *source[8];
+    int squares = s * s;
+#pragma GCC unroll 16
+    for (int i = 0; i < together * s * s; i++) sum[i] = SPLAT(0.0f);
+    for (int c = 0; c < l->out_channels; c++, planes += p->size)
+        for (int y = 0; y < p->reach_y; y++) {
+#pragma GCC unroll 8
+            for (int r = 0; r < together; r++) {
+                int at = row + r < p->high ? row + r : p->high - 1;
+                source[r] = planes + (at + y) * p->pitch + column;
+            }
+            for (int x = 0; x < p->reach_x; x++, w += squares)
+#pragma GCC unroll 8
+                for (int r = 0; r < together; r++) {
+                    vec value = LOAD(source[r] + x);
+                    STAY_IN_REGISTER(value);
+#pragma GCC unroll 16
+                    for (int i = 0; i < s * s; i++) sum[r * s * s + i] += value * w[i];
+                }
+        }
+    int count = p->wide - column < LANES ? p->wide - column : LANES;
+    for (int r = 0; r < together && row + r < p->high; r++)
+        for (int a = 0; a < s && (row + r) * s + a < l->in_height; a++) {
+            float line[4 * LANES];
+            for (int b = 0; b < s; b++)
+                for (int i = 0; i < LANES; i++) line[i * s + b] = sum[(r * s + a) * s + b][i];
+            int length = l->in_width - column * s < count * s ? l->in_width - column * s : count * s;
+            memcpy(dx + (ptrdiff_t)((row + r) * s + a) * l->in_width + column * s, line, length * sizeof(float));
+        }
+}
+
+/* dz in planes to dx, channels first. Weights: (input channels, outputs, reach_y, reach_x, stride²). */
+static void thin_backward(const Layer *l, const Planes *p, const float *w, const float *planes, float *dx) {
+    int s = l->stride, together = s == 1 ? 8 : s == 2 ? 4 : 1;
+    ptrdiff_t weights = (ptrdiff_t)l->out_channels * p->reach_y * p->reach_x * s * s;
+    for (int c = 0; c < l->in_channels; c++, w += weights, dx += (ptrdiff_t)l->in_height * l->in_width)
+        for (int row = 0; row < p->high; row += together)
+            for (int column = 0; column < p->wide; column += LANES) {
+                if (s == 1) thin_tile(1, 8, l, p, w, planes, dx, row, column);
+                else if (s == 2) thin_tile(2, 4, l, p, w, planes, dx, row, column);
+                else if (s == 3) thin_tile(3, 1, l, p, w, planes, dx, row, column);
+                else thin_tile(4, 1, l, p, w, planes, dx, row, column);
+            }
 }
 
 /* Rounded up, so that what comes next starts on a cache line. */
@@ -258,6 +269,8 @@ static size_t bordered_size(const Layer *l) {
            (l->out_width + 2 * border(l->kernel_width, l->stride)) * l->out_channels;
 }
 
+static size_t planes_size(const Layer *l) { return (size_t)l->out_channels * planes_of(l).size; }
+
 /* Floats of working memory: padded inputs, slopes, gradients with borders, one plain gradient. */
 size_t working_memory(const Layer *layers, int count) {
     size_t total = 0, largest = 0;
@@ -265,7 +278,7 @@ size_t working_memory(const Layer *layers, int count) {
         const Layer *l = layers + i;
         size_t plain = (size_t)l->in_height * l->in_width * l->in_channels;
         largest = plain > largest ? plain : largest;
-        total += image_size(l) + output_size(l) + bordered_size(l);
+        total += image_size(l) + output_size(l) + (i ? bordered_size(l) : planes_size(l));
     }
     return total + largest + LANES;
 }
@@ -274,13 +287,14 @@ size_t working_memory(const Layer *layers, int count) {
    is zero where it was never written, and may be used again by the same layers. */
 void energy_and_gradient(const Layer *layers, int count, const float *weights, const float *images,
                          float *energy, float *gradient, int batch, float *memory) {
+    const Layer *first = layers, *last = layers + count - 1;
+    const Planes planes = planes_of(first);
     float *input[32], *slope[32], *bordered[32], *next = memory;
     for (int i = 0; i < count; i++) {
         input[i] = next, next += image_size(layers + i);
         slope[i] = next, next += output_size(layers + i);
-        bordered[i] = next, next += bordered_size(layers + i);
+        bordered[i] = next, next += i ? bordered_size(layers + i) : planes_size(first);
     }
-    const Layer *first = layers, *last = layers + count - 1;
     int area = first->in_height * first->in_width, channels = first->in_channels;
     for (int image = 0; image < batch; image++) {
         const float *x = images + (ptrdiff_t)image * area * channels;
@@ -299,7 +313,7 @@ void energy_and_gradient(const Layer *layers, int count, const float *weights, c
         memset(slope[count - 1], 0, LANES * sizeof(float));
         slope[count - 1][0] = 1.0f;
         float *d = slope[count - 1];
-        for (int i = count - 1; i >= 0; i--) {
+        for (int i = count - 1; i > 0; i--) {
             const Layer *l = layers + i;
             int by = border(l->kernel_height, l->stride), bx = border(l->kernel_width, l->stride);
             int width = (l->out_width + 2 * bx) * l->out_channels, line = l->out_width * l->out_channels;
@@ -309,11 +323,11 @@ void energy_and_gradient(const Layer *layers, int count, const float *weights, c
                 for (int j = 0; j < line; j += LANES)
                     STORE(target + j, l == last ? LOAD(a + j) : LOAD(a + j) * LOAD(b + j));
             }
-            backward(l, weights, bordered[i], next, i == 0);
+            backward(l, weights, bordered[i], next);
             d = next;
         }
-        float *target = gradient + (ptrdiff_t)image * area * channels;
-        for (int c = 0; c < channels; c++)
-            for (int pixel = 0; pixel < area; pixel++) target[c * area + pixel] = d[pixel * channels + c];
+        to_planes(first, &planes, d, slope[0], bordered[0]);
+        thin_backward(first, &planes, weights + first->backward_weight, bordered[0],
+                      gradient + (ptrdiff_t)image * area * channels);
     }
 }

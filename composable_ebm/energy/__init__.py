@@ -1,0 +1,56 @@
+"""Energies and the algebra that composes them.
+
+An energy E defines a density up to a constant,
+
+    p(x) = exp(-E(x)) / Z,      Z = ∫ exp(-E(x)) dx,
+
+so adding energies multiplies densities, scaling an energy raises its density to a power, and no Z
+is needed to sample the result. The symbols, once for all nodes:
+
+    Eᵢ   energy of child i, in nats, shape (batch,)
+    wᵢ   its coefficient: a number, or a tensor (batch,) with one value per row
+
+Every node is a function of the energies of its *leaves* alone. That splits an evaluation in two:
+the leaves turn `x` into numbers (all the work), `combine` turns those numbers into one (the
+theory). Structure (which leaves, which nodes) is fixed when the expression is written;
+coefficients are data, given at call time or taken from the expression.
+
+`base` says what an energy is, `nodes` what AND, OR and NOT of energies are, `algebra` what the
+operators make of them.
+
+Reference:
+    Hinton (2002), Training products of experts by minimizing contrastive divergence.
+    Du, Li and Mordatch (2020), Compositional visual generation with energy based models,
+    arXiv 2004.06030, sections 3.2 to 3.4.
+"""
+
+from composable_ebm.energy import algebra
+from composable_ebm.energy.algebra import mixture, negate, ratio
+from composable_ebm.energy.base import (
+    Energy,
+    LeafEnergies,
+    known_by_gradient,
+    log_ratio,
+    naming,
+    one_per_state,
+    require_values,
+)
+from composable_ebm.energy.nodes import Mixture, Not, Sum
+
+__all__ = [
+    "Energy",
+    "LeafEnergies",
+    "Mixture",
+    "Not",
+    "Sum",
+    "known_by_gradient",
+    "log_ratio",
+    "mixture",
+    "naming",
+    "negate",
+    "one_per_state",
+    "ratio",
+    "require_values",
+]
+
+Energy.algebra = algebra

@@ -1,0 +1,72 @@
+"""What the operators and the functions of the algebra build, in canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from composable_ebm.energy.base import Energy
+from composable_ebm.energy.nodes import Mixture, Not, Sum, flatten, shared
+from composable_ebm.weights import Weight
+
+__all__ = ["either", "mixture", "negate", "ratio", "weighted_sum"]
+
+
+def weighted_sum(pairs: Iterable[tuple[Energy, Weight]]) -> Energy:
+    """Σᵢ wᵢ Eᵢ as the operators write it: zero terms dropped, and 1*a written a."""
+    merged = flatten(pairs)
+    kept = [(t, w) for t, w in merged if isinstance(w, Tensor) or w != 0] or merged[:1]
+    # Dropped or not, every term must live in the same image space.
+    shared("event_shape", "image space", [t for t, _ in merged])
+    if len(kept) == 1 and not isinstance(kept[0][1], Tensor) and kept[0][1] == 1:
+        return kept[0][0]
+    return Sum([t for t, _ in kept], [w for _, w in kept])
+
+
+def either(first: Energy, second: Energy) -> Mixture:
+    """OR, with no mixture inside a mixture."""
+    parts = [_components(first), _components(second)]
+    terms, weights, log_z = (sum(column, ()) for column in zip(*parts, strict=True))
+    return Mixture(terms, weights, log_z)
+
+
+def _components(energy: Energy) -> tuple[tuple, tuple, tuple]:
+    """Components, weights and log Z of a mixture, or of one with a single component."""
+    if isinstance(energy, Mixture):
+        return energy.operands, energy.weights, energy.log_z
+    return (energy,), (1.0,), (0.0,)
+
+
+def ratio(a: Energy, b: Energy) -> Energy:
+    """The likelihood ratio p_a/p_b as an energy, `a - b`. Proper only inside a larger sum.
+
+    Example:
+        >>> mix = face + ratio(smile, face) + ratio(glasses, face)   # counts p(face) once
+    """
+    return a - b
+
+
+def mixture(
+    components: Iterable[Energy],
+    weights: Sequence[float] | None = None,
+    log_z: Sequence[float] | None = None,
+) -> Mixture:
+    """OR with proportions; see `Mixture`."""
+    return Mixture(list(components), weights, log_z)
+
+
+def negate(energy: Energy, threshold: float | None = None) -> Energy:
+    """Bounded NOT of any energy, see `Not`; τ is the top of its `energy_range` unless given.
+
+    Raises:
+        ValueError: If no threshold is given and the energy does not know its range.
+    """
+    if threshold is None:
+        if energy.energy_range is None:
+            raise ValueError(
+                f"~({energy}) needs an energy above which a state no longer belongs to it, and {energy} "
+                f"does not know its range. Give one: negate({energy}, threshold=...)."
+            )
+        threshold = energy.energy_range[1]
+    return Not(energy, threshold)

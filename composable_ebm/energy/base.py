@@ -1,0 +1,344 @@
+"""What an energy is: a number for each state, its score, its structure, and the operators."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import EllipsisType
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from composable_ebm.weights import Weight, as_weight, is_weight
+
+if TYPE_CHECKING:
+    from composable_ebm.conditionals import Conditionals
+
+LeafEnergies = Mapping[Hashable, Tensor]
+
+__all__ = [
+    "Algebra",
+    "Energy",
+    "LeafEnergies",
+    "known_by_gradient",
+    "log_ratio",
+    "naming",
+    "one_per_state",
+    "parameter_count",
+    "require_values",
+]
+
+
+class Algebra(Protocol):
+    """What the operators of an energy build.
+
+    Nodes are energies, so they are written in terms of this file, and this file cannot import them:
+    the package gives `Energy.algebra` the module `composable_ebm.energy.algebra`.
+    """
+
+    def weighted_sum(self, pairs: Sequence[tuple[Energy, Weight]]) -> Energy: ...
+
+    def either(self, first: Energy, second: Energy) -> Energy: ...
+
+    def negate(self, energy: Energy) -> Energy: ...
+
+
+class Energy(nn.Module, ABC):
+    """Anything with an energy: `E: (batch, *event) -> (batch,)` in nats, low = likely.
+
+    A subclass is a leaf and defines `energy`; the operators build the nodes.
+
+    Attributes:
+        name: What recipes call it.
+        event_shape: Shape of one state, or None where any shape will do.
+        data_range: Smallest and largest value of the data, or None where unbounded.
+        energy_range: Energies between which nearly all (99.8 %) of its own samples lie, or None
+            where unknown. Negation takes its threshold from it, and `SampleResult.report` tells
+            by it whether a request was met.
+        sampler_settings: Sampler and number of steps it was calibrated with, or None.
+        noise_conditioned: Whether `energy` uses the noise level.
+        binary: Whether states are bits, 0 or 1. A composition with such a term lives on bits.
+        has_value: Whether the number that `energy` returns is an energy. Of a diffusion model only
+            the score is known: sums of such energies have the right gradient, see
+            `known_by_gradient`, and whatever compares values refuses them.
+    Example:
+        >>> both = smile + 2 * glasses        # p ∝ p_smile · p_glasses²
+        >>> either = smile | glasses          # p ∝ p_smile + p_glasses
+        >>> without = smile + ~glasses
+    """
+
+    algebra: ClassVar[Algebra]
+
+    # An array on the left of an operator must not become an array of objects.
+    __array_ufunc__ = None
+
+    name: str = ""
+    event_shape: tuple[int, ...] | None = None
+    data_range: tuple[float, float] | None = None
+    energy_range: tuple[float, float] | None = None
+    sampler_settings: Mapping | None = None
+    noise_conditioned: bool = False
+    binary: bool = False
+    has_value: bool = True
+
+    @abstractmethod
+    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        """Energies in nats, shape (batch,), of states `x`, shape (batch, *event).
+
+        `noise_level` is the standard deviation of the noise that `x` carries, in data units; only
+        noise-conditioned energies use it.
+        """
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        coefficients: Tensor | None = None,
+        noise_level: Tensor | None = None,
+    ) -> Tensor:
+        """Energies in nats, shape (batch,).
+
+        Args:
+            x: States, shape (batch, *event).
+            coefficients: Replaces `self.coefficients`, shape (n,) or (batch, n).
+            noise_level: Noise that `x` carries, in data units, for noise-conditioned leaves.
+        Raises:
+            ValueError: If `x` or `coefficients` has the wrong shape.
+        """
+        self.check_states(x)
+        if coefficients is None:
+            coefficients = self.coefficients
+        self.check_coefficients(coefficients, len(x))
+        coefficients = coefficients.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        energies: dict[Hashable, Tensor] = {}
+        for leaf in self.leaves():
+            with naming(leaf, self):
+                energies[leaf.key] = one_per_state(leaf, leaf.energy(x, noise_level), x)
+        return self.combine(energies, coefficients)
+
+    def score(self, x: Tensor, **options: Tensor | None) -> Tensor:
+        """-∂E/∂x, shape of `x`: the direction in which states become more likely.
+
+        Args:
+            x: States, shape (batch, *event).
+            options: `coefficients` and `noise_level`, as in a call.
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return -torch.autograd.grad(self(x, **options).sum(), x)[0]
+
+    def terms(self, x: Tensor, *, noise_level: Tensor | None = None) -> dict[str, Tensor]:
+        """What each term contributes at `x`: text of the term -> energies in nats, (batch,)."""
+        return {str(self): self(x, noise_level=noise_level)}
+
+    def check_states(self, x: Tensor) -> None:
+        """Raises ValueError unless `x` is a batch of states of this energy."""
+        if self.event_shape is None or (tuple(x.shape[1:]) == self.event_shape and x.ndim):
+            return
+        event = ", ".join(map(str, self.event_shape))
+        message = f"`x` must have shape (batch, {event}) for {self}, got {tuple(x.shape)}."
+        if tuple(x.shape) == self.event_shape:
+            message += " Add the batch axis: x[None]."
+        elif x.ndim == 4 and len(self.event_shape) == 3 and x.shape[-1] == self.event_shape[0]:
+            message += " Images are channels first: x.permute(0, 3, 1, 2)."
+        elif x.ndim == 3 and len(self.event_shape) == 3 and x.shape[-1] == self.event_shape[0]:
+            message += " Images are channels first: x.permute(2, 0, 1)[None]."
+        raise ValueError(message)
+
+    def check_coefficients(self, coefficients: Tensor, batch: int) -> None:
+        """Raises ValueError unless `coefficients` fit this expression and a batch of that size."""
+        count, shape = self.num_coefficients, tuple(coefficients.shape)
+        if shape not in ((count,), (1, count), (batch, count)):
+            raise ValueError(
+                f"`coefficients` must have shape ({count},) or (batch, {count}) for {self} "
+                f"and a batch of {batch}, got {shape}."
+            )
+
+    def unlike(self, energies: Tensor) -> Tensor | None:
+        """Which states, given their energies (batch,), are unlike this energy's own samples.
+
+        None where it cannot tell, for want of a range.
+        """
+        if self.energy_range is None:
+            return None
+        low, high = self.energy_range
+        return energies > high + (high - low)
+
+    # -- structure ------------------------------------------------------------------------------
+
+    @property
+    def key(self) -> Hashable:
+        """Equal keys mean the same energy: like terms merge, equal leaves are evaluated once."""
+        return id(self)
+
+    def leaves(self) -> Iterator[Energy]:
+        """The distinct leaves of this expression, in order of appearance."""
+        yield self
+
+    def combine(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
+        """The energy of this node, (batch,), from the energies of its leaves, by key."""
+        return energies[self.key]
+
+    @property
+    def num_coefficients(self) -> int:
+        """How many coefficients the expression has, its own first, then those of its children."""
+        return 0
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The coefficients written in the expression, float64, shape (n,) or (batch, n)."""
+        return torch.zeros(0, dtype=torch.float64)
+
+    def complement(self) -> Energy:
+        """What `~` gives; a finite attribute overrides it with the expert of its other values."""
+        return self.algebra.negate(self)
+
+    def conditionals(self) -> Conditionals | None:
+        """What Gibbs sampling has to know; None where conditionals have no closed form."""
+        return None
+
+    def named(self, name: str) -> Energy:
+        """Sets the name that recipes and reports print, and returns the energy itself."""
+        self.name = name
+        return self
+
+    def extra_repr(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return self.name or type(self).__name__
+
+    def tree(self, indent: int = 0) -> str:
+        """An indented view: kinds, weights, parameter counts."""
+        return "  " * indent + f"{self}  ({type(self).__name__}{parameter_count(self)})"
+
+    def body(self) -> nn.Module | None:
+        """The network that this leaf reads, if leaves may share it; then `read` reads its output."""
+        return None
+
+    def read(self, outputs: Tensor) -> Tensor:
+        """Energies (batch,) from the outputs of `body()`."""
+        raise TypeError(f"{self} has no body to read")
+
+    @property
+    def column(self) -> int | EllipsisType | None:
+        """Where `read` does no more than take a column of the outputs, which one; ... for an output that
+        is the energy, None where `read` does more."""
+        return None
+
+    # -- operators ------------------------------------------------------------------------------
+
+    def __add__(self, other: object) -> Energy:
+        if not isinstance(other, Energy):
+            return NotImplemented
+        return self.algebra.weighted_sum([(self, 1.0), (other, 1.0)])
+
+    def __radd__(self, other: object) -> Energy:
+        # sum([...]) starts from the number 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    __and__ = __add__
+
+    def __sub__(self, other: object) -> Energy:
+        if not isinstance(other, Energy):
+            return NotImplemented
+        return self.algebra.weighted_sum([(self, 1.0), (other, -1.0)])
+
+    def __mul__(self, weight: object) -> Energy:
+        return self.algebra.weighted_sum([(self, as_weight(weight))]) if is_weight(weight) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, temperature: object) -> Energy:
+        if not is_weight(temperature):
+            return NotImplemented
+        if not isinstance(temperature, Tensor) and temperature == 0:
+            raise ValueError(f"a temperature must not be zero, got ({self}) / {temperature}.")
+        return self * (1.0 / temperature)  # type: ignore[operator]
+
+    def __neg__(self) -> Energy:
+        return self * -1.0
+
+    def __or__(self, other: object) -> Energy:
+        return self.algebra.either(self, other) if isinstance(other, Energy) else NotImplemented
+
+    def __invert__(self) -> Energy:
+        return self.complement()
+
+
+def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:
+    """log p(x1)/p(x2) = E(x2) - E(x1), exact, no normalising constant, shape (batch,).
+
+    Args:
+        energy: Any energy.
+        x1: States, shape (batch, *event).
+        x2: States, shape (batch, *event).
+    Raises:
+        ValueError: If only the gradient of the energy is known.
+    """
+    require_values("a log ratio is a difference of energies", [energy])
+    return energy(x2) - energy(x1)
+
+
+def known_by_gradient(x: Tensor, gradient: Tensor, value: Tensor | float = 0.0) -> Tensor:
+    """Numbers (batch,) whose gradient at `x` is `gradient`, for energies known by their score alone:
+
+        E(x) = value + ⟨gradient, x - x₀⟩,    x₀ = x without its graph.
+
+    Sums, weights and ratios of them then have the right score, by the same backward pass as every
+    other energy. An energy that returns them says `has_value = False`.
+
+    Args:
+        x: States, shape (batch, *event).
+        gradient: -score at `x`, the same shape; it may depend on parameters, but not on `x` through
+            autograd: take it at `x.detach()`.
+        value: The number itself, (batch,), where something is known of it.
+    """
+    return value + (gradient * (x - x.detach())).flatten(1).sum(1)
+
+
+def require_values(reason: str, energies: Iterable[Energy]) -> None:
+    """Raises ValueError, with the reason, if an energy is known only by its gradient."""
+    for energy in energies:
+        if not energy.has_value:
+            raise ValueError(
+                f"{reason}, and {energy} is known only by its gradient (it is a score, as of a diffusion "
+                "model). Sums, weights and ratios of it are right; sample them with a kernel that compares "
+                "no energies, such as Langevin under an Annealed schedule."
+            )
+
+
+@contextmanager
+def naming(leaf: Energy, whole: Energy) -> Iterator[None]:
+    """Errors inside say which leaf of which expression they came from."""
+    try:
+        yield
+    except Exception as error:
+        if leaf is not whole:
+            keys = [other.key for other in whole.leaves()]
+            place = f"leaf {keys.index(leaf.key) + 1} of {len(keys)}, {leaf}"
+            error.add_note(f"while evaluating {place}, of {whole}")
+        raise
+
+
+def one_per_state(leaf: Energy, energies: Tensor, x: Tensor) -> Tensor:
+    """`energies`, checked to be one a state of `x`."""
+    if not isinstance(energies, Tensor):
+        raise TypeError(f"{leaf} must return a tensor of energies, got {type(energies).__name__}.")
+    if energies.shape != x.shape[:1]:
+        hint = " Sum over the other axes: .flatten(1).sum(1)." if energies.shape[:1] == x.shape[:1] else ""
+        raise ValueError(
+            f"{leaf} must return one energy per state, shape ({x.shape[0]},), "
+            f"got {tuple(energies.shape)}.{hint}"
+        )
+    return energies
+
+
+def parameter_count(module: nn.Module) -> str:
+    """How many parameters a module has, to print after its name; empty for none."""
+    count = sum(p.numel() for p in module.parameters())
+    return f", {count:,} parameters" if count else ""

@@ -1,0 +1,160 @@
+"""Functions in C for what a CPU would do much more slowly operator by operator.
+
+They are compiled by the machine's own C compiler, once, into the user's cache folder. Where there is
+no compiler or no AVX-512 (with narrower vectors they were 20 times slower), or the variable
+COMPOSABLE_EBM_NATIVE is 0, other forms do the work.
+
+Compiling takes a few seconds, which a first small run must not pay: it happens when a process has
+spent `PATIENCE` seconds' worth of arithmetic on networks that would gain from it.
+
+    convolutions.c   chains of convolutions and linear layers, one image at a time
+    perceptrons.c    several perceptrons over noise levels, weights read as float16
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+__all__ = ["NativeUnavailable", "allowed", "build", "in_parts", "library", "wanted"]
+
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "convolutions.c", FOLDER / "perceptrons.c")
+PATIENCE = 4.0
+RATE = 30e9  # operations a second before compiling, for the count of seconds
+
+_spent = 0.0
+
+
+class NativeUnavailable(RuntimeError):
+    """The C functions cannot be had on this machine."""
+
+
+def cache_folder() -> Path:
+    """Where the compiled functions are kept: $XDG_CACHE_HOME/composable_ebm or ~/.cache/composable_ebm."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "composable_ebm"
+
+
+@functools.cache
+def _features() -> str:
+    """What the processor can do, as Linux lists it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+def _compiled_file() -> Path:
+    about = [*FLAGS, platform.machine(), platform.processor(), _features()]
+    digest = hashlib.sha256("\n".join(about).encode())
+    for source in (*SOURCES, FOLDER / "vectors.h"):
+        digest.update(source.read_bytes())
+    return cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
+
+
+def build() -> Path:
+    """Compiles the functions unless that was done before, and returns the file.
+
+    Raises:
+        NativeUnavailable: If the processor has no AVX-512, there is no C compiler, it fails, or the cache
+            cannot be written.
+    """
+    if "avx512f" not in _features().split():
+        raise NativeUnavailable("this processor has no AVX-512.")
+    path = _compiled_file()
+    if path.exists():
+        return path
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise NativeUnavailable("no C compiler was found (cc, gcc, clang, or $CC).")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(temporary)]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            os.replace(temporary, path)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"{compiler} did not compile the C functions: {error}.") from error
+    return path
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled functions, built if need be.
+
+    Raises:
+        NativeUnavailable: If they cannot be had.
+    """
+    try:
+        functions = ctypes.CDLL(str(build()))
+    except OSError as error:
+        raise NativeUnavailable(f"the compiled functions do not load: {error}.") from error
+    for function in (functions.working_memory, functions.perceptron_memory):
+        function.restype = ctypes.c_size_t
+    for name in ("energy_and_gradient", "perceptron_outputs", "perceptron_gradient"):
+        getattr(functions, name).restype = None
+    return functions
+
+
+def wanted() -> bool:
+    """Whether the environment allows functions in C."""
+    return os.environ.get("COMPOSABLE_EBM_NATIVE", "1") != "0"
+
+
+@functools.cache
+def _at_hand() -> bool:
+    return _compiled_file().exists()
+
+
+def allowed(operations: float) -> bool:
+    """Whether to use a function now: it is compiled, or so much was spent without it that it now is.
+
+    Args:
+        operations: What is to be done now, in additions and multiplications.
+    """
+    global _spent
+    if not _at_hand():
+        _spent += operations / RATE
+        if _spent < PATIENCE:
+            return False
+    try:
+        library()
+    except NativeUnavailable:
+        return False
+    return True
+
+
+def in_parts(rows: int, at_least: int, run: Callable[[int, int, int], None]) -> None:
+    """Calls `run(part, first, count)` for equal parts of the rows, one on each of PyTorch's threads.
+
+    Args:
+        rows: How many there are.
+        at_least: A part has so many, or is the only one.
+        run: Calls a function of the library, which runs without Python's lock.
+    """
+    parts = max(1, min(torch.get_num_threads(), rows // at_least))
+    if parts == 1:
+        run(0, 0, rows)
+        return
+    ends = [rows * part // parts for part in range(parts + 1)]
+    jobs = [(part, ends[part], ends[part + 1] - ends[part]) for part in range(parts)]
+    list(_workers(parts).map(lambda job: run(*job), jobs))
+
+
+@functools.cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads for the parts of a batch."""
+    return ThreadPoolExecutor(count, thread_name_prefix="composable_ebm-native")

@@ -1,0 +1,122 @@
+"""Weighted sums of what networks give, without a graph: nearly all compositions are such sums.
+
+The cotangents of the outputs are the coefficients, whatever the state, so they are made once and
+the gradient is what the networks pull back. Of a step of four face experts at 16 chains autograd around
+the networks was a twentieth; of the textbook network at 64, a tenth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from types import EllipsisType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from composable_ebm.energy import Energy, Sum, naming
+from composable_ebm.packed import version_of
+
+if TYPE_CHECKING:
+    from composable_ebm.sampling.fusion import LeafPlan
+
+__all__ = ["LinearPlan"]
+
+Column = int | EllipsisType | None
+
+
+class LinearPlan:
+    """A weighted sum of columns of outputs, E = Σ cₖ outputs[iₖ, :, jₖ], whose gradient needs no graph.
+
+    Args:
+        composition: A leaf, or a Sum of leaves.
+        plan: How its leaves are evaluated.
+        columns: Which column each leaf takes.
+    """
+
+    def __init__(self, composition: Energy, plan: LeafPlan, columns: dict[Hashable, Column]) -> None:
+        self.composition = composition
+        self.groups = plan.groups
+        order = {leaf.key: k for k, leaf in enumerate(composition.leaves())}
+        self.places = [
+            [
+                (i, columns[leaf.key], order[leaf.key])
+                for i, (_, leaves) in enumerate(group.readers)
+                for leaf in leaves
+            ]
+            for group in self.groups
+        ]
+        self._made_for: tuple = ()
+        self._cotangents: list[Tensor] = []
+        self._coefficients: Tensor | None = None  # kept, so that its place is not taken by another
+
+    @classmethod
+    def of(cls, composition: Energy, plan: LeafPlan) -> LinearPlan | None:
+        """The plan of a composition that is such a sum, or None."""
+        terms = composition.operands if isinstance(composition, Sum) else (composition,)
+        leaves = list(composition.leaves())
+        columns = {leaf.key: _column(leaf) for leaf in leaves}
+        simple = [leaf.key for leaf in leaves] == [term.key for term in terms]
+        if plan.alone or not simple or any(column is None for column in columns.values()):
+            return None
+        return cls(composition, plan, columns)
+
+    def __call__(
+        self, x: Tensor, noise_level: Tensor | None, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Energies and gradient; None where a group has no form by hand for these states."""
+        if x.device.type != "cpu" or (coefficients.dtype != x.dtype and coefficients.numel()):
+            return None
+        forms = [form for group in self.groups if (form := group.by_hand(x, noise_level)) is not None]
+        if len(forms) < len(self.groups):
+            return None
+        evaluated = []
+        for group, form in zip(self.groups, forms, strict=True):
+            with naming(group.readers[0][1][0], self.composition):
+                evaluated.append(form(x))
+        cotangents = self._weighing([outputs for outputs, _ in evaluated], coefficients, len(x))
+        if cotangents is None:
+            return None
+        parts = [
+            _but_batch(outputs * cotangent, group.single)
+            for group, (outputs, _), cotangent in zip(self.groups, evaluated, cotangents, strict=True)
+        ]
+        gradients = [
+            pull_back(cotangent) for (_, pull_back), cotangent in zip(evaluated, cotangents, strict=True)
+        ]
+        return sum(parts[1:], parts[0]), sum(gradients[1:], gradients[0])
+
+    def _weighing(self, outputs: list[Tensor], coefficients: Tensor, batch: int) -> list[Tensor] | None:
+        """∂E/∂outputs of each group; it depends on the coefficients alone. None where outputs have other
+        shapes than the columns need."""
+        shapes = tuple(each.shape for each in outputs)
+        made_for = (version_of(coefficients), shapes)
+        if made_for == self._made_for:
+            return self._cotangents
+        weights = coefficients.movedim(-1, 0) if coefficients.shape[-1] else [1.0]
+        cotangents = []
+        for group, each, places in zip(self.groups, outputs, self.places, strict=True):
+            whole = each[None] if group.single else each
+            cotangent = torch.zeros_like(whole)
+            for i, column, k in places:
+                if whole.ndim != (2 if column is ... else 3) or whole.shape[1] != batch:
+                    return None
+                target = cotangent[i] if column is ... else cotangent[i, :, column]
+                target += weights[k]
+            cotangents.append(cotangent[0] if group.single else cotangent)
+        self._made_for, self._cotangents, self._coefficients = made_for, cotangents, coefficients
+        return cotangents
+
+
+def _column(leaf: Energy) -> Column:
+    """The column a leaf takes, if its class says so where it says how it reads."""
+    kinds = type(leaf).__mro__
+    says, reads = (next(kind for kind in kinds if name in vars(kind)) for name in ("column", "read"))
+    return leaf.column if says is reads and leaf.body() is not None else None
+
+
+def _but_batch(values: Tensor, single: bool) -> Tensor:
+    """Sums over all axes but the batch, the first one, or the second where networks come first."""
+    if values.ndim == 1:
+        return values
+    return values.sum(1) if single else values.sum((0, 2))

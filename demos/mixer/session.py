@@ -1,0 +1,100 @@
+"""One visitor's runs: how they are told to stop, and the recipe that running chains follow."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from composable_ebm import Energy, Engine, Run
+
+from .live import Live, check
+
+FAILURES = (ValueError, OSError, RuntimeError)
+"""What a request can do wrong, as sentences for whoever made it; anything else is a defect."""
+
+__all__ = ["FAILURES", "Session", "sentences"]
+
+
+class Session:
+    """What a visitor has running, from one press of a button to its end. Safe in any thread.
+
+    Args:
+        engine: Takes the steps.
+    Attributes:
+        live: Chains that follow the recipe, if any do.
+        recipe: What the visitor asks for now; None as long as nothing was moved.
+        followed: The recipe that the chains follow.
+        problem: What is wrong with the recipe that they do not follow, if anything is.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.live: Live | None = None
+        self.recipe: str | None = None
+        self.followed = self.problem = ""
+        self._tried = self._next = ""
+        self._moved = time.monotonic()
+        self._runs: list[Run] = []
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._steering = threading.Lock()  # apart, so that Stop never waits for experts that are loaded
+
+    def submit(self, *arguments, **options) -> Run:
+        """`Engine.submit`, for a run that `stop` ends."""
+        run = self.engine.submit(*arguments, **options)
+        with self._lock:
+            self._runs.append(run)
+            if self._stopped:
+                run.cancel()
+        return run
+
+    def stop(self) -> None:
+        """Ends all runs before their next step, those to come too."""
+        with self._lock:
+            self._stopped = True
+            for run in self._runs:
+                run.cancel()
+
+    def play(self, recipe: str, live: Live) -> None:
+        """From now on these chains follow the visitor, from `recipe` on."""
+        with self._steering:
+            self.live, self.followed, self.problem = live, recipe, ""
+            self._tried, self._moved = recipe, time.monotonic()
+
+    def follow(self, understood: Callable[[str], Energy]) -> None:
+        """Has the chains follow the recipe that the visitor asks for now, if it can be followed; where
+        it is for other states, ends them."""
+        with self._steering:
+            recipe = self.recipe
+            if self.live is None or recipe is None or recipe == self._tried:
+                return
+            self._tried, self._moved = recipe, time.monotonic()
+            try:
+                energy = understood(recipe)
+                if self.live.fits(energy):
+                    self.live.steer(energy)
+                    self.followed = recipe
+                else:
+                    check(energy)
+                    self._next = recipe
+                    self.live.run.cancel()
+                self.problem = ""
+            except FAILURES as error:  # the chains go on with what they had
+                self.problem = sentences(error)
+
+    def take_next(self) -> str:
+        """The recipe for which new chains are to be begun, or nothing."""
+        with self._steering:
+            recipe, self._next = self._next, ""
+            return "" if self._stopped else recipe
+
+    @property
+    def seconds_unmoved(self) -> float:
+        """How long ago the recipe was moved."""
+        return time.monotonic() - self._moved
+
+
+def sentences(error: BaseException) -> str:
+    """What went wrong, with the context that was added on the way up."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
