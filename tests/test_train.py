@@ -274,6 +274,20 @@ def test_a_training_that_diverges_rolls_back_then_gives_up_with_the_last_good_ex
     assert weights(ceb.load_expert(config.model_folder)).isfinite().all()
 
 
+def test_the_energy_gap_that_counts_as_divergence_can_be_set(tiny_data, config):
+    def trainer(name, **changes):
+        made = Trainer(replace(config, name=name, num_iterations=4, log_every=2, **changes))
+        step = made._iteration
+        made._iteration = lambda: {**step(), "energy_gap": torch.tensor(60.0)}
+        return made
+
+    with pytest.raises(TrainingDivergedError, match="energy gap 60"):
+        trainer("strict").run()
+    patient = trainer("patient", largest_gap=100.0)
+    patient.run()
+    assert patient.rollbacks == 0
+
+
 def test_an_unconditional_expert_learns_without_labels(tiny_data, config):
     expert = Trainer(replace(config, name="base", data=DataConfig(name="squares"))).run()
     assert expert.card.values == ("image",)

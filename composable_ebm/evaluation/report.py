@@ -254,12 +254,13 @@ def plot(result: dict, path: Path) -> None:
     left.set(
         xlabel="attributes asked for at once", ylabel="all of them right, %", ylim=(0, 102), xticks=sizes
     )
-    left.set_title(f"Composing {result['family']} experts")
+    left.set_title(f"Composing experts of {result['family']}")
     right.set(xlabel="attributes asked for at once", ylabel="fid_attr over that of real images", xticks=sizes)
     if right.lines:
         right.set_yscale("log")
         right.yaxis.set_major_formatter("{x:g}")
-        right.yaxis.set_minor_formatter("{x:g}")
+        low, high = right.get_ylim()
+        right.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
         right.axhline(1, color=INK, ls=":")
     right.set_title("Distance to real images of the same requests")
     fig.legend(
