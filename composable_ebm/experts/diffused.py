@@ -100,8 +100,6 @@ class DiffusedEnergy(ModulatedSkeleton):
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(h.dtype, torch.float32)
             h, d, along = h.to(wide), d.to(wide), along.to(wide)
-            rest = 1 / (self.residual + noise)
-            gaussian = (rest * d.square().sum(1) + ((precision - rest[:, None]) * along.square()).sum(1)) / 2
             g = self.linear_head(h)[:, 0] + (self.quadratic_head(h).square() * self.signs).sum(1) / 2
-            energy = gaussian + 2 * (self.denoiser_error(sigma) * scale).sqrt() / noise * g
+            energy = self.gaussian_energy(d, along, noise) + self.strength(sigma) * g
             return energy[:, None] if self.value_head is None else energy[:, None] + self.value_head(h)

@@ -123,11 +123,9 @@ class DiffusedPatches(ModulatedSkeleton):
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(h.dtype, torch.float32)
             h, d, along = h.to(wide), d.to(wide), along.to(wide)
-            rest = 1 / (self.residual + noise)
-            gaussian = rest * d.square().sum(2) + ((precision - rest)[:, None] * along.square()).sum(2)
             g = self.linear_head(h)[..., 0] + (self.quadratic_head(h).square() * self.signs).sum(2) / 2
-            r = 2 * (self.denoiser_error(sigma[:, 0])[:, None] * scale).sqrt() / noise
-            energy = (gaussian / 2 + r * g).sum(1, keepdim=True)
+            energy = self.gaussian_energy(d, along, noise) + self.strength(sigma) * g
+            energy = energy.sum(1, keepdim=True)
             if self.look is None or self.value_head is None:
                 return energy
             return energy + self.value_head(F.silu(self.look(h)).flatten(1))

@@ -68,6 +68,24 @@ class GaussianSkeleton(nn.Module):
         rest = (size - len(self.variances)) * self.residual * noise / (self.residual + noise)
         return (kept + rest) / size
 
+    def gaussian_energy(self, d: Tensor, along: Tensor, noise: Tensor) -> Tensor:
+        """½ dᵀ(C + σ² I)⁻¹d in nats, shape of `noise`.
+
+        Args:
+            d: Deviations from the mean, (..., pixels).
+            along: Their components, (..., components).
+            noise: σ², (...).
+        """
+        precision = 1 / (self.variances + noise[..., None])
+        rest = 1 / (self.residual + noise)
+        outside = ((precision - rest[..., None]) * along.square()).sum(-1)
+        return (rest * d.square().sum(-1) + outside) / 2
+
+    def strength(self, sigma: Tensor) -> Tensor:
+        """r(σ) = 2 √m √(σ² + s²)/σ², what a network's part is scaled by, shape of `sigma`."""
+        noise = sigma.square()
+        return 2 * (self.denoiser_error(sigma) * (noise + self.spread.square())).sqrt() / noise
+
 
 class LevelledSkeleton(GaussianSkeleton):
     """The skeleton with gains and biases that the noise level gives to the layers of a network.

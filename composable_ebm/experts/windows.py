@@ -127,12 +127,9 @@ class DiffusedWindows(LevelledSkeleton):
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(h.dtype, torch.float32)
             h, d, along = h.to(wide), d.to(wide), along.to(wide)
-            residual = 1 / (self.residual + noise)
-            gaussian = residual * d.square().sum(1)
-            gaussian = gaussian + ((precision - residual[:, None]) * along.square()).sum(1)
             g = self.linear_head(h)[..., 0] + (self.quadratic_head(h).square() * self.signs).sum(2) / 2
-            r = 2 * (self.denoiser_error(sigma) * scale).sqrt() / noise
-            energy = (gaussian / 2 + r * g.sum(1))[:, None]
+            energy = self.gaussian_energy(d, along, noise) + self.strength(sigma) * g.sum(1)
+            energy = energy[:, None]
             if self.look is None or self.value_head is None:
                 return energy
             return energy + self.value_head(F.silu(self.look(h)).flatten(1))
