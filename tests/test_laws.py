@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import composable_ebm as ceb
+from composable_ebm.energy import soft_minimum
 
 WEIGHTS = st.floats(-4, 4).map(lambda w: round(w, 3))
 POSITIVE = st.floats(0.05, 4)
@@ -160,6 +161,14 @@ def test_score_of_a_mixture_keeps_its_digits_at_energies_far_from_zero():
     far = [ceb.from_callable(lambda x, e=e: 20_000 + e(x), event_shape=(2,)) for e in near]
     states = torch.tensor([[0.25, 0.5], [-0.75, 1.25], [0.5, 0.75]])
     torch.testing.assert_close((far[0] | far[1]).score(states), (near[0] | near[1]).score(states))
+
+
+def test_the_least_of_large_energies_keeps_the_digits_of_its_derivative():
+    near = torch.tensor([[0.25, 1.5], [-0.5, 0.0], [3.0, 3.0]])  # exact beside 20,000 in float32
+    far = (near + 20_000).requires_grad_()
+    soft_minimum(far).sum().backward()
+    torch.testing.assert_close(far.grad, torch.softmax(-near, dim=1))
+    torch.testing.assert_close(soft_minimum(near), -torch.logsumexp(-near, dim=1))
 
 
 def test_mixture_of_normalised_energies_is_the_analytic_mixture():

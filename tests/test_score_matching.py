@@ -304,7 +304,7 @@ def test_an_image_between_the_values_counts_for_their_common_density():
         return phase.loss(model, network, x, y)[1]
 
     def common(x, noise_level):
-        return -torch.logsumexp(-network(x, noise_level), dim=1, keepdim=True)
+        return -torch.logsumexp(-network(x, noise_level).double(), dim=1, keepdim=True).float()
 
     between = figures(network, torch.full((64,), -1))
     alone = figures(common, torch.zeros(64, dtype=torch.long))

@@ -34,6 +34,7 @@ from composable_ebm.energy.base import (
     naming,
     one_per_state,
     require_values,
+    soft_minimum,
 )
 from composable_ebm.energy.nodes import Mixture, Not, Sum
 
@@ -51,6 +52,7 @@ __all__ = [
     "one_per_state",
     "ratio",
     "require_values",
+    "soft_minimum",
 ]
 
 Energy.algebra = algebra

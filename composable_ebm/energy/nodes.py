@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.energy.base import Energy, LeafEnergies, parameter_count, require_values
+from composable_ebm.energy.base import Energy, LeafEnergies, parameter_count, require_values, soft_minimum
 from composable_ebm.weights import (
     Weight,
     as_weight,
@@ -216,11 +216,7 @@ class Mixture(Node):
 
     def combine(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
         own, blocks = self.split(coefficients)
-        logits = own - self._child_energies(energies, blocks)
-        # The derivative of logsumexp is exp(logits - result), which loses digits to the size of the
-        # result: at 10,000 nats it is wrong by 1e-3. Around the largest logit it is exact.
-        top = logits.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-        return -(torch.logsumexp(logits - top, dim=-1) + top[..., 0])
+        return soft_minimum(self._child_energies(energies, blocks) - own)
 
     def terms(self, x: Tensor, *, noise_level: Tensor | None = None) -> dict[str, Tensor]:
         return _labelled((str(c), c(x, noise_level=noise_level)) for c in self.operands)

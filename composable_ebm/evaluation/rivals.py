@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy
+from composable_ebm.energy import Energy, soft_minimum
 from composable_ebm.evaluation.composition import Row, compose, draw
 from composable_ebm.evaluation.task import Request, Task, family_experts
 from composable_ebm.experts.catalogue import load_expert
@@ -179,8 +179,8 @@ class JointRequests(Energy):
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         network = self.expert.network
         outputs = network(x, noise_level) if self.noise_conditioned else network(x)
-        whole = -torch.logsumexp(-outputs, dim=1)
-        part = -torch.logsumexp((-outputs).masked_fill(~self.fits, -torch.inf), dim=1)
+        whole = soft_minimum(outputs)
+        part = soft_minimum(outputs.masked_fill(~self.fits, torch.inf))
         return whole + self.weight * (part - whole)
 
 

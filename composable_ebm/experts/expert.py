@@ -6,11 +6,10 @@ import difflib
 from collections.abc import Hashable
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from composable_ebm.conditionals import Conditionals
-from composable_ebm.energy import Energy, Mixture, negate
+from composable_ebm.energy import Energy, Mixture, negate, soft_minimum
 from composable_ebm.experts.card import Card
 
 __all__ = ["Expert", "given"]
@@ -113,7 +112,7 @@ class Expert(Energy):
     def read(self, outputs: Tensor) -> Tensor:
         # A batched pass pads the outputs of networks with fewer values.
         outputs = outputs[:, : len(self.card.values)]
-        return -torch.logsumexp(-outputs, dim=1) if self.value is None else outputs[:, self.value]
+        return soft_minimum(outputs) if self.value is None else outputs[:, self.value]
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         return self.read(self.network(x, noise_level) if self.noise_conditioned else self.network(x))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.data.dataset import UNLABELLED
+from composable_ebm.energy import soft_minimum
 from composable_ebm.train.objectives import Figures, Objective, Phase, Setting
 
 __all__ = ["DenoisingAtOneLevel", "DenoisingScoreMatching"]
@@ -164,7 +165,7 @@ class _DenoisingPhase(Phase):
 def _energy_of(outputs: Tensor, y: Tensor) -> Tensor:
     """E(x, y) of each row, (batch,), and E(x) = -log Σ_y exp(-E(x, y)) of rows between the values."""
     known = outputs.gather(1, y.clamp(min=0)[:, None])[:, 0]
-    return torch.where(y == UNLABELLED, -torch.logsumexp(-outputs, dim=1), known)
+    return torch.where(y == UNLABELLED, soft_minimum(outputs), known)
 
 
 def _cross_entropy(outputs: Tensor, y: Tensor) -> Tensor:
