@@ -34,8 +34,8 @@ from timing import add_machine, ceilings, exponent, machine, peak_memory, race, 
 
 import composable_ebm as ceb
 from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, figure, save_figure
-from composable_ebm.sampling.fusion import FusedPotential
-from composable_ebm.schedules import Schedule, constant
+from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.sampling.schedule import Schedule, constant
 
 OURS = "composable_ebm"
 LEVEL = 0.3  # noise level of the face experts, in the middle of a run

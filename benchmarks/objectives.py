@@ -22,10 +22,11 @@ from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm.experts.networks import NETWORKS
-from composable_ebm.train.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
-from composable_ebm.train.objectives import ContrastiveDivergence, Objective, Phase, Setting
-from composable_ebm.train.recovery import RecoveryLikelihood
-from composable_ebm.train.score_matching import ScoreMatching, SlicedScoreMatching
+from composable_ebm.train.objectives.base import Objective, Phase, Setting
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
+from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.recovery import RecoveryLikelihood
+from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
 SHORT_RUN = ceb.Langevin(
     step_size=10.0, noise_scale=0.005, grad_clip=0.03, clamp=(-1.0, 1.0), noise_first=True

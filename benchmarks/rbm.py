@@ -25,10 +25,10 @@ from collections.abc import Callable, Sequence
 import torch
 from common import write_results
 
-from composable_ebm.annealed_importance import log_z
-from composable_ebm.bits import log_pseudo_likelihood
 from composable_ebm.data import LabelledImages, load_data
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.energy.bits import log_pseudo_likelihood
+from composable_ebm.experts.networks.rbm import RBM
+from composable_ebm.partition.annealed import log_z
 from composable_ebm.train import ContrastiveDivergence, TrainConfig, train
 from composable_ebm.train.config import RBM as Sizes
 from composable_ebm.train.config import GenerationConfig, OptimiserConfig

@@ -19,7 +19,7 @@ import torch
 from common import RESULTS
 from torch import Tensor
 
-from composable_ebm import native
+from composable_ebm.potential import native
 
 Work = Callable[[], object]
 

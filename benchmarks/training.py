@@ -20,7 +20,8 @@ from timing import add_machine, ceilings, machine, race, relative, uniform
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.train.objectives import ContrastiveDivergence, Setting
+from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 
 OURS = "composable_ebm"
 BUFFER, RESTART, ENERGY_L2 = 8192, 0.05, 0.1

@@ -40,7 +40,7 @@ from torch import Tensor
 
 import composable_ebm as ceb
 from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, figure, save_figure
-from composable_ebm.schedules import Curve, Schedule, geometric, through
+from composable_ebm.sampling.schedule import Curve, Schedule, geometric, through
 
 BUDGET = 3_000  # gradients a chain
 STD, WALL, REACH = 0.03, 0.01, 0.09

@@ -7,16 +7,15 @@ thick = ceb.load_expert("contrastive_digits/thick")
 out = ceb.sample(three + thick, num_chains=16, seed=0)
 """
 
-from composable_ebm import analytic, diagnostics, schedules
-from composable_ebm.adapters import from_callable, from_classifier
-from composable_ebm.annealed_importance import exact_log_z, log_z
-from composable_ebm.bits import on_bits
-from composable_ebm.diffusion import from_denoiser, from_diffusers, from_noise_predictor, from_score
-from composable_ebm.energy import Energy, Mixture, Not, Sum, log_ratio, mixture, negate, ratio
+from composable_ebm.energy import Energy, Mixture, Not, Sum, analytic, log_ratio, mixture, negate, ratio
+from composable_ebm.energy.adapters import from_callable, from_classifier
+from composable_ebm.energy.bits import on_bits
+from composable_ebm.energy.diffusion import from_denoiser, from_diffusers, from_noise_predictor, from_score
 from composable_ebm.experts import Card, CheckpointError, Expert, given, load_expert, push_to_hub, save_expert
 from composable_ebm.experts.catalogue import catalogue
-from composable_ebm.partition import calibrate, log_z_difference
-from composable_ebm.recipe import RecipeError, parse
+from composable_ebm.experts.recipe import RecipeError, parse
+from composable_ebm.partition.annealed import exact_log_z, log_z
+from composable_ebm.partition.bennett import calibrate, log_z_difference
 from composable_ebm.sampling import (
     DMALA,
     HMC,
@@ -33,9 +32,11 @@ from composable_ebm.sampling import (
     Run,
     SampleResult,
     UnderdampedLangevin,
+    diagnostics,
     sample,
 )
-from composable_ebm.schedules import Schedule
+from composable_ebm.sampling import schedule as schedules
+from composable_ebm.sampling.schedule import Schedule
 
 __version__ = "0.1.0"
 

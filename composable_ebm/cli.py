@@ -20,9 +20,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from composable_ebm import models_page
+from composable_ebm.experts import page as models_page
 from composable_ebm.experts.hub import push_to_hub
-from composable_ebm.recipe import parse
+from composable_ebm.experts.recipe import parse
 from composable_ebm.sampling import Chain, ChainDivergedError, sample
 from composable_ebm.sampling.sample import calibrated_sampler
 

@@ -39,9 +39,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from composable_ebm.energy import Energy
-from composable_ebm.experts.checkpoint import write_atomic
 from composable_ebm.experts.expert import Expert
-from composable_ebm.recipe import parse
+from composable_ebm.experts.recipe import parse
+from composable_ebm.files import write_atomic
 from composable_ebm.sampling.sample import calibrated_sampler, sample
 
 REQUEST = "generation.json"

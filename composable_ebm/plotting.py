@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from composable_ebm.sampling.engine import Trace
-
 __all__ = [
     "BLUE",
     "GREEN",
@@ -181,19 +179,27 @@ def save_grid(
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def plot_trace(trace: Trace, title: str, path: str | Path) -> None:
+def plot_trace(
+    energy: Tensor, gradient_norm: Tensor, acceptance: Tensor | None, title: str, path: str | Path
+) -> None:
     """Draws energy, gradient norm and (where steps can be refused) acceptance along the chains.
 
     Lines are means over chains, bands hold 90 % of the chains.
 
+    Args:
+        energy: In nats, (steps, chains).
+        gradient_norm: In nats per data unit, (steps, chains).
+        acceptance: Probability of acceptance, (steps, chains), or None where every step is taken.
+        title: Over the panels.
+        path: Image file to write.
     Raises:
         ValueError: If the trace is empty.
     """
-    if not len(trace.energy):
+    if not len(energy):
         raise ValueError("the trace is empty: the run took no step.")
-    panels = [("Energy (nats)", trace.energy, BLUE), ("Gradient norm", trace.gradient_norm, PURPLE)]
-    if trace.acceptance is not None:
-        panels.append(("Acceptance", trace.acceptance, GREEN))
+    panels = [("Energy (nats)", energy, BLUE), ("Gradient norm", gradient_norm, PURPLE)]
+    if acceptance is not None:
+        panels.append(("Acceptance", acceptance, GREEN))
     fig, axes = figure(len(panels), 1, 7.5, 0.6 + 1.75 * len(panels), sharex=True)
     for ax, (label, values, colour) in zip(axes[:, 0], panels, strict=True):
         table = values.detach().double().cpu().numpy()
@@ -203,12 +209,12 @@ def plot_trace(trace: Trace, title: str, path: str | Path) -> None:
         ax.plot(steps, table.mean(axis=1), color=colour, linewidth=1.4)
         ax.set_title(label, loc="left")
         ax.margins(x=0.01)
-    if trace.acceptance is not None:
+    if acceptance is not None:
         axes[2, 0].set_ylim(-0.03, 1.03)
-    positive = trace.gradient_norm[trace.gradient_norm > 0]
+    positive = gradient_norm[gradient_norm > 0]
     if len(positive) and positive.max() > 50 * positive.median():
         axes[1, 0].set_yscale("log")
-    axes[-1, 0].set_xlabel(f"step   (mean and 90 % band of {trace.energy.shape[1]} chains)")
+    axes[-1, 0].set_xlabel(f"step   (mean and 90 % band of {energy.shape[1]} chains)")
     fig.suptitle(_shorten(title, 90), x=0.01, ha="left", fontsize=11.5, color=INK)
     save_figure(fig, path)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import composable_ebm as ceb
-from composable_ebm.bits import bit_states
 from composable_ebm.boltzmann import BoltzmannLearning, BoltzmannMachine
 from composable_ebm.data.bars import bars_and_stripes
+from composable_ebm.energy.bits import bit_states
 from composable_ebm.plotting import BLUE, GREY, INK, ORANGE, figure, image_grid, save_figure
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from tqdm import tqdm
 
 import composable_ebm as ceb
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.experts.networks.rbm import RBM
 from composable_ebm.plotting import BLUE, GREEN, ORANGE, figure, image_grid, save_figure
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import composable_ebm as ceb
-from composable_ebm.annealed_importance import log_z
 from composable_ebm.data import load_data
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.experts.networks.rbm import RBM
+from composable_ebm.partition.annealed import log_z
 from composable_ebm.plotting import figure, image_grid, save_figure
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

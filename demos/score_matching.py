@@ -17,11 +17,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor, nn
 
 import composable_ebm as ceb
-from composable_ebm.diagnostics import fisher_divergence
 from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, figure, save_figure
-from composable_ebm.train.denoising import DenoisingAtOneLevel
-from composable_ebm.train.objectives import ContrastiveDivergence, Objective, Setting
-from composable_ebm.train.score_matching import ScoreMatching, SlicedScoreMatching
+from composable_ebm.sampling.diagnostics import fisher_divergence
+from composable_ebm.train.objectives.base import Objective, Setting
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
+from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel
+from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 REACH, BATCH, POINTS = 2.9, 256, 25

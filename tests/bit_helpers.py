@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.bits import bit_states
 from composable_ebm.boltzmann import BoltzmannMachine
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.energy.bits import bit_states
+from composable_ebm.experts.networks.rbm import RBM
 from composable_ebm.train.config import RBM as Sizes
 from composable_ebm.train.config import GenerationConfig, OptimiserConfig, TrainConfig
-from composable_ebm.train.objectives import ContrastiveDivergence
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 
 BITS = 5
 

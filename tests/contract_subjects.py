@@ -13,7 +13,7 @@ import composable_ebm as ceb
 from composable_ebm import analytic
 from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.sampling import Annealed
-from composable_ebm.schedules import Schedule, constant, linear
+from composable_ebm.sampling.schedule import Schedule, constant, linear
 
 IMAGE = (1, 4, 4)
 NOISE_RANGE = (0.3, 10.0)

@@ -8,7 +8,7 @@ from helpers import card, network
 from PIL import Image
 
 import composable_ebm as ceb
-from composable_ebm.experts.diffused import DiffusedEnergy
+from composable_ebm.experts.networks.diffused import DiffusedEnergy
 
 SHORT = {"kernel": "Langevin", "step_size": 0.1, "num_steps": 7}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm.energy import known_by_gradient
-from composable_ebm.schedules import Schedule, geometric, through
+from composable_ebm.sampling.schedule import Schedule, geometric, through
 
 STD = 0.03
 ANGLES = torch.arange(8) * math.pi / 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import points
 
-from composable_ebm.analytic import Box, DoubleWell, Gaussian, GaussianMixture, Rings
+from composable_ebm.energy.analytic import Box, DoubleWell, Gaussian, GaussianMixture, Rings
 
 FAMILIES = {
     "gaussian": Gaussian([0.2, -0.3], [[0.5, 0.2], [0.2, 0.3]]),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import composable_ebm as ceb
-from composable_ebm.schedules import Schedule, constant
+from composable_ebm.sampling.schedule import Schedule, constant
 
 
 @pytest.fixture

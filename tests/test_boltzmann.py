@@ -7,9 +7,9 @@ import torch
 from bit_helpers import machine
 
 import composable_ebm as ceb
-from composable_ebm.bits import bit_states
 from composable_ebm.boltzmann import BoltzmannLearning, BoltzmannMachine
 from composable_ebm.data.bars import bars_and_stripes
+from composable_ebm.energy.bits import bit_states
 from composable_ebm.sampling import Noise
 
 
@@ -32,7 +32,7 @@ def test_energy_is_the_textbook_sum_over_pairs():
 
 
 def test_without_lateral_couplings_it_is_an_rbm():
-    from composable_ebm.experts.rbm import RBM
+    from composable_ebm.experts.networks.rbm import RBM
 
     m = machine(lateral=False)
     net = RBM((3,), hidden=2)

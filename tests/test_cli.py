@@ -11,7 +11,8 @@ from helpers import card, network
 from PIL import Image
 
 import composable_ebm as ceb
-from composable_ebm import cli, models_page
+from composable_ebm import cli
+from composable_ebm.experts import page as models_page
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,10 +19,10 @@ from contract_subjects import PRECISION, SIZES, TEMPERATURE, energies, states, s
 from helpers import Quadratic, points
 
 import composable_ebm as ceb
-from composable_ebm.bits import bit_states
+from composable_ebm.energy.bits import bit_states
 from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import Annealed, Noise, from_settings, to_settings
-from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.sampling.settings import KERNELS
 
 ENERGIES = energies()

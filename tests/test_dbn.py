@@ -7,11 +7,11 @@ import torch
 from bit_helpers import rbm, rbm_training
 from torch import nn
 
-from composable_ebm.bits import bit_states
 from composable_ebm.boltzmann import DeepBelief
 from composable_ebm.data import LabelledImages
 from composable_ebm.data.bars import bars_and_stripes
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.energy.bits import bit_states
+from composable_ebm.experts.networks.rbm import RBM
 from composable_ebm.train import train_layers
 from composable_ebm.train.config import RBM as Sizes
 from composable_ebm.train.greedy import hidden_data

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import points
 
-from composable_ebm.diagnostics import ess, r_hat
+from composable_ebm.sampling.diagnostics import ess, r_hat
 
 
 def autoregressive(phi, draws=500, chains=4, seed=0):

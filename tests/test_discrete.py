@@ -8,10 +8,10 @@ from bit_helpers import BITS, Network, exact, frequencies, machine, rbm
 from helpers import Quadratic, expert
 
 import composable_ebm as ceb
-from composable_ebm.bits import bit_states, log_pseudo_likelihood
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.energy.bits import bit_states, log_pseudo_likelihood
+from composable_ebm.experts.networks.rbm import RBM
+from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import Dynamics, Noise
-from composable_ebm.sampling.fusion import FusedPotential
 
 CHAINS = 4_000
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import composable_ebm as ceb
-from composable_ebm.sampling.fusion import FusedPotential
+from composable_ebm.potential.plan import FusedPotential
 
 a, b, c = gaussians()
 

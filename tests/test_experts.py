@@ -15,8 +15,9 @@ from safetensors.torch import save
 import composable_ebm as ceb
 from composable_ebm.experts import catalogue as catalogue_module
 from composable_ebm.experts.catalogue import cards
-from composable_ebm.experts.checkpoint import read_card, write_atomic
 from composable_ebm.experts.networks import ConvEnergy
+from composable_ebm.experts.store import read_card
+from composable_ebm.files import write_atomic
 
 x = points(5, (1, 4, 4))
 
@@ -302,7 +303,7 @@ def test_crash_between_the_two_files_is_noticed(saved, monkeypatch):
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr("composable_ebm.experts.checkpoint.write_atomic", crash_at_the_config)
+    monkeypatch.setattr("composable_ebm.experts.store.write_atomic", crash_at_the_config)
     with pytest.raises(KeyboardInterrupt):
         ceb.save_expert(saved, other.network, other.card)
     refused(saved, "was changed")

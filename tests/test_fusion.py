@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, example, given, settings
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm import native
-from composable_ebm.experts.diffused import DiffusedEnergy
-from composable_ebm.sampling.compiled import CompiledNetwork
-from composable_ebm.sampling.fusion import FusedPotential, Group
-from composable_ebm.schedules import Schedule, geometric
-from composable_ebm.train.objectives import Labelled
+from composable_ebm.experts.networks.diffused import DiffusedEnergy
+from composable_ebm.potential import native
+from composable_ebm.potential.layers import CompiledNetwork
+from composable_ebm.potential.plan import FusedPotential, Group
+from composable_ebm.sampling.schedule import Schedule, geometric
+from composable_ebm.train.objectives.contrastive import Labelled
 
 COMPILER = any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")))
 CAN = COMPILER and "avx512f" in native._features().split()

@@ -6,13 +6,13 @@ from helpers import Quadratic, binary, expert, gaussians, points
 from torch import nn
 
 import composable_ebm as ceb
+from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block
-from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.sampling.graphs import StepGraphs
 from composable_ebm.sampling.joint import JointBatch, PotentialPool
 from composable_ebm.sampling.recorder import CudaRecorder, HostReadError, HostReads
-from composable_ebm.schedules import Schedule, geometric, linear
+from composable_ebm.sampling.schedule import Schedule, geometric, linear
 
 KERNELS = [
     ceb.Langevin(0.05),

@@ -13,7 +13,7 @@ from mixer_toys import diffused
 from PIL import Image, ImageColor, ImageSequence
 
 import composable_ebm as ceb
-from composable_ebm.analytic import Gaussian
+from composable_ebm.energy.analytic import Gaussian
 from demos.mixer import animate, explore, heat, labelled, starts
 from demos.mixer.animate import Recorder
 from demos.mixer.explore import Axis

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.diagnostics import fisher_divergence
-from composable_ebm.train.denoising import DenoisingAtOneLevel
-from composable_ebm.train.objectives import ContrastiveDivergence, Setting
-from composable_ebm.train.recovery import Recovery, RecoveryLikelihood
-from composable_ebm.train.score_matching import ScoreMatching, SlicedScoreMatching
+from composable_ebm.sampling.diagnostics import fisher_divergence
+from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
+from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel
+from composable_ebm.train.objectives.recovery import Recovery, RecoveryLikelihood
+from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
 COVARIANCE = torch.tensor([[1.0, 0.6, 0.0], [0.6, 1.5, -0.3], [0.0, -0.3, 0.5]])
 SAMPLES = (

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import composable_ebm as ceb
-from composable_ebm.partition import LogZ, calibrate, log_z_difference, log_z_over_noise
-from composable_ebm.schedules import Curve, Schedule
+from composable_ebm.partition.bennett import LogZ, calibrate, log_z_difference, log_z_over_noise
+from composable_ebm.sampling.schedule import Curve, Schedule
 
 
 def shifted(energy: ceb.Energy, nats: float) -> ceb.Energy:

@@ -5,9 +5,9 @@ import torch
 
 from composable_ebm.data import shapes
 from composable_ebm.experts import Card, Expert, load_expert, save_expert
-from composable_ebm.experts.patches import DiffusedPatches
-from composable_ebm.train.denoising import DenoisingScoreMatching
-from composable_ebm.train.objectives import Setting
+from composable_ebm.experts.networks.patches import DiffusedPatches
+from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
 
 SIZES = {"patch": 4, "hidden": 16, "components": 6, "context": 8}
 

@@ -8,9 +8,9 @@ from bit_helpers import Network, machine, rbm, rbm_training
 from torch.nn import functional as F
 
 import composable_ebm as ceb
-from composable_ebm.annealed_importance import exact_log_z, log_z
-from composable_ebm.bits import bit_states
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.energy.bits import bit_states
+from composable_ebm.experts.networks.rbm import RBM
+from composable_ebm.partition.annealed import exact_log_z, log_z
 
 
 def joint_energy(net, v, h, value=0):
@@ -264,7 +264,7 @@ def brute_images(energy):
 
 
 def test_the_replay_buffer_starts_from_bits():
-    from composable_ebm.sampling.replay_buffer import ReplayBuffer
+    from composable_ebm.train.replay_buffer import ReplayBuffer
 
     buffer = ReplayBuffer(50, (4,), 1, (0.0, 1.0), 0.5, torch.Generator().manual_seed(0), binary=True)
     _, states, _ = buffer.draw(50)
@@ -279,7 +279,7 @@ def test_training_settings_that_bits_cannot_take_are_refused(bars):
 
 
 def test_grey_levels_become_the_odds_of_a_white_bit():
-    from composable_ebm.train.states import as_images, as_states
+    from composable_ebm.data.ranges import as_images, as_states
 
     grey = torch.tensor([-1.0, -0.5, 1.0]).expand(20_000, 3)
     bits = as_states(grey, (0.0, 1.0), True, torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import composable_ebm as ceb
-from composable_ebm import recipe
 from composable_ebm.energy import Energy
+from composable_ebm.experts import recipe
 
 a, b, c = gaussians(torch.float64)
 digit, thick, plain = expert(), binary(), expert("base", ("any_digit",))

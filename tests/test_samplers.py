@@ -11,10 +11,10 @@ import torch
 from helpers import Counted, Quadratic, points, variance_error
 
 import composable_ebm as ceb
+from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import Noise
-from composable_ebm.sampling.fusion import FusedPotential
 from composable_ebm.sampling.kernel import Dynamics
-from composable_ebm.schedules import Schedule, constant, geometric, linear
+from composable_ebm.sampling.schedule import Schedule, constant, geometric, linear
 
 CHAINS = 200_000
 KERNELS = [

@@ -7,15 +7,15 @@ import torch
 
 import composable_ebm as ceb
 from composable_ebm.data import LabelledImages
-from composable_ebm.experts.checkpoint import WEIGHTS
-from composable_ebm.experts.denoiser import Denoiser
-from composable_ebm.experts.diffused import DiffusedEnergy
-from composable_ebm.schedules import Curve
+from composable_ebm.experts.networks.denoiser import Denoiser
+from composable_ebm.experts.networks.diffused import DiffusedEnergy
+from composable_ebm.experts.store import WEIGHTS
+from composable_ebm.sampling.schedule import Curve
 from composable_ebm.train import Trainer, read_config
 from composable_ebm.train import config as configs
-from composable_ebm.train.denoising import DenoisingScoreMatching
-from composable_ebm.train.objectives import Setting
-from composable_ebm.train.recovery import RecoveryLikelihood
+from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
+from composable_ebm.train.objectives.recovery import RecoveryLikelihood
 
 SHAPE = (1, 2, 3)
 

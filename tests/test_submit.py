@@ -11,7 +11,7 @@ from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm.sampling.joint import as_one_batch
-from composable_ebm.schedules import Schedule, geometric, linear
+from composable_ebm.sampling.schedule import Schedule, geometric, linear
 
 KERNELS = [
     ceb.Langevin(0.05),

@@ -8,7 +8,7 @@ from helpers import binary, expert, gaussians, points
 from submit_helpers import TIMEOUT, Gate, same_as_alone, submit_together, wait_for
 
 import composable_ebm as ceb
-from composable_ebm.schedules import Schedule, geometric, linear
+from composable_ebm.sampling.schedule import Schedule, geometric, linear
 
 a, b, c = gaussians()
 

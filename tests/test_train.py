@@ -17,9 +17,9 @@ from PIL import Image
 
 import composable_ebm as ceb
 from composable_ebm.data import DATASETS, OF_ANY_SIZE, LabelledImages, shapes
-from composable_ebm.sampling.replay_buffer import ReplayBuffer
 from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, read_config
 from composable_ebm.train import trainer as trainer_module
+from composable_ebm.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from composable_ebm.train.config import (
     ConvEnergy,
     DataConfig,
@@ -27,10 +27,10 @@ from composable_ebm.train.config import (
     OptimiserConfig,
     TrainConfig,
 )
-from composable_ebm.train.denoising import DenoisingAtOneLevel
-from composable_ebm.train.objectives import Setting
-from composable_ebm.train.score_matching import ScoreMatching, SlicedScoreMatching
-from composable_ebm.train.state import latest_checkpoint, load_checkpoint, save_checkpoint
+from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel
+from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
+from composable_ebm.train.replay_buffer import ReplayBuffer
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from composable_ebm.experts.windows import DiffusedWindows
-from composable_ebm.train.denoising import DenoisingScoreMatching
-from composable_ebm.train.objectives import Setting
+from composable_ebm.experts.networks.windows import DiffusedWindows
+from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
 
 SIZES = {"hidden": 16, "blocks": 1, "stride": 4, "overlap": 1, "components": 6}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from composable_ebm.analytic import Box
-from composable_ebm.schedules import through
+from composable_ebm.energy.analytic import Box
+from composable_ebm.sampling.schedule import through
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.experts.networks.rbm import RBM
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.sample import sample

@@ -19,9 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.bits import bit_states
-from composable_ebm.conditionals import Conditionals
 from composable_ebm.energy import Energy
+from composable_ebm.energy.bits import bit_states
+from composable_ebm.energy.conditionals import Conditionals
 
 __all__ = ["BoltzmannMachine"]
 

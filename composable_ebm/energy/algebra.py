@@ -8,7 +8,7 @@ from torch import Tensor
 
 from composable_ebm.energy.base import Energy
 from composable_ebm.energy.nodes import Mixture, Not, Sum, flatten, shared
-from composable_ebm.weights import Weight
+from composable_ebm.energy.weights import Weight
 
 __all__ = ["either", "mixture", "negate", "ratio", "weighted_sum"]
 

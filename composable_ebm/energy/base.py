@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.weights import Weight, as_weight, is_weight
+from composable_ebm.energy.weights import Weight, as_weight, is_weight
 
 if TYPE_CHECKING:
-    from composable_ebm.conditionals import Conditionals
+    from composable_ebm.energy.conditionals import Conditionals
 
 LeafEnergies = Mapping[Hashable, Tensor]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy.base import Energy, LeafEnergies, parameter_count, require_values, soft_minimum
-from composable_ebm.weights import (
+from composable_ebm.energy.weights import (
     Weight,
     as_weight,
     format_weight,

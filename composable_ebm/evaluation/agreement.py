@@ -29,14 +29,14 @@ from composable_ebm.evaluation.rows import proportion, right
 from composable_ebm.evaluation.task import Request, Task
 from composable_ebm.experts.expert import Expert
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.engine import Sampler
+from composable_ebm.sampling.chains import Sampler
 from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.joint import as_one_batch
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.sampling.sample import calibrated_sampler, sample
-from composable_ebm.schedules import Schedule, constant
+from composable_ebm.sampling.schedule import Schedule, constant
 
 NOISE_LEVEL = 0.1
 STEP = 0.02  # of ULA and MALA, in units of σ²

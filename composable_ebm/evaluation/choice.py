@@ -14,7 +14,7 @@ from composable_ebm.evaluation.judge import Judge, see
 from composable_ebm.evaluation.rows import proportion, right
 from composable_ebm.evaluation.task import Request, Task
 from composable_ebm.experts.expert import Expert, given
-from composable_ebm.partition import calibrate
+from composable_ebm.partition.bennett import calibrate
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.sample import calibrated_sampler, sample
 

@@ -31,7 +31,7 @@ from composable_ebm.evaluation.rivals import RIVALS, Missing, sample_rival
 from composable_ebm.evaluation.rows import bounds, evaluate_row
 from composable_ebm.evaluation.task import Task, requests, task_of
 from composable_ebm.evaluation.tuning import tune
-from composable_ebm.experts.checkpoint import write_atomic
+from composable_ebm.files import write_atomic
 
 PARTS = ("rows", "negation", "alternatives", "detection", "agreement", "stability")
 ALONE = ("agreement", "stability")  # done for each expert by itself

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, load_data, measured
-from composable_ebm.experts.checkpoint import write_atomic
+from composable_ebm.files import write_atomic
 
 KINDS = ("convolutional", "mixer")
 TRAINING = {"iterations": 1200, "batch": 128, "rate": 1e-3, "noise": 0.15, "seed": 0}

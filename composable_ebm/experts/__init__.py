@@ -2,10 +2,10 @@
 
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.catalogue import load_expert
-from composable_ebm.experts.checkpoint import save_expert
 from composable_ebm.experts.expert import Expert, given
 from composable_ebm.experts.hub import push_to_hub
 from composable_ebm.experts.networks import ConvEnergy
+from composable_ebm.experts.store import save_expert
 
 __all__ = [
     "Card",

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from composable_ebm.experts.card import Card, CheckpointError
-from composable_ebm.experts.checkpoint import CONFIG, WEIGHTS, load_folder, read_card
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.store import CONFIG, WEIGHTS, load_folder, read_card
 
 ENVIRONMENT = "COMPOSABLE_EBM_MODELS"
 

@@ -8,8 +8,8 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from composable_ebm.conditionals import Conditionals
 from composable_ebm.energy import Energy, Mixture, negate, soft_minimum
+from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.experts.card import Card
 
 __all__ = ["Expert", "given"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.catalogue import find_folder
-from composable_ebm.experts.checkpoint import CONFIG, WEIGHTS, load_folder, save_expert
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.store import CONFIG, WEIGHTS, load_folder, save_expert
 
 PAGE = "README.md"
 

@@ -10,7 +10,7 @@ import torch
 
 from composable_ebm.energy import Energy
 from composable_ebm.experts.catalogue import catalogue, load_expert
-from composable_ebm.experts.checkpoint import CONFIG
+from composable_ebm.experts.store import CONFIG
 
 __all__ = ["Library"]
 

@@ -1,14 +1,14 @@
 """Sampling: kernels, one engine that runs them, and the results."""
 
 from composable_ebm.sampling.annealed import Annealed
+from composable_ebm.sampling.chains import Chain, ChainDivergedError
 from composable_ebm.sampling.dmala import DMALA
-from composable_ebm.sampling.engine import Chain, ChainDivergedError
+from composable_ebm.sampling.engine import Engine
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
-from composable_ebm.sampling.requests import Engine
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.run import Frame, Run
 from composable_ebm.sampling.sample import sample

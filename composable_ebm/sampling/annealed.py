@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from composable_ebm.sampling.kernel import Kernel
-from composable_ebm.schedules import Schedule
+from composable_ebm.sampling.schedule import Schedule
 
 __all__ = ["Annealed"]
 

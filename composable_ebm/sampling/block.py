@@ -16,7 +16,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
-from composable_ebm.schedules import Schedule
+from composable_ebm.sampling.schedule import Schedule
 
 Sampler = Kernel | Annealed
 Held = Literal["clean", "noisy"]

@@ -10,8 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from composable_ebm.conditionals import Conditionals
 from composable_ebm.energy import Energy, Sum
+from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.sampling.dmala import DMALA
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State
 
@@ -29,7 +29,7 @@ class Gibbs(Kernel):
         η = Σ (w/T)(b + Cx) + W n                          summed over terms
         xᵢ ~ Bernoulli(σ(ηᵢ)) for bits, N(ηᵢ/λᵢ, 1/λᵢ) for reals
 
-    in the symbols of `composable_ebm.conditionals`. Units without a coupling are drawn together, as a
+    in the symbols of `composable_ebm.energy.conditionals`. Units without a coupling are drawn together, as a
     block; units of a coupling in turn, group by group. There is no step size, every draw is taken,
     and exp(-E/T) is exactly invariant.
 

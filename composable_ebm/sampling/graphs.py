@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy
-from composable_ebm.packed import version_of
+from composable_ebm.potential.packed import version_of
 from composable_ebm.sampling.block import MaskedNoise, Rows
 from composable_ebm.sampling.kernel import Dynamics, Kernel, Noise, Potential, State
 from composable_ebm.sampling.recorder import CudaRecorder, Recorder

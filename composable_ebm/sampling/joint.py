@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Not, Sum
+from composable_ebm.energy.weights import Weight, stack_weights
+from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Rows, joined
-from composable_ebm.sampling.engine import Batch
-from composable_ebm.sampling.fusion import FusedPotential
+from composable_ebm.sampling.chains import Batch
 from composable_ebm.sampling.kernel import Dynamics
-from composable_ebm.weights import Weight, stack_weights
 
 MAX_SUBSETS = 64
 """Sets of blocks whose potential a batch keeps, between changes of its blocks."""

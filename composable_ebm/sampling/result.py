@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from composable_ebm import diagnostics
 from composable_ebm.energy import Sum
-from composable_ebm.sampling.engine import Divergence, Sampler, Trace
-from composable_ebm.sampling.fusion import FusedPotential
+from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.sampling import diagnostics
+from composable_ebm.sampling.chains import Divergence, Sampler, Trace
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.settings import to_settings
 
@@ -226,7 +226,8 @@ class SampleResult:
         """Draws energy, gradient norm and acceptance along the chains to an image file."""
         from composable_ebm.plotting import plot_trace  # matplotlib is slow to load
 
-        plot_trace(self.trace, self.recipe, path)
+        trace = self.trace
+        plot_trace(trace.energy, trace.gradient_norm, trace.acceptance, self.recipe, path)
 
     def _settled(self) -> Tensor:
         energy = self.trace.energy[self.warmup :]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Not, Sum
+from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Held, Rows, Sampler
-from composable_ebm.sampling.engine import Callback, Chain, divergence_of, evaluating, trace_of
-from composable_ebm.sampling.fusion import FusedPotential
+from composable_ebm.sampling.chains import Callback, Chain, divergence_of, evaluating, trace_of
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.result import SampleResult, check_terms
 from composable_ebm.sampling.settings import from_settings

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from composable_ebm.sampling.annealed import Annealed
+from composable_ebm.sampling.chains import Sampler
 from composable_ebm.sampling.dmala import DMALA
-from composable_ebm.sampling.engine import Sampler
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
+from composable_ebm.sampling.schedule import Curve, Schedule
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
-from composable_ebm.schedules import Curve, Schedule
 
 KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin, Gibbs, DMALA)
 

@@ -2,7 +2,7 @@
 
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.greedy import train_layers
-from composable_ebm.train.objectives import ContrastiveDivergence
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.reading import read_config
 from composable_ebm.train.trainer import Trainer, TrainingDivergedError, train
 

@@ -11,12 +11,12 @@ from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
+from composable_ebm.sampling.schedule import Curve, Schedule, cosine, hold_then
 from composable_ebm.sampling.settings import to_settings
-from composable_ebm.schedules import Curve, Schedule, cosine, hold_then
-from composable_ebm.train.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
-from composable_ebm.train.objectives import ContrastiveDivergence
-from composable_ebm.train.recovery import RecoveryLikelihood
-from composable_ebm.train.score_matching import ScoreMatching, SlicedScoreMatching
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
+from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.recovery import RecoveryLikelihood
+from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
 __all__ = [
     "RBM",

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from composable_ebm.data import LabelledImages
+from composable_ebm.data.ranges import as_images, as_states
 from composable_ebm.experts.card import Card
-from composable_ebm.experts.checkpoint import save_expert
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.skeleton import GaussianSkeleton
+from composable_ebm.experts.networks.skeleton import GaussianSkeleton
+from composable_ebm.experts.store import save_expert
 from composable_ebm.plotting import save_grid
 from composable_ebm.sampling.sample import calibrated_sampler, sample
 from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.states import as_images, as_states
 
 HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from composable_ebm.experts.card import CheckpointError
-from composable_ebm.experts.checkpoint import read_card
+from composable_ebm.experts.store import read_card
 from composable_ebm.train.config import (
     DataConfig,
     DiffusedEnergy,
@@ -14,7 +14,7 @@ from composable_ebm.train.config import (
     OptimiserConfig,
     TrainConfig,
 )
-from composable_ebm.train.denoising import DenoisingScoreMatching
+from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
 
 __all__ = ["folder_config"]
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from composable_ebm.data import LabelledImages
+from composable_ebm.data.ranges import rescaled
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.rbm import RBM
+from composable_ebm.experts.networks.rbm import RBM
 from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.states import rescaled
 from composable_ebm.train.trainer import train
 
 CHUNK = 4096

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from composable_ebm.data import LabelledImages
+from composable_ebm.data.ranges import rescaled
 from composable_ebm.experts.catalogue import load_expert
-from composable_ebm.experts.rbm import RBM
-from composable_ebm.experts.skeleton import FIT_IMAGES, GaussianSkeleton
-from composable_ebm.train.states import rescaled
+from composable_ebm.experts.networks.rbm import RBM
+from composable_ebm.experts.networks.skeleton import FIT_IMAGES, GaussianSkeleton
 
 __all__ = ["start_from"]
 

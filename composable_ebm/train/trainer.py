@@ -20,15 +20,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages
+from composable_ebm.data.ranges import as_states
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
 from composable_ebm.experts.networks import NETWORKS
-from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.export import Journal, export
-from composable_ebm.train.objectives import Figures, Setting
-from composable_ebm.train.start import start_from
-from composable_ebm.train.state import (
+from composable_ebm.train.checkpoint import (
     check_identity,
     flatten_optimiser,
     latest_checkpoint,
@@ -36,7 +33,10 @@ from composable_ebm.train.state import (
     restore_optimiser,
     save_checkpoint,
 )
-from composable_ebm.train.states import as_states
+from composable_ebm.train.config import TrainConfig
+from composable_ebm.train.export import Journal, export
+from composable_ebm.train.objectives.base import Figures, Setting
+from composable_ebm.train.start import start_from
 
 MAX_ROLLBACKS = 3
 

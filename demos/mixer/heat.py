@@ -17,7 +17,7 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy, Sum
 from composable_ebm.plotting import image_grid
-from composable_ebm.sampling.fusion import LeafPlan, fuse
+from composable_ebm.potential.plan import LeafPlan, fuse
 
 from .terms import parts
 

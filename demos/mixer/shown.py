@@ -11,7 +11,7 @@ import gradio as gr
 from torch import Tensor
 
 from composable_ebm import Energy, Frame, SampleResult
-from composable_ebm.sampling.fusion import LeafPlan, fuse
+from composable_ebm.potential.plan import LeafPlan, fuse
 
 from . import render
 from .clock import FrameClock

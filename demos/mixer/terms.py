@@ -10,7 +10,7 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy, LeafEnergies, Mixture, Sum
 from composable_ebm.experts import Expert
-from composable_ebm.sampling.fusion import LeafPlan, fuse
+from composable_ebm.potential.plan import LeafPlan, fuse
 
 __all__ = ["Term", "parts", "terms"]
 

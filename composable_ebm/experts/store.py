@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,26 +16,11 @@ from torch.overrides import TorchFunctionMode
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.files import write_atomic
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-__all__ = ["CONFIG", "WEIGHTS", "load_folder", "read_card", "save_expert", "write_atomic"]
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: to a temporary name, flushed, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+__all__ = ["CONFIG", "WEIGHTS", "load_folder", "read_card", "save_expert"]
 
 
 def save_expert(folder: str | Path, network: nn.Module, card: Card, half: bool = False) -> Card:

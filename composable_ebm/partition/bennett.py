@@ -34,10 +34,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from composable_ebm.analytic import Analytic
 from composable_ebm.energy import Energy, Mixture, Sum, require_values
+from composable_ebm.energy.analytic import Analytic
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.engine import Chain, Sampler
+from composable_ebm.sampling.chains import Chain, Sampler
 from composable_ebm.sampling.kernel import Kernel, Noise
 from composable_ebm.sampling.sample import sample
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.diffused_pass import DiffusedPass
-from composable_ebm.experts.skeleton import ModulatedSkeleton
+from composable_ebm.experts.networks.diffused_pass import DiffusedPass
+from composable_ebm.experts.networks.skeleton import ModulatedSkeleton
 
 __all__ = ["DiffusedEnergy"]
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Sum, naming
-from composable_ebm.packed import version_of
+from composable_ebm.potential.packed import version_of
 
 if TYPE_CHECKING:
-    from composable_ebm.sampling.fusion import LeafPlan
+    from composable_ebm.potential.plan import LeafPlan
 
 __all__ = ["LinearPlan"]
 

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.native import in_parts, library, wanted
-from composable_ebm.packed import version_of
+from composable_ebm.potential.native import in_parts, library, wanted
+from composable_ebm.potential.packed import version_of
 
 if TYPE_CHECKING:
-    from composable_ebm.experts.diffused import DiffusedEnergy
-    from composable_ebm.experts.diffused_pass import AtLevel
+    from composable_ebm.experts.networks.diffused import DiffusedEnergy
+    from composable_ebm.experts.networks.diffused_pass import AtLevel
 
 __all__ = ["NativePass"]
 

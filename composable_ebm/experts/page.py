@@ -11,7 +11,7 @@ from pathlib import Path
 
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.catalogue import catalogue
-from composable_ebm.experts.checkpoint import CONFIG, load_folder
+from composable_ebm.experts.store import CONFIG, load_folder
 
 __all__ = ["page", "read", "table"]
 

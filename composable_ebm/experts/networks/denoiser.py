@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.energy import known_by_gradient
-from composable_ebm.experts.skeleton import ModulatedSkeleton
+from composable_ebm.experts.networks.skeleton import ModulatedSkeleton
 
 __all__ = ["Denoiser"]
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from composable_ebm.energy import Energy, Sum, naming, one_per_state
-from composable_ebm.packed import Watch
-from composable_ebm.sampling.compiled import CompiledNetwork, Pullback
-from composable_ebm.sampling.linear import LinearPlan
+from composable_ebm.potential.layers import CompiledNetwork, Pullback
+from composable_ebm.potential.linear import LinearPlan
+from composable_ebm.potential.packed import Watch
 
 __all__ = ["FusedPotential", "fuse"]
 

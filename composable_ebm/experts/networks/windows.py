@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.skeleton import LevelledSkeleton
+from composable_ebm.experts.networks.skeleton import LevelledSkeleton
 
 __all__ = ["DiffusedWindows"]
 

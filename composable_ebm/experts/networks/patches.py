@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.skeleton import FIT_IMAGES, ModulatedSkeleton
+from composable_ebm.experts.networks.skeleton import FIT_IMAGES, ModulatedSkeleton
 
 __all__ = ["DiffusedPatches"]
 

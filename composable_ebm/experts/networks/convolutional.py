@@ -18,21 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.denoiser import Denoiser
-from composable_ebm.experts.diffused import DiffusedEnergy
-from composable_ebm.experts.patches import DiffusedPatches
-from composable_ebm.experts.rbm import RBM
-from composable_ebm.experts.windows import DiffusedWindows
-
-__all__ = [
-    "NETWORKS",
-    "RBM",
-    "ConvEnergy",
-    "Denoiser",
-    "DiffusedEnergy",
-    "DiffusedPatches",
-    "DiffusedWindows",
-]
+__all__ = ["ConvEnergy"]
 
 
 class ConvEnergy(nn.Module):
@@ -99,14 +85,3 @@ class ConvEnergy(nn.Module):
         # bfloat16 resolves 0.06 at an energy of 10: the head works in float32.
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
-
-
-NETWORKS: dict[str, type[nn.Module]] = {
-    "ConvEnergy": ConvEnergy,
-    "Denoiser": Denoiser,
-    "DiffusedEnergy": DiffusedEnergy,
-    "RBM": RBM,
-    "DiffusedPatches": DiffusedPatches,
-    "DiffusedWindows": DiffusedWindows,
-}
-"""The networks that a checkpoint may name."""

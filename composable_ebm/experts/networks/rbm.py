@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from composable_ebm.conditionals import Conditionals
 from composable_ebm.energy import Energy
+from composable_ebm.energy.conditionals import Conditionals
 
 VISIBLE = ("bits", "reals")
 
@@ -117,7 +117,7 @@ class RBM(nn.Module):
         return self.scale if self.log_scale is None else (self.scale**2 + (2 * self.log_scale).exp()).sqrt()
 
     def conditionals(self, value: int = 0) -> Conditionals:
-        """What Gibbs sampling has to know of p(v | y), see `composable_ebm.conditionals`."""
+        """What Gibbs sampling has to know of p(v | y), see `composable_ebm.energy.conditionals`."""
         hidden_bias: Tensor = self.hidden_bias
         constant = hidden_bias.new_zeros(())
         if self.value_weight is not None and self.value_bias is not None:

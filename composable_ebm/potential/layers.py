@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.packed import PackedLinear, Watch, hooked, version_of
-from composable_ebm.sampling.native import NativeNetwork
+from composable_ebm.potential.convolutions import NativeNetwork
+from composable_ebm.potential.packed import PackedLinear, Watch, hooked, version_of
 
 __all__ = ["CompiledNetwork", "known_layers"]
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from composable_ebm.data.dataset import UNLABELLED
 from composable_ebm.energy import soft_minimum
-from composable_ebm.train.objectives import Figures, Objective, Phase, Setting
+from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 
 __all__ = ["DenoisingAtOneLevel", "DenoisingScoreMatching"]
 

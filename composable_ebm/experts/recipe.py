@@ -25,8 +25,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
-from composable_ebm.bits import on_bits
 from composable_ebm.energy import Energy, mixture, negate, ratio
+from composable_ebm.energy.bits import on_bits
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.library import Library
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.native import allowed, in_parts, library, wanted
 
 __all__ = ["NativeNetwork"]
 

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.energy import Energy
-from composable_ebm.sampling.engine import Chain
+from composable_ebm.sampling.chains import Chain
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.langevin import Langevin
-from composable_ebm.train.objectives import Figures, Objective, Phase, Setting
+from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 
 __all__ = ["RecoveryLikelihood"]
 

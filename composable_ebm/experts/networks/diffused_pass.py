@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.diffused_native import Halves, Level, NativePass
-from composable_ebm.native import allowed
-from composable_ebm.packed import PackedLinear, Watch, hooked, version_of
+from composable_ebm.experts.networks.diffused_native import Halves, Level, NativePass
+from composable_ebm.potential.native import allowed
+from composable_ebm.potential.packed import PackedLinear, Watch, hooked, version_of
 
 if TYPE_CHECKING:
-    from composable_ebm.experts.diffused import DiffusedEnergy
+    from composable_ebm.experts.networks.diffused import DiffusedEnergy
 
 __all__ = ["DiffusedPass"]
 

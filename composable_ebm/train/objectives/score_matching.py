@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.train.objectives import Figures, Objective, Phase, Setting
+from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 
 LARGEST_EXACT = 256
 

@@ -1,0 +1,1 @@
+"""Log normalising constants: ratios between two energies, and absolute ones by annealing."""

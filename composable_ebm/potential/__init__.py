@@ -1,0 +1,1 @@
+"""How a composition is evaluated: energies and gradients by states, in the fastest form that serves."""

@@ -1,0 +1,20 @@
+"""What a training may minimise, one objective a file."""
+
+from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
+from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
+from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.recovery import RecoveryLikelihood
+from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
+
+__all__ = [
+    "ContrastiveDivergence",
+    "DenoisingAtOneLevel",
+    "DenoisingScoreMatching",
+    "Figures",
+    "Objective",
+    "Phase",
+    "RecoveryLikelihood",
+    "ScoreMatching",
+    "Setting",
+    "SlicedScoreMatching",
+]
