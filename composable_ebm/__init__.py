@@ -7,8 +7,20 @@ thick = ceb.load_expert("contrastive_digits/thick")
 out = ceb.sample(three + thick, num_chains=16, seed=0)
 """
 
-from composable_ebm.energy import Energy, Mixture, Not, Sum, analytic, log_ratio, mixture, negate, ratio
+from composable_ebm.energy import (
+    Codec,
+    Energy,
+    Mixture,
+    Not,
+    Sum,
+    analytic,
+    log_ratio,
+    mixture,
+    negate,
+    ratio,
+)
 from composable_ebm.energy.adapters import from_callable, from_classifier
+from composable_ebm.energy.autoencoder import from_autoencoder
 from composable_ebm.energy.bits import on_bits
 from composable_ebm.energy.diffusion import from_denoiser, from_diffusers, from_noise_predictor, from_score
 from composable_ebm.experts import Card, CheckpointError, Expert, given, load_expert, push_to_hub, save_expert
@@ -49,6 +61,7 @@ __all__ = [
     "Chain",
     "ChainDivergedError",
     "CheckpointError",
+    "Codec",
     "Energy",
     "Engine",
     "Expert",
@@ -70,6 +83,7 @@ __all__ = [
     "catalogue",
     "diagnostics",
     "exact_log_z",
+    "from_autoencoder",
     "from_callable",
     "from_classifier",
     "from_denoiser",

@@ -15,8 +15,8 @@ the leaves turn `x` into numbers (all the work), `combine` turns those numbers i
 theory). Structure (which leaves, which nodes) is fixed when the expression is written;
 coefficients are data, given at call time or taken from the expression.
 
-`base` says what an energy is, `nodes` what AND, OR and NOT of energies are, `algebra` what the
-operators make of them.
+`space` says what states are, `base` what an energy is, `nodes` what AND, OR and NOT of energies are,
+`algebra` what the operators make of them.
 
 Reference:
     Hinton (2002), Training products of experts by minimizing contrastive divergence.
@@ -37,8 +37,10 @@ from composable_ebm.energy.base import (
     soft_minimum,
 )
 from composable_ebm.energy.nodes import Mixture, Not, Sum
+from composable_ebm.energy.space import Codec
 
 __all__ = [
+    "Codec",
     "Energy",
     "LeafEnergies",
     "Mixture",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from composable_ebm.energy.base import Energy
-from composable_ebm.energy.nodes import Mixture, Not, Sum, flatten, shared
+from composable_ebm.energy.nodes import Mixture, Not, Sum, flatten, shared, shared_codec
 from composable_ebm.energy.weights import Weight
 
 __all__ = ["either", "mixture", "negate", "ratio", "weighted_sum"]
@@ -18,6 +18,7 @@ def weighted_sum(pairs: Iterable[tuple[Energy, Weight]]) -> Energy:
     merged = flatten(pairs)
     kept = [(t, w) for t, w in merged if isinstance(w, Tensor) or w != 0] or merged[:1]
     # Dropped or not, every term must live in the same image space.
+    shared_codec([t for t, _ in merged])
     shared("event_shape", "image space", [t for t, _ in merged])
     if len(kept) == 1 and not isinstance(kept[0][1], Tensor) and kept[0][1] == 1:
         return kept[0][0]

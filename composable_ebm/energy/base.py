@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from composable_ebm.data.ranges import as_images
+from composable_ebm.energy.space import Codec
 from composable_ebm.energy.weights import Weight, as_weight, is_weight
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ class Energy(nn.Module, ABC):
         energy_range: Energies between which nearly all (99.8 %) of its own samples lie, or None
             where unknown. Negation takes its threshold from it, and `SampleResult.report` tells
             by it whether a request was met.
+        codec: What makes pictures of the states, which are its latents; None where states are what they
+            are. Energies hold a codec and do not own it: it is none of their modules.
         sampler_settings: Sampler and number of steps it was calibrated with, or None.
         noise_conditioned: Whether `energy` uses the noise level.
         binary: Whether states are bits, 0 or 1. A composition with such a term lives on bits.
@@ -83,6 +87,7 @@ class Energy(nn.Module, ABC):
     noise_conditioned: bool = False
     binary: bool = False
     has_value: bool = True
+    codec: Codec | None = None
 
     @abstractmethod
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
@@ -168,6 +173,24 @@ class Energy(nn.Module, ABC):
             return None
         low, high = self.energy_range
         return energies > high + (high - low)
+
+    def images(self, states: Tensor) -> Tensor:
+        """States (n, *event) as pictures in [-1, 1]: decoded where they are latents."""
+        return as_images(states, self.data_range) if self.codec is None else self.codec.pictures(states)
+
+    def states(self, images: Tensor) -> Tensor:
+        """Pictures as states: encoded where states are latents and `images` are none, else as they are."""
+        codec = self.codec
+        if codec is None or images.shape[1:] == codec.event_shape or images.shape[1:] != codec.image_shape:
+            return images
+        return codec.latents(images)
+
+    def in_space(self, codec: Codec | None) -> Energy:
+        """Says which codec's latents the states are, and returns the energy itself."""
+        if codec is not None:
+            _ = codec.key  # from now on copies are known to be the same space
+        object.__setattr__(self, "codec", codec)  # past nn.Module, which would own it
+        return self
 
     # -- structure ------------------------------------------------------------------------------
 

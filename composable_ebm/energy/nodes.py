@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy.base import Energy, LeafEnergies, parameter_count, require_values, soft_minimum
+from composable_ebm.energy.space import Codec
 from composable_ebm.energy.weights import (
     Weight,
     as_weight,
@@ -19,7 +20,7 @@ from composable_ebm.energy.weights import (
     weight_on,
 )
 
-__all__ = ["Mixture", "Node", "Not", "Sum", "flatten", "shared"]
+__all__ = ["Mixture", "Node", "Not", "Sum", "flatten", "shared", "shared_codec"]
 
 
 class Node(Energy):
@@ -36,6 +37,7 @@ class Node(Energy):
                     "Wrap a function with composable_ebm.from_callable."
                 )
         self.children_ = nn.ModuleList(children)
+        self.in_space(shared_codec(children))
         self.event_shape = shared("event_shape", "image space", children)
         self.data_range = shared("data_range", "data range", children)
         self.noise_conditioned = any(child.noise_conditioned for child in children)
@@ -320,6 +322,38 @@ def shared(attribute: str, noun: str, energies: Sequence[Energy]):
                 f"{energy} has {value}.{hint}"
             )
     return known[0][1] if known else None
+
+
+def shared_codec(energies: Sequence[Energy]) -> Codec | None:
+    """The codec whose latents all energies are about; None where states are what they are.
+
+    An energy without a codec may join those of latents if it takes states of any shape, or of theirs.
+
+    Raises:
+        ValueError: If some are about latents, and others about those of another codec, or about pictures.
+    """
+    first = next((energy for energy in energies if energy.codec is not None), None)
+    if first is None or first.codec is None:
+        return None
+    for energy in energies:
+        if energy.codec is None:
+            if energy.event_shape in (None, first.codec.event_shape):
+                continue
+            what = f"states of shape {energy.event_shape}"
+        elif energy.codec.key != first.codec.key:
+            what = f"those of another, {_codec_name(energy.codec)}"
+        else:
+            continue
+        raise ValueError(
+            f"energies compose only in one image space: {first} is about the latents of "
+            f"{_codec_name(first.codec)}, shape {first.codec.event_shape}, and {energy} about {what}. "
+            "Experts of one family share their codec."
+        )
+    return first.codec
+
+
+def _codec_name(codec: Codec) -> str:
+    return f"the codec {codec.digest[:12]}" if codec.digest else f"a {type(codec).__name__}"
 
 
 def _product(weight: Weight, term: Energy) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -29,7 +30,7 @@ class Card:
         attribute: What it is an expert of.
         values: Names of the values of the attribute, in the order of the network's outputs.
         event_shape: (channels, height, width).
-        data_range: Smallest and largest value of the data.
+        data_range: Smallest and largest value of the data; None for latents, which have no bounds.
         network: "type", and the arguments that build it.
         sampler: Sampler settings it was calibrated with, see `sampling.from_settings`.
         energy_range: Value (or "any") -> energies between which 99.8 % of its own samples lie.
@@ -42,6 +43,7 @@ class Card:
         metrics: Figures of the evaluation, by name.
         failures: What it is known to get wrong.
         licence: Licence of weights and data.
+        codec: SHA-256 of the weights of the codec whose latents it is about; "" for pictures.
     """
 
     family: str
@@ -49,7 +51,7 @@ class Card:
     attribute: str
     values: tuple[str, ...]
     event_shape: tuple[int, ...]
-    data_range: tuple[float, float]
+    data_range: tuple[float, float] | None
     network: Mapping
     sampler: Mapping = field(default_factory=dict)
     energy_range: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class Card:
     metrics: Mapping = field(default_factory=dict)
     failures: str = ""
     licence: str = ""
+    codec: str = ""
 
     def __post_init__(self) -> None:
         for part in (self.family, self.name):
@@ -83,6 +86,15 @@ class Card:
     def full_name(self) -> str:
         """family/name, as recipes write it."""
         return f"{self.family}/{self.name}"
+
+    @property
+    def states(self) -> str:
+        """What it is an energy of, in words: pictures or latents, their shape and range."""
+        shape = "×".join(map(str, self.event_shape))
+        if self.codec:
+            return f"latents {shape} of the codec {self.codec[:12]}"
+        low, high = self.data_range or (-math.inf, math.inf)
+        return f"images {shape} in [{low:g}, {high:g}]"
 
     def to_json(self) -> str:
         """The text of `config.json`."""
@@ -107,6 +119,8 @@ class Card:
         if missing := [n for n in needed if n not in content]:
             raise ValueError(f"missing field {', '.join(missing)}")
         for name in ("values", "event_shape", "data_range"):
+            if name == "data_range" and content[name] is None:
+                continue
             if not isinstance(content[name], list):
                 raise ValueError(f"field {name} must be a list")
             content[name] = tuple(content[name])

@@ -8,7 +8,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from composable_ebm.energy import Energy, Mixture, negate, soft_minimum
+from composable_ebm.energy import Codec, Energy, Mixture, negate, soft_minimum
 from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.experts.card import Card
 
@@ -56,6 +56,7 @@ class Expert(Energy):
         network: x -> (batch, values).
         card: What is known about it.
         value: Index of the value, or None for the marginal.
+        codec: What its states are latents of; None where they are pictures.
     Example:
         >>> digit = load_expert("digits/digit")
         >>> three, odd = digit[3], digit[1] | digit[3] | digit[5] | digit[7] | digit[9]
@@ -63,8 +64,11 @@ class Expert(Energy):
         Grathwohl et al. (2020), arXiv 1912.03263, eq. 4 and 5, for E(x, y) and its marginal.
     """
 
-    def __init__(self, network: nn.Module, card: Card, value: int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, card: Card, value: int | None = None, codec: Codec | None = None
+    ) -> None:
         super().__init__()
+        self.in_space(codec)
         self.network = network
         self.card = card
         self.value = value
@@ -77,9 +81,9 @@ class Expert(Energy):
         self.energy_range = card.energy_range.get("any" if value is None else card.values[value])
 
     @classmethod
-    def standing(cls, network: nn.Module, card: Card) -> Self:
+    def standing(cls, network: nn.Module, card: Card, codec: Codec | None = None) -> Self:
         """The expert as `load_expert` gives it: binary ones stand for their second value."""
-        return cls(network, card, {1: 0, 2: 1}.get(len(card.values)))
+        return cls(network, card, {1: 0, 2: 1}.get(len(card.values)), codec)
 
     def __getitem__(self, value: str | int) -> Expert:
         """The expert at one value of its attribute, given by name, or at "any"."""
@@ -95,7 +99,7 @@ class Expert(Energy):
         return self._at(names.index(str(value)))
 
     def _at(self, value: int | None) -> Expert:
-        expert = Expert(self.network, self.card, value)
+        expert = Expert(self.network, self.card, value, self.codec)
         expert.name = self.name
         return expert
 

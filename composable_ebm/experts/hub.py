@@ -10,7 +10,7 @@ from pathlib import Path
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.catalogue import find_folder
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.store import CONFIG, WEIGHTS, load_folder, save_expert
+from composable_ebm.experts.store import CODEC, CONFIG, WEIGHTS, load_folder, save_expert
 
 PAGE = "README.md"
 
@@ -56,6 +56,11 @@ def push_to_hub(
             card = load_folder(source).card  # damaged files are not spread
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(source / name, folder / name)
+            if card.codec:
+                place = source / CODEC if (source / CODEC).exists() else source.parent / CODEC
+                (folder / CODEC).mkdir()
+                for name in (CONFIG, WEIGHTS):
+                    shutil.copyfile(place / name, folder / CODEC / name)
         (folder / PAGE).write_text(hub_page(card, repository), encoding="utf-8")
         api = HfApi(token=token)
         # A repository that exists stays as visible as it is.
@@ -95,8 +100,6 @@ def hub_token(token: str | None = None) -> str:
 
 def hub_page(card: Card, repository: str) -> str:
     """The README.md of an expert's repository, with the header that the Hub reads."""
-    low, high = card.data_range
-    shape = "×".join(map(str, card.event_shape))
     what = "p(x)" if len(card.values) == 1 else f"p(x, {card.attribute}), {', '.join(card.values)}"
     header = [
         "---",
@@ -110,7 +113,7 @@ def hub_page(card: Card, repository: str) -> str:
     digest = card.weights.get("sha256", "")
     sizes = [f"{card.weights[key]:,} {key}" for key in ("parameters", "bytes") if key in card.weights]
     details = {
-        "Images": f"{shape} in [{low:g}, {high:g}]",
+        "States": card.states,
         "Data": card.data,
         "Network": ", ".join((str(card.network.get("type")), *sizes)),
         "Weights": digest and f"SHA-256 `{digest}`",

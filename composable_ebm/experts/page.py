@@ -108,8 +108,7 @@ def _row(name: str, card: Card) -> tuple[str, ...]:
 def _details(card: Card) -> Iterable[tuple[str, str]]:
     training = dict(card.training)
     command, machine, minutes = (training.pop(key, "") for key in ("command", "machine", "minutes"))
-    shape, (low, high) = "×".join(map(str, card.event_shape)), card.data_range
-    yield "What", f"{card.attribute}: {', '.join(card.values)}; images {shape} in [{low:g}, {high:g}]"
+    yield "What", f"{card.attribute}: {', '.join(card.values)}; {card.states}"
     yield "Data", card.data
     yield "Network", _settings(card.network, ", ")
     yield "Weights", f"SHA-256 `{card.weights.get('sha256', 'unknown')}`"

@@ -1,11 +1,16 @@
-"""Experts as files: `model.safetensors` and `config.json` in one folder. Nothing is unpickled."""
+"""Experts as files: `model.safetensors` and `config.json` in one folder. Nothing is unpickled.
+
+A codec is stored like an expert, in the folder `codec` of its family, and the cards of experts on its latents
+name the hash of its weights: they are loaded with that codec or not at all.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +21,22 @@ from torch.overrides import TorchFunctionMode
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.experts.networks.codec import CODECS, PictureCodec
 from composable_ebm.files import write_atomic
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CODEC = "config.json", "model.safetensors", "codec"
+_codecs: WeakValueDictionary[tuple[str, str], PictureCodec] = WeakValueDictionary()
 
-__all__ = ["CONFIG", "WEIGHTS", "load_folder", "read_card", "save_expert"]
+__all__ = [
+    "CODEC",
+    "CONFIG",
+    "WEIGHTS",
+    "find_codec",
+    "load_codec",
+    "load_folder",
+    "read_card",
+    "save_expert",
+]
 
 
 def save_expert(folder: str | Path, network: nn.Module, card: Card, half: bool = False) -> Card:
@@ -28,7 +44,7 @@ def save_expert(folder: str | Path, network: nn.Module, card: Card, half: bool =
 
     Args:
         folder: Usually models/<family>/<name>.
-        network: One of `NETWORKS`.
+        network: One of `NETWORKS` or `CODECS`.
         card: Its description.
         half: Stores floats in 16 bits; they are 32 again when loaded.
     """
@@ -72,6 +88,61 @@ def load_folder(folder: str | Path, device: torch.device | str | None = None) ->
     """
     folder = Path(folder)
     card = read_card(folder)
+    outputs, shape = card.network.get("num_values", 1), tuple(card.network.get("event_shape", ()))
+    network = _build(card, folder / CONFIG, NETWORKS)
+    if outputs != len(card.values) or shape != card.event_shape:
+        raise CheckpointError(
+            f"{folder / CONFIG} describes {len(card.values)} values of shape {card.event_shape}, but its "
+            f"network gives {outputs} for shape {shape}."
+        )
+    _fill(network, folder, card)
+    codec = find_codec(folder, card.codec, device) if card.codec else None
+    return Expert.standing(network.to(device).eval().requires_grad_(False), card, codec)
+
+
+def load_codec(folder: str | Path, device: torch.device | str | None = None) -> PictureCodec:
+    """The codec in `folder`, one instance for all who ask, checked against its own description.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or changed, or the weights do not fit.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    digest = str(card.weights.get("sha256"))
+    key = (digest, str(torch.empty(0, device=device).device))
+    codec = _codecs.get(key)
+    if codec is None:
+        codec = _build(card, folder / CONFIG, CODECS)
+        _fill(codec, folder, card)
+        codec.digest = digest
+        _codecs[key] = codec.to(device).eval().requires_grad_(False)
+    return codec
+
+
+def find_codec(folder: Path, digest: str, device: torch.device | str | None = None) -> PictureCodec:
+    """The codec of the expert in `folder`: in it, or beside it.
+
+    Raises:
+        CheckpointError: If there is none, or it is another than the expert was trained with.
+    """
+    places = (folder / CODEC, folder.parent / CODEC)
+    place = next((place for place in places if (place / CONFIG).exists()), None)
+    if place is None:
+        raise CheckpointError(
+            f"{folder} holds an expert on the latents of a codec, which is neither in {places[0]} nor in "
+            f"{places[1]}: copy the codec of its family there."
+        )
+    codec = load_codec(place, device)
+    if codec.digest != digest:
+        raise CheckpointError(
+            f"the expert in {folder} was trained on latents of the codec {digest[:12]}…, and {place} holds "
+            f"{codec.digest[:12]}…. Train the expert again, or bring its codec back."
+        )
+    return codec
+
+
+def _fill(network: nn.Module, folder: Path, card: Card) -> None:
+    """Gives a network the weights in a folder, checked against the card."""
     path = folder / WEIGHTS
     content = _read(path)
     digest = hashlib.sha256(content).hexdigest()
@@ -86,31 +157,23 @@ def load_folder(folder: str | Path, device: torch.device | str | None = None) ->
         state = load(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}.") from error
-    network = _build(card, folder / CONFIG)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the network in {folder / CONFIG}: {error}") from error
-    return Expert.standing(network.to(device).eval().requires_grad_(False), card)
 
 
-def _build(card: Card, path: Path) -> nn.Module:
+def _build(card: Card, path: Path, known: Mapping[str, Callable[..., nn.Module]]) -> nn.Module:
     options = dict(card.network)
     kind = options.pop("type", None)
-    if not isinstance(kind, str) or kind not in NETWORKS:
-        raise CheckpointError(f"{path} names the network {kind!r}; this version knows {', '.join(NETWORKS)}.")
-    build: Callable[..., nn.Module] = NETWORKS[kind]
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(f"{path} names the network {kind!r}; this version knows {', '.join(known)}.")
+    build = known[kind]
     try:
         with _Undrawn():
             network = build(**options)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} gives {kind} arguments that do not fit: {error}.") from error
-    outputs = options.get("num_values", 1)
-    if outputs != len(card.values) or tuple(options.get("event_shape", ())) != card.event_shape:
-        raise CheckpointError(
-            f"{path} describes {len(card.values)} values of shape {card.event_shape}, but its network gives "
-            f"{outputs} for shape {tuple(options.get('event_shape', ()))}."
-        )
     return network
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Sum
+from composable_ebm.data.ranges import as_images
+from composable_ebm.energy import Codec, Sum
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import diagnostics
 from composable_ebm.sampling.chains import Divergence, Sampler, Trace
@@ -96,7 +98,7 @@ class SampleResult:
     """Samples, and how they came about.
 
     Attributes:
-        samples: Final states, (batch, *event).
+        samples: Final states, (batch, *event); `images` are pictures of them.
         energies: Their energies in nats, (batch,).
         trace: Energy, gradient norm, acceptance and step size of every step.
         trajectory: States every `keep_every` steps, (kept, batch, *event), the start included, or None.
@@ -114,6 +116,7 @@ class SampleResult:
         warmup: Steps left out of ESS, R-hat and mean acceptance.
         data_range: Smallest and largest value of the data, black and white of a picture of them.
         has_value: Whether `energies` are energies; of scores only the gradient is known.
+        codec: What decodes the samples, where they are latents.
     """
 
     samples: Tensor
@@ -133,6 +136,14 @@ class SampleResult:
     data_range: tuple[float, float] | None = None
     has_value: bool = True
     stepping: str = ""
+    codec: Codec | None = None
+
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """The samples as pictures in [-1, 1]: decoded where they are latents."""
+        if self.codec is None:
+            return as_images(self.samples, self.data_range)
+        return self.codec.pictures(self.samples)
 
     @property
     def kernel(self) -> Kernel:
@@ -211,7 +222,7 @@ class SampleResult:
         return {"recipe": self.recipe, "sampler": sampler, **{k: str(v) for k, v in counts.items()}}
 
     def save(self, path: str | Path, columns: int | None = None) -> None:
-        """Writes the samples as one PNG grid, with `provenance` as text inside the file.
+        """Writes the pictures as one PNG grid, with `provenance` as text inside the file.
 
         Args:
             path: File to write.
@@ -219,8 +230,7 @@ class SampleResult:
         """
         from composable_ebm.plotting import save_grid  # matplotlib is slow to load
 
-        low, high = self.data_range or (-1.0, 1.0)
-        save_grid((self.samples - low) / (high - low) * 2 - 1, path, columns, self.provenance())
+        save_grid(self.images, path, columns, self.provenance())
 
     def plot_trace(self, path: str | Path) -> None:
         """Draws energy, gradient norm and acceptance along the chains to an image file."""

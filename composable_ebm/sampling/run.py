@@ -55,6 +55,11 @@ class Frame(NamedTuple):
         x = self.states - self.noise_level.square() * self.gradients
         return x if self.hold is None else self.hold.put(x, None)
 
+    @property
+    def images(self) -> Tensor:
+        """The states less their noise as pictures in [-1, 1], decoded where they are latents."""
+        return self.composition.images(self.denoised)
+
 
 class Steering(NamedTuple):
     """What a run is to follow from its next step on."""
@@ -193,6 +198,12 @@ class Run:
                     f"a run keeps its states: {self.composition} has {name} {old}, {composition} has {new}. "
                     "Submit it as a run of its own."
                 )
+        theirs, ours = composition.codec, self.composition.codec
+        if theirs is not None and (ours is None or theirs.key != ours.key):
+            raise ValueError(
+                f"a run keeps its states: {composition} is about the latents of a codec, and "
+                f"{self.composition} about other states. Submit it as a run of its own."
+            )
         check_positive_term(composition)
         composition.check_coefficients(composition.coefficients, self.num_chains)
         if schedule_steps is not None and schedule_steps < 1:

@@ -62,14 +62,16 @@ def sample(
             given, else 200.
         sampler: A kernel or an annealed one; what the experts were calibrated with unless given,
             with its step divided by the sum of the absolute weights.
-        init: States to start from, (batch, *event), or a data set to draw `num_chains` of them
-            from. Unless given: noise of the first noise level of the schedule, or else uniform
-            over the data range (fair coins for bits), or standard normal where there is none.
+        init: States to start from, (batch, *event), or pictures where states are latents, or a data
+            set to draw `num_chains` of them from. Unless given: noise of the first noise level of the
+            schedule, or else uniform over the data range (fair coins for bits), or standard normal where
+            there is none.
         seed: Seeds the noise; 0 unless given.
         generator: Draws the noise instead of a seed, on the energy's device.
         coefficients: Replaces the coefficients of the composition, (n,) or (batch, n).
         mask: 1 where states may move and 0 where they are held at `init`; broadcasts over
-            (batch, *event). Inpainting: the free part is sampled given the rest.
+            (batch, *event), or over the pictures where states are latents. Inpainting: the free part is
+            sampled given the rest.
         held: "clean": what is held is `init` throughout. "noisy": it carries the noise of the level,
             one draw that fades with the schedule, as noise-conditioned energies expect it; once the
             noise is gone it is `init` again. The free part starts at `init` as ever.
@@ -209,7 +211,9 @@ def prepare(
     x = initial_states(energy, num_chains, init, generator, device)
     if init is None and (start_level := _start_level(sampler)) is not None:
         x = start_level * torch.randn(x.shape, generator=generator, device=device)
-    return Prepared(x, generator, sampler, num_steps, None if mask is None else _fitting_mask(mask, x))
+    return Prepared(
+        x, generator, sampler, num_steps, None if mask is None else _fitting_mask(mask, x, energy)
+    )
 
 
 def conclude(
@@ -256,6 +260,7 @@ def conclude(
         checks=checks,
         warmup=warmup,
         data_range=block.energy.data_range,
+        codec=block.energy.codec,
         has_value=block.energy.has_value,
     )
 
@@ -277,6 +282,7 @@ def initial_states(
                 f"`init` must be floating point in [{low:g}, {high:g}], got {init.dtype}. "
                 f"From bytes: init.float() / 255 * {high - low:g} + {low:g}."
             )
+        init = energy.states(init)
         energy.check_states(init)
         if num_chains is not None and num_chains != len(init):
             raise ValueError(
@@ -293,7 +299,7 @@ def initial_states(
     count = 16 if num_chains is None else num_chains
     if init is not None:
         index = torch.randint(len(init), (count,), generator=generator, device=device)
-        states = init.batch(index.cpu()).to(device)
+        states = energy.states(init.batch(index.cpu()).to(device))
         energy.check_states(states)
         return states
     if energy.event_shape is None:
@@ -307,7 +313,9 @@ def initial_states(
     return (u < 0.5).to(u.dtype) if energy.binary else low + (high - low) * u
 
 
-def _fitting_mask(mask: Tensor, x: Tensor) -> Tensor:
+def _fitting_mask(mask: Tensor, x: Tensor, energy: Energy) -> Tensor:
+    if energy.codec is not None and mask.shape[-2:] == energy.codec.image_shape[-2:]:
+        mask = energy.codec.encode_mask(mask)
     try:
         torch.broadcast_to(mask, x.shape)
     except RuntimeError as error:
