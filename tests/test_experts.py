@@ -60,6 +60,21 @@ def test_not_of_a_ten_valued_expert_is_the_mixture_of_the_other_nine():
     torch.testing.assert_close((others | digit[3])(x), digit(x))
 
 
+def test_given_takes_an_expert_and_an_or_of_its_values_against_one_marginal():
+    base, digit = expert("base", ("all",)), expert(values=tuple("0123456789"))
+    for asked in (digit[3], digit[1] | digit[7], ~digit[3]):
+        mix = ceb.given(base, asked, weight=2)
+        torch.testing.assert_close(mix(x), base(x) + 2 * (asked(x) - digit["any"](x)), rtol=1e-4, atol=1e-4)
+
+
+def test_given_refuses_what_has_no_marginal_and_says_what_to_do():
+    base, digit = expert("base", ("all",)), expert()
+    bright = ceb.from_callable(lambda s: -s.flatten(1).mean(1), name="bright")
+    for other in (bright, digit["any"], digit["0"] | binary(), ceb.mixture([digit["0"], digit["1"]], [1, 2])):
+        with pytest.raises(TypeError, match=r"at a value of their attribute, got .* is added as it is"):
+            ceb.given(base, other)
+
+
 def test_not_of_the_marginal_or_of_an_only_value_is_bounded():
     assert isinstance(~expert(), ceb.Not)
     assert isinstance(~expert("base", ("all",)), ceb.Not)

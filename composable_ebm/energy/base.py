@@ -68,6 +68,7 @@ class Energy(nn.Module, ABC):
         has_value: Whether the number that `energy` returns is an energy. Of a diffusion model only
             the score is known: sums of such energies have the right gradient, see
             `known_by_gradient`, and whatever compares values refuses them.
+        given_weight: Weight that `given` takes it with unless told otherwise.
     Example:
         >>> both = smile + 2 * glasses        # p ∝ p_smile · p_glasses²
         >>> either = smile | glasses          # p ∝ p_smile + p_glasses
@@ -88,6 +89,7 @@ class Energy(nn.Module, ABC):
     binary: bool = False
     has_value: bool = True
     codec: Codec | None = None
+    given_weight: float = 1.0
 
     @abstractmethod
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
@@ -220,6 +222,13 @@ class Energy(nn.Module, ABC):
     def complement(self) -> Energy:
         """What `~` gives; a finite attribute overrides it with the expert of its other values."""
         return self.algebra.negate(self)
+
+    def marginal(self) -> Energy | None:
+        """What it says of x without its attribute, p(x) beside p(x | attribute); None where it has none.
+
+        `given` holds an energy against it, so that all that is not about the attribute counts once.
+        """
+        return None
 
     def conditionals(self) -> Conditionals | None:
         """What Gibbs sampling has to know; None where conditionals have no closed form."""

@@ -43,6 +43,7 @@ class Node(Energy):
         self.noise_conditioned = any(child.noise_conditioned for child in children)
         self.binary = any(child.binary for child in children)
         self.has_value = all(child.has_value for child in children)
+        self.given_weight = max(child.given_weight for child in children)
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         return self(x, noise_level=noise_level)
@@ -219,6 +220,12 @@ class Mixture(Node):
     def combine(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
         own, blocks = self.split(coefficients)
         return soft_minimum(self._child_energies(energies, blocks) - own)
+
+    def marginal(self) -> Energy | None:
+        """The marginal that all components share: a | b are then two values of one attribute."""
+        marginals = [component.marginal() for component in self.operands]
+        keys = {None if m is None else m.key for m in marginals}
+        return marginals[0] if len(keys) == 1 and self._plain else None
 
     def terms(self, x: Tensor, *, noise_level: Tensor | None = None) -> dict[str, Tensor]:
         return _labelled((str(c), c(x, noise_level=noise_level)) for c in self.operands)

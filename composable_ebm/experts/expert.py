@@ -15,7 +15,7 @@ from composable_ebm.experts.card import Card
 __all__ = ["Expert", "given"]
 
 
-def given(base: Energy, *attributes: Expert, weight: float | None = None) -> Energy:
+def given(base: Energy, *attributes: Energy, weight: float | None = None) -> Energy:
     """p(x) given attributes: an AND that counts what all experts share, p(x), once.
 
         E(x) = E_base(x) + Σᵢ wᵢ (Eᵢ(x, aᵢ) - Eᵢ(x)),      Eᵢ(x, aᵢ) - Eᵢ(x) = -log pᵢ(aᵢ | x)
@@ -26,8 +26,11 @@ def given(base: Energy, *attributes: Expert, weight: float | None = None) -> Ene
 
     Args:
         base: The expert of p(x).
-        attributes: Experts at the value asked for; `~expert` for the other one.
+        attributes: Experts at the value asked for; `~expert` for the other one. Anything that has a
+            `marginal` will do: an OR of values of one expert, or prompts of a pipeline.
         weight: w of all of them; what each was calibrated with unless given.
+    Raises:
+        TypeError: If one of them has no marginal to be held against.
     Example:
         >>> mix = given(face, smile, ~beard)
     Reference:
@@ -35,11 +38,15 @@ def given(base: Energy, *attributes: Expert, weight: float | None = None) -> Ene
         section 4, for weights above 1.
     """
     energy = base
-    for expert in attributes:
-        if not isinstance(expert, Expert) or expert.value is None:
-            raise TypeError(f"`given` takes experts at a value of their attribute, got {expert}.")
-        strength = expert.card.weight if weight is None else weight
-        energy = energy + strength * (expert - expert["any"])
+    for attribute in attributes:
+        marginal = attribute.marginal() if isinstance(attribute, Energy) else None
+        if marginal is None:
+            raise TypeError(
+                f"`given` takes experts at a value of their attribute, got {attribute}. An energy that is "
+                f"not p(x | attribute) is added as it is: given(...) + {attribute}."
+            )
+        strength = attribute.given_weight if weight is None else weight
+        energy = energy + strength * (attribute - marginal)
     return energy
 
 
@@ -78,6 +85,7 @@ class Expert(Energy):
         self.noise_conditioned = card.noise_conditioned
         self.has_value = getattr(network, "has_value", True)
         self.binary = getattr(network, "binary", False)
+        self.given_weight = card.weight
         self.energy_range = card.energy_range.get("any" if value is None else card.values[value])
 
     @classmethod
@@ -124,6 +132,9 @@ class Expert(Energy):
     @property
     def key(self) -> Hashable:
         return ("expert", id(self.network), self.value)
+
+    def marginal(self) -> Energy | None:
+        return None if self.value is None else self["any"]
 
     def conditionals(self) -> Conditionals | None:
         offer = getattr(self.network, "conditionals", None)

@@ -8,7 +8,7 @@ prints can be pasted into a script or back into `parse`:
     sum     := product (("+" | "-") product)*
     product := unary (("*" | "/") unary)*                   weights and temperatures
     unary   := ("-" | "~") unary | atom                     ~ is NOT
-    atom    := number | name | name[value] | (either)
+    atom    := number | name | name[value] | name["a prompt"] | (either)
              | ratio(either, either)
              | on_bits(either)                              an expert of grey levels, asked about bits
              | negate(either, threshold=number)
@@ -20,6 +20,7 @@ Text is read, never executed.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -27,7 +28,6 @@ from typing import NamedTuple, NoReturn
 
 from composable_ebm.energy import Energy, mixture, negate, ratio
 from composable_ebm.energy.bits import on_bits
-from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.library import Library
 
 MAX_LENGTH = 10_000
@@ -39,6 +39,7 @@ __all__ = ["RecipeError", "parse"]
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
     r"|(?P<name>[A-Za-z_]\w*(?:/[A-Za-z_]\w*)*)"
+    r'|(?P<text>"(?:[^"\\\x00-\x1f]|\\.)*")'
     r"|(?P<symbol>[-+*/&|~()\[\],=])"
     r"|(?P<end>$))",
     re.ASCII,
@@ -264,17 +265,24 @@ class _Parser:
             self._fail(f"unknown expert {token.text!r}; {hint}", token)
         if self._take("["):
             value = self.next
-            if value.kind not in ("name", "number"):
+            if value.kind not in ("name", "number", "text"):
                 self._fail("expected a value in [ ]", value)
             self.index += 1
             self._expect("]")
-            if not isinstance(energy, Expert):
+            choose = getattr(energy, "__getitem__", None)
+            if choose is None:
                 self._fail(f"{token.text} has no values to choose from", value)
             try:
-                return energy[value.text]
+                return choose(self._quoted(value) if value.kind == "text" else value.text)
             except KeyError as error:
                 self._fail(str(error.args[0]), value)
         return energy
+
+    def _quoted(self, token: _Token) -> str:
+        try:
+            return json.loads(token.text)
+        except ValueError as error:
+            self._fail(f"a prompt in quotes follows the rules of JSON: {error}", token)
 
     # -- functions ------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.run import Frame, Run
 from composable_ebm.sampling.sample import sample
 from composable_ebm.sampling.settings import from_settings, to_settings
+from composable_ebm.sampling.still import Still
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Run",
     "SampleResult",
     "State",
+    "Still",
     "UnderdampedLangevin",
     "from_settings",
     "sample",

@@ -142,7 +142,7 @@ class Step(NamedTuple):
     def refusal(self) -> str:
         """Why such steps are never captured, or nothing."""
         if not self.gradients:
-            return f"{type(self.kernel).__name__} draws from conditional distributions"
+            return f"{type(self.kernel).__name__} takes no gradient"
         return "" if self.noise_is_normal else "its noise is of a class of its own"
 
     @property

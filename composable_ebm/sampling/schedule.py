@@ -11,7 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-__all__ = ["Curve", "Schedule", "constant", "cosine", "geometric", "hold_then", "linear", "through"]
+__all__ = [
+    "Curve",
+    "Schedule",
+    "constant",
+    "cosine",
+    "geometric",
+    "hold_then",
+    "karras",
+    "linear",
+    "through",
+]
 
 _BETWEEN: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda a, b, t: a + t * (b - a),
@@ -78,6 +88,11 @@ def geometric(start: float, stop: float) -> Curve:
 def cosine(start: float, stop: float) -> Curve:
     """stop + (start - stop)(1 + cos πt)/2: flat at both ends."""
     return Curve(((0, start), (1, stop)), "cosine")
+
+
+def karras(start: float, stop: float) -> Curve:
+    """Noise levels that crowd at the low end, see `Curve`."""
+    return Curve(((0, start), (1, stop)), "karras")
 
 
 def through(*knots: tuple[float, float], between: str = "geometric") -> Curve:

@@ -14,9 +14,10 @@ from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.sampling.schedule import Curve, Schedule
+from composable_ebm.sampling.still import Still
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
 
-KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin, Gibbs, DMALA)
+KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin, Gibbs, DMALA, Still)
 
 CURVES = ("temperature", "noise_level", "step_scale")
 
