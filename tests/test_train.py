@@ -19,6 +19,7 @@ import composable_ebm as ceb
 from composable_ebm.data import DATASETS, OF_ANY_SIZE, LabelledImages, shapes
 from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, read_config
 from composable_ebm.train import trainer as trainer_module
+from composable_ebm.train.__main__ import main as command_line
 from composable_ebm.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from composable_ebm.train.config import (
     ConvEnergy,
@@ -364,16 +365,20 @@ def test_a_training_killed_in_the_middle_resumes_exactly(write_config, tmp_path)
     assert weights(resumed).equal(weights(whole))
 
 
+def launched(*program, processes="--multi_gpu --num_processes 2"):
+    """What `accelerate launch` starts, ended."""
+    launch = f"accelerate.commands.launch {processes} --num_machines 1 --mixed_precision no"
+    command = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *map(str, program)], env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
 def test_two_processes_share_parameters_and_draw_different_noise(write_config, tmp_path):
     config = write_config(tmp_path, 4)
     out = tmp_path / "found.json"
-    # `--cpu --num_processes 2` would silently start one process.
-    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    command = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(ROOT / "tests/train_two_processes.py"), str(config), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment["ACCELERATE_USE_CPU"] = "true"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = launched(ROOT / "tests/train_two_processes.py", config, out)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     assert found["num_processes"] == 2
@@ -381,6 +386,32 @@ def test_two_processes_share_parameters_and_draw_different_noise(write_config, t
     assert first["weights"] == second["weights"]
     assert first["first"] == second["first"]
     assert first["chains"] != second["chains"]
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_command_line_speak_once_and_end_well(write_config, tmp_path):
+    config = write_config(tmp_path, 4)
+    done = launched("-m", "composable_ebm.train", config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sides/side is in") == 1
+    command = ceb.load_expert(tmp_path / "models/sides/side").card.training["command"]
+    assert command == (
+        f"accelerate launch --multi_gpu --num_processes 2 -m composable_ebm.train {config} --cpu"
+    )
+
+
+def test_a_launch_that_silently_starts_one_process_is_refused_with_the_command_that_works(
+    write_config, tmp_path, monkeypatch, capsys
+):
+    config = write_config(tmp_path, 4)
+    # What `accelerate launch --cpu --num_processes 2` gives the only process that it starts.
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert command_line([str(config), "--models", "here"]) == 2
+    works = f"accelerate launch --multi_gpu --num_processes 2 -m composable_ebm.train {config} --cpu"
+    assert works in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
 
 
 # -- configs and files -----------------------------------------------------------------------------

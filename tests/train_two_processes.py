@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from composable_ebm.train import Trainer, read_config
+from composable_ebm.train import Trainer, leave, read_config
 
 
 def main(config_path: str, out: str) -> None:
@@ -28,8 +28,10 @@ def main(config_path: str, out: str) -> None:
     )
     if accelerator.is_main_process:
         Path(out).write_text(json.dumps({"num_processes": accelerator.num_processes, "ranks": found}))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:3])
+    leave(0)

@@ -3,6 +3,7 @@
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.greedy import train_layers
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
+from composable_ebm.train.processes import leave
 from composable_ebm.train.reading import read_config
 from composable_ebm.train.trainer import Trainer, TrainingDivergedError, train
 
@@ -11,6 +12,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "TrainingDivergedError",
+    "leave",
     "read_config",
     "train",
     "train_layers",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.folder import folder_config
+from composable_ebm.train.processes import check_launch, is_first, leave
 from composable_ebm.train.reading import read_config
 from composable_ebm.train.trainer import TrainingDivergedError, train
 
@@ -28,23 +32,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments:
             _override(TrainConfig(), ["--help"])
         return 0 if arguments else 2
+    if is_first():
+        return _train(arguments)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the first process speaks for all
+        return _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     try:
+        check_launch(_what_is_trained(arguments))
         config, flags = _described(arguments)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _complain(error, 2)
     if flags:
         config = _override(config, flags)
     try:
         expert = train(config, arguments=_what_is_trained(arguments))
     except (TrainingDivergedError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _complain(error, 1)
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in expert.card.metrics.items())
     print(f"{expert.card.full_name} is in {config.model_folder}: {metrics}")
     print(f"samples and metrics along the way are in {config.run_folder}; to draw more:")
     print(f'  composable-ebm sample "{expert[expert.card.values[-1]]}" --out {config.name}.png')
     return 0
+
+
+def _complain(error: Exception, status: int) -> int:
+    if is_first():
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        print(f"error in process {os.environ['RANK']}: {error}", file=sys.stderr)
+    return status
 
 
 def _described(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
@@ -77,4 +95,9 @@ def _override(config: TrainConfig, arguments: list[str]) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        STATUS = main()
+    except Exception:
+        traceback.print_exc()
+        STATUS = 1
+    leave(STATUS)

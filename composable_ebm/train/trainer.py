@@ -8,7 +8,6 @@ for the device: metrics are read every `log_every` iterations.
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from composable_ebm.train.checkpoint import (
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.export import Journal, export
 from composable_ebm.train.objectives.base import Figures, Setting
+from composable_ebm.train.processes import launch_command
 from composable_ebm.train.start import start_from
 
 MAX_ROLLBACKS = 3
@@ -191,13 +191,14 @@ class Trainer:
                 good = self._snapshot()
                 self._save(good)
         progress.close()
-        self.accelerator.wait_for_everyone()
         expert = self.expert()
         if self.accelerator.is_main_process:
             expert = export(config, expert, self.facts(), self.held_out)
         journal.close()
         if config.push_to_hub and self.accelerator.is_main_process:
             self._publish()
+        # Where one process ends badly the launcher ends all: none may leave before the expert is written.
+        self.accelerator.wait_for_everyone()
         return expert
 
     def _publish(self) -> None:
@@ -281,12 +282,14 @@ class Trainer:
         if self.rollbacks > MAX_ROLLBACKS:
             if self.accelerator.is_main_process:
                 export(config, self.expert(), self.facts(), self.held_out)
+            self.accelerator.wait_for_everyone()
             raise TrainingDivergedError(
                 f"{config.family}/{config.name} {message} for the last time. The expert of that "
                 f"iteration was written to {config.model_folder}. Try a lower optimiser.learning_rate, a "
                 "higher objective.energy_l2 or objective.data_noise, or more cd_steps."
             )
-        tqdm.write(f"{message}, at half the learning rate ({self.rollbacks} of {MAX_ROLLBACKS})")
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{message}, at half the learning rate ({self.rollbacks} of {MAX_ROLLBACKS})")
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -327,9 +330,7 @@ class Trainer:
 
     def _command(self) -> str:
         """What repeats this training."""
-        processes = self.accelerator.num_processes
-        many = f"accelerate launch --num_processes {processes} -m composable_ebm.train"
-        return f"{many if processes > 1 else 'composable-ebm train'} {shlex.join(self.arguments)}"
+        return launch_command(self.accelerator.num_processes, self.device.type, self.arguments)
 
     def _snapshot(self) -> dict:
         tensors = {
