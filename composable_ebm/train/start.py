@@ -9,7 +9,7 @@ from composable_ebm.data import LabelledImages
 from composable_ebm.data.ranges import rescaled
 from composable_ebm.experts.catalogue import load_expert
 from composable_ebm.experts.networks.rbm import RBM
-from composable_ebm.experts.networks.skeleton import FIT_IMAGES, GaussianSkeleton
+from composable_ebm.experts.networks.skeleton import GaussianSkeleton, images_to_fit
 
 __all__ = ["start_from"]
 
@@ -22,7 +22,9 @@ def start_from(network: nn.Module, init: str, data: LabelledImages) -> None:
     """
     if not init:
         if isinstance(network, (GaussianSkeleton, RBM)):
-            x = data.batch(torch.arange(min(len(data), FIT_IMAGES)))
+            generator = torch.Generator().manual_seed(0)  # folders come sorted by class
+            some = torch.randperm(len(data), generator=generator)[: images_to_fit(data.images[0].numel())]
+            x = data.batch(some.to(data.images.device))
             network.fit(rescaled(x, network.data_range) if isinstance(network, RBM) else x)
         return
     theirs = load_expert(init).network.state_dict()

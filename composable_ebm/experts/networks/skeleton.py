@@ -17,9 +17,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FIT_IMAGES", "GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton"]
+__all__ = ["GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton", "images_to_fit", "principal_axes"]
 
 FIT_IMAGES = 10_000
+FIT_NUMBERS = 2**27  # half a gigabyte of them
+EXACT = 1024  # the largest matrix that is worth an exact decomposition
+
+
+def images_to_fit(size: int) -> int:
+    """How many images of `size` numbers the skeleton is taken from, so that they fit into memory."""
+    return max(min(FIT_IMAGES, FIT_NUMBERS // size), 2)
+
+
+def principal_axes(x: Tensor, count: int) -> Tensor:
+    """The directions in which centred data vary most, orthonormal, (size, count), least first.
+
+    By the covariance or the Gram matrix, whichever is smaller, decomposed in float64: in float32 it fails
+    for data of low rank. Where both are large, by subspace iteration, which needs neither.
+
+    Args:
+        x: Centred data, (n, size).
+        count: How many, at most `size`; data of lower rank are completed by directions of no variance.
+    Reference:
+        Halko, Martinsson and Tropp (2011), arXiv 0909.4061, algorithm 4.4.
+    """
+    n, size = x.shape
+    if size <= min(n, EXACT):
+        return torch.linalg.eigh((x.T @ x).double()).eigenvectors[:, -count:].to(x.dtype)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, min(count + 16, size), generator=generator).to(x)
+    if n <= EXACT:
+        leading = torch.linalg.eigh((x @ x.T).double()).eigenvectors[:, -count:].flip(1).to(x.dtype)
+        start[:, : leading.shape[1]] = x.T @ leading
+        return torch.linalg.qr(start.double()).Q[:, :count].flip(1).to(x.dtype)
+    for _ in range(8):
+        start = torch.linalg.qr(x.T @ (x @ start)).Q
+    seen = x @ start
+    return start @ torch.linalg.eigh((seen.T @ seen).double()).eigenvectors[:, -count:].to(x.dtype)
 
 
 class GaussianSkeleton(nn.Module):
@@ -50,15 +84,17 @@ class GaussianSkeleton(nn.Module):
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
         """Takes mean and principal components from images in [-1, 1], (n, *event)."""
-        x = images[:FIT_IMAGES].flatten(1).float()
+        x = images[: images_to_fit(self.mean.numel())].flatten(1).float()
         self.mean.copy_(x.mean(0))
         x = x - self.mean
-        variances, axes = torch.linalg.eigh(x.T @ x / len(x))
-        count = len(self.variances)
-        self.axes.copy_(axes[:, -count:].T)
-        self.variances.copy_(variances[-count:].clamp(min=1e-8))
-        self.residual.copy_(variances[:-count].clamp(min=1e-8).mean())
-        self.spread.copy_(x.square().mean().sqrt())
+        axes = principal_axes(x, len(self.variances))
+        variances = (x @ axes).square().mean(0)
+        total, others = x.square().sum() / len(x), len(self.mean) - len(variances)
+        self.axes.copy_(axes.T)
+        # A background that never changes has no variance; a pixel's grain has 1e-5.
+        self.variances.copy_(variances.clamp(min=1e-8))
+        self.residual.copy_(((total - variances.sum()) / max(others, 1)).clamp(min=1e-8))
+        self.spread.copy_(x.square().mean().sqrt().clamp(min=1e-4))
 
     def denoiser_error(self, sigma: Tensor) -> Tensor:
         """m: mean squared error per pixel of the Gaussian's denoiser, shape of `sigma`."""
