@@ -273,7 +273,7 @@ def broken(x):
 
 
 BROKEN = ceb.from_callable(broken)
-COLUMN = ceb.from_callable(lambda x: x.sum(1, keepdim=True), name="column")
+PAIR = ceb.from_callable(lambda x: x[:, :2], name="pair")
 MEAN = ceb.from_callable(lambda x: x.mean(), name="mean")
 NUMBER = ceb.from_callable(lambda x: 1.0, name="number")
 
@@ -310,9 +310,9 @@ def test_errors_inside_a_network_name_its_expert(use):
     ("energy", "error", "message"),
     [
         (
-            COLUMN,
+            PAIR,
             ValueError,
-            r"column must return one energy per state, shape \(8,\), got \(8, 1\)\. Sum over",
+            r"pair must return one energy per state, shape \(8,\), got \(8, 2\)\. Sum over",
         ),
         (MEAN, ValueError, r"mean must return one energy per state, shape \(8,\), got \(\)\."),
         (NUMBER, TypeError, "number must return a tensor of energies, got float"),

@@ -15,7 +15,7 @@ from composable_ebm.energy import soft_minimum
 
 WEIGHTS = st.floats(-4, 4).map(lambda w: round(w, 3))
 POSITIVE = st.floats(0.05, 4)
-NO_MEANING = "operand|concatenate|multiply"  # Python's and NumPy's words for operators without a meaning
+NO_MEANING = "has no meaning|operand|concatenate|multiply"  # in our words, Python's and NumPy's
 
 a, b, c = gaussians(torch.float64)
 x = points(dtype=torch.float64)
@@ -303,7 +303,7 @@ def test_weights_may_be_tensors_with_one_value_per_row():
 # --- what does not compose -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("array", [np.ones(3), np.ones((2, 2)), np.array(2.0), np.array([a])])
+@pytest.mark.parametrize("array", [np.ones((2, 2)), np.array([a]), np.array(["2"])])
 @pytest.mark.parametrize("op", [operator.mul, operator.add, operator.sub, operator.truediv, operator.or_])
 def test_numpy_array_beside_an_energy_raises_instead_of_making_an_array_of_energies(array, op):
     with pytest.raises(TypeError, match=NO_MEANING):
@@ -315,6 +315,35 @@ def test_numpy_array_beside_an_energy_raises_instead_of_making_an_array_of_energ
 @pytest.mark.parametrize("number", [np.float64(2), np.float32(2), np.int64(2), 2, 2.0])
 def test_numpy_scalars_are_numbers(number):
     assert (number * a).key == (a * number).key == (2 * a).key
+    assert (np.array(number) * a).key == (a * np.array(number)).key == (2 * a).key
+
+
+def test_numpy_arrays_are_weights_of_rows():
+    rows = np.linspace(-1, 2, len(x))
+    for mix in (rows * a + b, a * rows + b):
+        torch.testing.assert_close(mix(x), torch.from_numpy(rows) * a(x) + b(x))
+    torch.testing.assert_close((a / (rows + 2))(x), a(x) / torch.from_numpy(rows + 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "fix"),
+    [
+        (lambda: a + 1, r"a \+ 1 has no meaning. A constant changes no density; a weight multiplies, 2\*a"),
+        (lambda: 1 - a, r"1 - a has no meaning. A constant changes no density"),
+        (lambda: torch.nn.Linear(2, 1) + a, r"<Linear> \+ a has no meaning. Make an energy .* from_callable"),
+        (lambda: a | (lambda x: x), r"from_callable\(it\)"),
+        (lambda: a * b, r"The AND of energies is a sum, a \+ b; a weight is a number"),
+        (lambda: 1 / a, r"a weight is a number|A weight is a number or one a state"),
+        (lambda: a * torch.ones(2, 2), r"<Tensor of shape \(2, 2\)> has no meaning. A weight is a number"),
+    ],
+)
+def test_operators_without_a_meaning_say_what_is_meant(build, fix):
+    with pytest.raises(TypeError, match=fix):
+        build()
+
+
+def test_sums_may_start_from_any_zero():
+    assert sum([a, b], start=0.0).key == (a + b).key
 
 
 @pytest.mark.parametrize("partner", ["a", None, 1, 1.5, True, [1], torch.ones(2, 2), 1j, abs])

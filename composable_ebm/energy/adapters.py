@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+import re
 from collections.abc import Callable, Sequence
 from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.energy import Energy
+from composable_ebm.energy import Energy, as_name
+from composable_ebm.energy.closures import parts_of, with_parts
+from composable_ebm.energy.weights import coefficient_type
 
 __all__ = ["from_callable", "from_classifier"]
 
@@ -24,6 +30,9 @@ class _Callable(Energy):
     ) -> None:
         super().__init__()
         self.function = function
+        held = [] if isinstance(function, nn.Module) else parts_of(function)
+        self.modules_ = nn.ModuleList([part for part in held if isinstance(part, nn.Module)])
+        self.parameters_ = nn.ParameterList([part for part in held if isinstance(part, nn.Parameter)])
         self.event_shape = None if event_shape is None else tuple(event_shape)
         self.data_range = data_range
         self.noise_conditioned = noise_conditioned
@@ -31,6 +40,15 @@ class _Callable(Energy):
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         return self.function(x, noise_level) if self.noise_conditioned else self.function(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Callable:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "function"}, memo))
+        if not isinstance(self.function, nn.Module):
+            old, now = ((*e.modules_, *e.parameters_) for e in (self, new))
+            new.function = with_parts(self.function, {id(a): b for a, b in zip(old, now, strict=True)})
+        return new
 
     def body(self) -> nn.Module | None:
         return self.function if isinstance(self.function, nn.Module) and not self.noise_conditioned else None
@@ -40,7 +58,7 @@ class _Callable(Energy):
         return ...
 
     def read(self, outputs: Tensor) -> Tensor:
-        return outputs
+        return outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs
 
 
 def from_callable(
@@ -51,11 +69,14 @@ def from_callable(
     data_range: tuple[float, float] | None = None,
     noise_conditioned: bool = False,
 ) -> Energy:
-    """Any function (batch, *event) -> (batch,) as an energy.
+    """Any function (batch, *event) -> (batch,) or (batch, 1) as an energy.
+
+    Chains start in the floating type and on the device of its parameters.
 
     Args:
-        function: Differentiable by autograd, low where states are likely. If it is a module, its
-            parameters belong to the energy.
+        function: Differentiable by autograd, low where states are likely: a module, compiled, scripted,
+            traced or wrapped as it may be, or any callable. Its parameters belong to the energy; those of
+            a function are those of the modules it refers to, see `closures`.
         name: What recipes print; the function's own name unless given.
         event_shape: Shape of one state; None accepts any.
         data_range: Smallest and largest value of the data; None if unbounded.
@@ -66,10 +87,21 @@ def from_callable(
     """
     if not callable(function):
         raise TypeError(f"`function` must be callable, got {type(function).__name__}.")
-    fallback = getattr(function, "__name__", type(function).__name__)
     shape = None if event_shape is None else tuple(event_shape)
-    label = name or ("function" if fallback == "<lambda>" else fallback)
-    return _Callable(function, shape, data_range, noise_conditioned, label)
+    return _Callable(function, shape, data_range, noise_conditioned, name_of(function, name))
+
+
+def name_of(function: Callable[..., Any], name: str | None = None) -> str:
+    """What recipes call an energy made of `function`: its own name, as a name that recipes can read.
+
+    Raises:
+        ValueError: If a name is given that recipes cannot read.
+    """
+    if name is not None:
+        return as_name(name)
+    own = getattr(function, "__name__", type(function).__name__)
+    readable = re.sub(r"[^A-Za-z0-9_]+", "_", own).lstrip("_0123456789")
+    return "function" if own == "<lambda>" or not readable else readable
 
 
 class _Classifier(Energy):
@@ -88,12 +120,15 @@ class _Classifier(Energy):
         return self.model
 
     def read(self, outputs: Tensor) -> Tensor:
+        if outputs.ndim == 1 or outputs.shape[1:] == (1,):
+            logit = outputs.reshape(-1).to(coefficient_type(outputs))
+            outputs = torch.stack([torch.zeros_like(logit), logit], dim=1)  # σ(z) is the softmax of (0, z)
         if outputs.ndim != 2 or not -outputs.shape[1] <= self.label < outputs.shape[1]:
             raise ValueError(
                 f"a classifier must return logits (batch, labels) with more than {self.label} labels, "
                 f"got {tuple(outputs.shape)}."
             )
-        return -torch.log_softmax(outputs.float(), dim=1)[:, self.label]
+        return -torch.log_softmax(outputs.to(coefficient_type(outputs)), dim=1)[:, self.label]
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         return self.read(self.model(x, noise_level) if self.noise_conditioned else self.model(x))
@@ -118,14 +153,17 @@ def from_classifier(
     2021, arXiv 2105.05233, section 4).
 
     Args:
-        model: Logits (batch, labels) from states.
+        model: Logits (batch, labels) from states. A single logit, (batch,) or (batch, 1), is that of
+            label 1 against label 0.
         label: Index of the label asked for.
         name: What recipes print; "classifier[label]" unless given.
         event_shape: Shape of one state; None accepts any.
         data_range: Smallest and largest value of the data; None if unbounded.
         noise_conditioned: Calls `model(x, noise_level)`; the level is None outside annealing.
     """
-    energy = _Classifier(model, int(label), noise_conditioned, name or f"classifier[{label}]")
+    label = operator.index(label)
+    own = f"classifier[{label}]" if label >= 0 else f"classifier_minus_{-label}"
+    energy = _Classifier(model, label, noise_conditioned, as_name(name or own))
     energy.event_shape = None if event_shape is None else tuple(event_shape)
     energy.data_range = data_range
     return energy

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from types import EllipsisType
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from composable_ebm.data.ranges import as_images
 from composable_ebm.energy.space import Codec
-from composable_ebm.energy.weights import Weight, as_weight, is_weight
+from composable_ebm.energy.weights import Weight, as_tensor, as_weight, coefficient_type, is_weight
 
 if TYPE_CHECKING:
     from composable_ebm.energy.conditionals import Conditionals
@@ -24,6 +27,9 @@ __all__ = [
     "Algebra",
     "Energy",
     "LeafEnergies",
+    "as_name",
+    "changed_states",
+    "flat",
     "known_by_gradient",
     "log_ratio",
     "naming",
@@ -111,20 +117,21 @@ class Energy(nn.Module, ABC):
         """Energies in nats, shape (batch,).
 
         Args:
-            x: States, shape (batch, *event).
+            x: States, shape (batch, *event), a tensor or an array.
             coefficients: Replaces `self.coefficients`, shape (n,) or (batch, n).
             noise_level: Noise that `x` carries, in data units, for noise-conditioned leaves.
         Raises:
             ValueError: If `x` or `coefficients` has the wrong shape.
         """
+        x = self.as_states(x)
         self.check_states(x)
         if coefficients is None:
             coefficients = self.coefficients
         self.check_coefficients(coefficients, len(x))
-        coefficients = coefficients.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        coefficients = coefficients.to(device=x.device, dtype=coefficient_type(x))
         energies: dict[Hashable, Tensor] = {}
         for leaf in self.leaves():
-            with naming(leaf, self):
+            with naming(leaf, self, x):
                 energies[leaf.key] = one_per_state(leaf, leaf.energy(x, noise_level), x)
         return self.combine(energies, coefficients)
 
@@ -136,12 +143,37 @@ class Energy(nn.Module, ABC):
             options: `coefficients` and `noise_level`, as in a call.
         """
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
+            x = self.as_states(x).detach().requires_grad_()
             return -torch.autograd.grad(self(x, **options).sum(), x)[0]
 
     def terms(self, x: Tensor, *, noise_level: Tensor | None = None) -> dict[str, Tensor]:
         """What each term contributes at `x`: text of the term -> energies in nats, (batch,)."""
         return {str(self): self(x, noise_level=noise_level)}
+
+    def as_states(self, x: Any) -> Tensor:
+        """States given as an array of NumPy as a tensor, of the type and on the device of the parameters;
+        a tensor as it is."""
+        if not isinstance(x, np.ndarray):
+            return x
+        like = next(self.parameters(), torch.empty(0))
+        return torch.from_numpy(x.copy()).to(like.device, self.state_dtype or like.dtype)
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """The floating type that states must have: that of the parameters, by the first one of each leaf.
+        None where there are none.
+
+        Raises:
+            ValueError: If leaves differ in it.
+        """
+        known = [(leaf, kind) for leaf in self.leaves() if (kind := _parameter_type(leaf)) is not None]
+        for leaf, kind in known[1:]:
+            if kind != known[0][1]:
+                raise ValueError(
+                    f"energies of one composition work in one precision: {known[0][0]} is {known[0][1]}, "
+                    f"{leaf} is {kind}. Bring the whole to one, e.g. ({self}).to({known[0][1]})."
+                )
+        return known[0][1] if known else None
 
     def check_states(self, x: Tensor) -> None:
         """Raises ValueError unless `x` is a batch of states of this energy."""
@@ -235,8 +267,12 @@ class Energy(nn.Module, ABC):
         return None
 
     def named(self, name: str) -> Energy:
-        """Sets the name that recipes and reports print, and returns the energy itself."""
-        self.name = name
+        """Sets the name that recipes and reports print, and returns the energy itself.
+
+        Raises:
+            ValueError: If recipes could not read it back.
+        """
+        self.name = as_name(name)
         return self
 
     def extra_repr(self) -> str:
@@ -267,28 +303,39 @@ class Energy(nn.Module, ABC):
 
     def __add__(self, other: object) -> Energy:
         if not isinstance(other, Energy):
-            return NotImplemented
+            return _refused(self, "+", other)
         return self.algebra.weighted_sum([(self, 1.0), (other, 1.0)])
 
     def __radd__(self, other: object) -> Energy:
         # sum([...]) starts from the number 0.
-        return self if isinstance(other, int) and other == 0 else NotImplemented
+        return self if isinstance(other, Real) and other == 0 else _refused(other, "+", self)
 
-    __and__ = __add__
+    def __and__(self, other: object) -> Energy:
+        return self + other if isinstance(other, Energy) else _refused(self, "&", other)
+
+    def __rand__(self, other: object) -> Energy:
+        return _refused(other, "&", self)
 
     def __sub__(self, other: object) -> Energy:
         if not isinstance(other, Energy):
-            return NotImplemented
+            return _refused(self, "-", other)
         return self.algebra.weighted_sum([(self, 1.0), (other, -1.0)])
 
-    def __mul__(self, weight: object) -> Energy:
-        return self.algebra.weighted_sum([(self, as_weight(weight))]) if is_weight(weight) else NotImplemented
+    def __rsub__(self, other: object) -> Energy:
+        return _refused(other, "-", self)
 
-    __rmul__ = __mul__
+    def __mul__(self, weight: object) -> Energy:
+        if not is_weight(weight):
+            return _refused(self, "*", weight)
+        return self.algebra.weighted_sum([(self, as_weight(weight))])
+
+    def __rmul__(self, weight: object) -> Energy:
+        return self * weight if is_weight(weight) else _refused(weight, "*", self)
 
     def __truediv__(self, temperature: object) -> Energy:
+        temperature = as_tensor(temperature)
         if not is_weight(temperature):
-            return NotImplemented
+            return _refused(self, "/", temperature)
         if not isinstance(temperature, Tensor) and temperature == 0:
             raise ValueError(f"a temperature must not be zero, got ({self}) / {temperature}.")
         return self * (1.0 / temperature)  # type: ignore[operator]
@@ -297,10 +344,64 @@ class Energy(nn.Module, ABC):
         return self * -1.0
 
     def __or__(self, other: object) -> Energy:
-        return self.algebra.either(self, other) if isinstance(other, Energy) else NotImplemented
+        return self.algebra.either(self, other) if isinstance(other, Energy) else _refused(self, "|", other)
+
+    def __ror__(self, other: object) -> Energy:
+        return _refused(other, "|", self)
+
+    def __rtruediv__(self, other: object) -> Energy:
+        return _refused(other, "/", self)
 
     def __invert__(self) -> Energy:
         return self.complement()
+
+
+_NAME = re.compile(r"[A-Za-z_]\w*(?:/[A-Za-z_]\w*)*(?:\[\w+\])?", re.ASCII)
+
+
+def as_name(name: str) -> str:
+    """The name itself, if a recipe can hold it.
+
+    Raises:
+        ValueError: If it is no word of letters, digits and underscores, or of such words with / between.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            "energies are named by letters, digits and underscores, with / between words, so that recipes "
+            f"can be read back, such as 'my_energy' or 'mine/energy'; got {name!r}."
+        )
+    return name
+
+
+def _refused(left: object, operator: str, right: object) -> Any:
+    """NotImplemented where the other side may know what to do; else says what is meant by such an operator.
+
+    Raises:
+        TypeError: For numbers, tensors, modules and functions, which know nothing of energies.
+    """
+    energy, other = (left, right) if isinstance(left, Energy) else (right, left)
+    kind = type(other).__name__
+    if isinstance(other, Energy):
+        fix = f"The AND of energies is a sum, {left} + {right}; a weight is a number, 2*{left}"
+    elif isinstance(other, nn.Module) or callable(other):
+        fix = "Make an energy of it first, from_callable(it)"
+    elif isinstance(other, (Real, Tensor, np.ndarray)) and operator in "+-":
+        fix = f"A constant changes no density; a weight multiplies, 2*{energy}"
+    elif isinstance(other, (Real, Tensor, np.ndarray)):
+        fix = f"A weight is a number or one a state, (batch,), and multiplies: 2*{energy}, {energy} / 2"
+    else:
+        return NotImplemented
+    if isinstance(other, (Tensor, np.ndarray)):
+        kind += f" of shape {tuple(other.shape)}"
+    what = str(other) if isinstance(other, Real) else f"<{kind}>"
+    sides = [str(side) if isinstance(side, Energy) else what for side in (left, right)]
+    raise TypeError(f"{sides[0]} {operator} {sides[1]} has no meaning. {fix}.")
+
+
+def _parameter_type(leaf: nn.Module) -> torch.dtype | None:
+    """The type of the first parameter that has a floating type of 16 bits or more."""
+    kinds = (p.dtype for p in leaf.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(kinds, None)
 
 
 def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:
@@ -342,7 +443,12 @@ def known_by_gradient(x: Tensor, gradient: Tensor, value: Tensor | float = 0.0) 
             autograd: take it at `x.detach()`.
         value: The number itself, (batch,), where something is known of it.
     """
-    return value + (gradient * (x - x.detach())).flatten(1).sum(1)
+    return value + flat(gradient * (x - x.detach())).sum(1)
+
+
+def flat(x: Tensor) -> Tensor:
+    """States (batch, *event) as rows of numbers, (batch, size); numbers (batch,) as rows of one."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
 
 
 def require_values(reason: str, energies: Iterable[Energy]) -> None:
@@ -357,11 +463,25 @@ def require_values(reason: str, energies: Iterable[Energy]) -> None:
 
 
 @contextmanager
-def naming(leaf: Energy, whole: Energy) -> Iterator[None]:
-    """Errors inside say which leaf of which expression they came from."""
+def naming(leaf: Energy, whole: Energy, x: Tensor | None = None) -> Iterator[None]:
+    """Errors inside say which leaf of which expression they came from.
+
+    Args:
+        leaf: What is evaluated.
+        whole: What it is part of.
+        x: The states, which must come out as they went in; what PyTorch counts as a change is noticed.
+    """
+    counted = x is not None and not x.is_inference()
+    before = x._version if counted else 0  # type: ignore[union-attr]
     try:
         yield
+        if counted and x._version != before:  # type: ignore[union-attr]
+            raise ValueError(changed_states(leaf))
     except Exception as error:
+        if x is not None and "in-place operation" in str(error):
+            error.add_note(changed_states(leaf))
+        if x is not None and (kind := _parameter_type(leaf)) not in (None, x.dtype):
+            error.add_note(f"`x` is {x.dtype}, the parameters of {leaf} are {kind}: give x.to({kind}).")
         if leaf is not whole:
             keys = [other.key for other in whole.leaves()]
             place = f"leaf {keys.index(leaf.key) + 1} of {len(keys)}, {leaf}"
@@ -370,9 +490,13 @@ def naming(leaf: Energy, whole: Energy) -> Iterator[None]:
 
 
 def one_per_state(leaf: Energy, energies: Tensor, x: Tensor) -> Tensor:
-    """`energies`, checked to be one a state of `x`."""
+    """`energies`, checked to be one a state of `x`: (batch,), also of (batch, 1), in 32 bits at least."""
     if not isinstance(energies, Tensor):
         raise TypeError(f"{leaf} must return a tensor of energies, got {type(energies).__name__}.")
+    if energies.ndim == 2 and energies.shape == (len(x), 1):
+        energies = energies[:, 0]
+    if energies.dtype in (torch.float16, torch.bfloat16):
+        energies = energies.float()
     if energies.shape != x.shape[:1]:
         hint = " Sum over the other axes: .flatten(1).sum(1)." if energies.shape[:1] == x.shape[:1] else ""
         raise ValueError(
@@ -380,6 +504,15 @@ def one_per_state(leaf: Energy, energies: Tensor, x: Tensor) -> Tensor:
             f"got {tuple(energies.shape)}.{hint}"
         )
     return energies
+
+
+def changed_states(leaf: Energy) -> str:
+    """What to say of an energy that changes its states."""
+    return (
+        f"{leaf} changes the states that it is given in place, which would move the chains: let it work on a "
+        "copy, x = x.clone(), or use operations without a trailing underscore (and layers without "
+        "inplace=True)."
+    )
 
 
 def parameter_count(module: nn.Module) -> str:

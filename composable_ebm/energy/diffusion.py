@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.energy import Energy, known_by_gradient
+from composable_ebm.energy import Energy, flat, known_by_gradient
 
 FORMS = ("score", "residual")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -91,7 +91,7 @@ class _Denoiser(Energy):
             at = x.detach()
             return known_by_gradient(x, (at - _like(self.denoise(at, sigma), at, "a denoiser")) / variance)
         residual = x - _like(self.denoise(x, sigma), x, "a denoiser")
-        return (residual.square() / (2 * variance)).flatten(1).sum(1)
+        return flat(residual.square() / (2 * variance)).sum(1)
 
 
 def from_score(

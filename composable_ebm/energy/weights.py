@@ -5,29 +5,44 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Weight = float | Tensor
 
-__all__ = ["Weight", "as_weight", "format_weight", "is_weight", "stack_weights", "weight_key", "weight_on"]
+__all__ = [
+    "Weight",
+    "as_tensor",
+    "as_weight",
+    "coefficient_type",
+    "format_weight",
+    "is_weight",
+    "stack_weights",
+    "weight_key",
+    "weight_on",
+]
 
 
 def is_weight(value: object) -> bool:
-    """Whether an operator may take `value` as a coefficient: a real number, or a tensor () or (batch,)."""
+    """Whether an operator may take `value` as a coefficient: a real number, or a tensor or an array
+    () or (batch,)."""
+    value = as_tensor(value)
     return (isinstance(value, Real) and not isinstance(value, bool)) or (
         isinstance(value, Tensor) and value.ndim <= 1 and not value.is_complex()
     )
 
 
 def as_weight(value: object) -> Weight:
-    """A finite number, or the tensor itself.
+    """A finite number, or the tensor itself; an array as a tensor, or as a number if it is one.
 
     Raises:
         TypeError: If it is neither a number nor a tensor () or (batch,).
         ValueError: If it is not finite.
     """
+    value = as_tensor(value)
     if not is_weight(value):
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
         raise TypeError(
@@ -39,6 +54,18 @@ def as_weight(value: object) -> Weight:
     if not math.isfinite(weight):
         raise ValueError(f"a weight must be finite, got {weight}.")
     return weight
+
+
+def as_tensor(value: Any) -> Any:
+    """An array of NumPy as a tensor, one without axes as a number, and all else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
+        return torch.from_numpy(value.copy()) if value.ndim else value.item()
+    return value
+
+
+def coefficient_type(x: Tensor) -> torch.dtype:
+    """The floating type of coefficients for states `x`: in 16 bits a weight of 0.3 is off by a thousandth."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def stack_weights(weights: Sequence[Weight]) -> Tensor:

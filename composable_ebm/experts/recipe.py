@@ -180,11 +180,11 @@ class _Parser:
                 case ("/", _, False):
                     if b == 0:
                         self._fail("division by zero", operator)
-                    return self._finite(a / b, operator)  # type: ignore[operator]
+                    return self._finite(a / b, operator)
                 case ("+" | "&", True, True):
                     return a + b
                 case ("-", True, True):
-                    return a - b  # type: ignore[operator]
+                    return a - b
                 case ("|", True, True):
                     return a | b  # type: ignore[operator]
         except RecipeError:
@@ -253,6 +253,10 @@ class _Parser:
         return sign * value
 
     def _expert(self, token: _Token) -> Energy:
+        whole = "".join(part.text for part in self.tokens[self.index - 1 : self.index + 3])
+        if whole.endswith("]") and whole in self.names:  # a name such as classifier[2]
+            self.index += 3
+            return self.names[whole]
         try:
             energy = self.names[token.text]
         except KeyError:

@@ -99,6 +99,8 @@ class LinearPlan:
             whole = each[None] if group.single else each
             cotangent = torch.zeros_like(whole)
             for i, column, k in places:
+                if column is ... and whole.ndim == 3 and whole.shape[2] == 1:
+                    column = 0
                 if whole.ndim != (2 if column is ... else 3) or whole.shape[1] != batch:
                     return None
                 target = cotangent[i] if column is ... else cotangent[i, :, column]

@@ -53,11 +53,11 @@ class Watch:
     def __call__(self) -> tuple[object, ...]:
         structure = self._look()
         if structure != self._structure or not self._parts:
-            self._parts = [vars(part) for part in self.module.modules()]
+            self._parts = [part for part in map(vars, self.module.modules()) if _is_plain(part)]
             self._held = [part[name].values() for part in self._parts for name in _HELD]
             self._hooks = [part[name] for part in self._parts for name in _HOOKS]
             self._structure = structure = self._look()
-            held = [tensor for tensor in chain.from_iterable(self._held) if isinstance(tensor, Tensor)]
+            held = [*self.module.parameters(), *self.module.buffers()]
             self._tensors, self._counted = held, [tensor for tensor in held if not tensor.is_inference()]
         return (*structure, *map(_place, self._tensors), *map(_changes, self._counted))
 
@@ -68,6 +68,11 @@ class Watch:
         """
         modes = map(_mode, self._parts)
         return (any(self._hooks), *modes, *map(id, chain.from_iterable(self._held)))
+
+
+def _is_plain(part: dict[str, Any]) -> bool:
+    """Whether these attributes are where modules keep what they hold; scripted and compiled ones do not."""
+    return "training" in part and all(name in part for name in (*_HELD, *_HOOKS))
 
 
 def hooked(module: nn.Module) -> bool:

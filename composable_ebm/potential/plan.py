@@ -210,10 +210,10 @@ class LeafPlan:
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:
         energies = {}
         for leaf in self.alone:
-            with naming(leaf, self.composition):
+            with naming(leaf, self.composition, x):
                 energies[leaf.key] = one_per_state(leaf, leaf.energy(x, noise_level), x)
         for group in self.groups:
-            with naming(group.readers[0][1][0], self.composition):
+            with naming(group.readers[0][1][0], self.composition, x):
                 outputs = group(x, noise_level)
             for (_, leaves), output in zip(group.readers, outputs, strict=True):
                 for leaf in leaves:

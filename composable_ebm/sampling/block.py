@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy
+from composable_ebm.energy import Energy, flat
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
 from composable_ebm.sampling.schedule import Schedule
@@ -101,7 +101,7 @@ def _split(column: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | Non
 
 
 def _norm(state: State) -> Tensor:
-    return state.gradient.flatten(1).norm(dim=1)
+    return flat(state.gradient).norm(dim=1)
 
 
 def joined(values: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
@@ -332,7 +332,9 @@ class Block:
         assert info.acceptance is not None
         assert self.kernel.target_acceptance is not None
         gain = max(0.05, (self.place + 1) ** -0.5)
-        error = (info.acceptance * alive).sum() / alive.sum() - self.kernel.target_acceptance
+        mean = torch.where(alive, info.acceptance, 0.0).sum() / alive.sum().clamp(min=1)
+        # With no chain left there is nothing to learn from, and steering may bring them back.
+        error = torch.where(alive.any(), mean - self.kernel.target_acceptance, 0.0)
         self.dynamics = self.dynamics._replace(step_size=self.dynamics.step_size * torch.exp(gain * error))
 
 

@@ -7,6 +7,7 @@ are tensors there, and are read once at the end.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.energy import Energy
+from composable_ebm.energy import Energy, changed_states
+from composable_ebm.energy.weights import coefficient_type
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling.block import Block, Held, MaskedNoise, Rows, Sampler, joined
 from composable_ebm.sampling.graphs import (
@@ -134,7 +136,10 @@ class Batch(ABC):
         """The rows of a block whose chains stand at `x`, (rows, *event), before any step."""
         with evaluating(block.energy.modules()):
             x = block.placed(x.detach())
+            before = x.clone()
             state = block.kernel.init(self.potential_of([block]), x, block.noise)
+            if not torch.equal(x, before) and bool((x == x).all()):
+                raise ValueError(_who_changes(block.energy, before, block.noise_level))
         return Rows.new(state, self.clock)
 
     def join(self, block: Block, rows: Rows) -> None:
@@ -289,7 +294,7 @@ class Chain(Batch):
         )
         self.potential = FusedPotential(
             energy,
-            coefficients.to(device=x.device, dtype=x.dtype),
+            coefficients.to(device=x.device, dtype=coefficient_type(x)),
             mask,
             stack=x.device.type != "cpu",
         )
@@ -365,6 +370,16 @@ def divergence_of(rows: Rows) -> Divergence:
     return Divergence(~rows.alive, rows.bad_step, rows.largest)
 
 
+def _who_changes(energy: Energy, x: Tensor, noise_level: Tensor | None) -> str:
+    """What to say of an energy that changes its states past what PyTorch counts, as through `x.data`."""
+    for leaf in energy.leaves():
+        given = x.clone()
+        leaf.energy(given, noise_level)
+        if not torch.equal(given, x):
+            return changed_states(leaf)
+    return changed_states(energy)
+
+
 class _BlockNoise(Noise):
     """Draws of several blocks, each from its own noise."""
 
@@ -380,16 +395,27 @@ class _BlockNoise(Noise):
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Evaluation mode inside; the own mode of each module afterwards.
+    """Evaluation mode inside; the own mode of each module afterwards, once no thread is inside.
 
     Args:
         modules: All of them, such as `energy.modules()`.
     """
-    training = [m for m in modules if m.training]
-    for m in training:
-        m.training = False
+    with _modes:
+        training = [m for m in modules if m.training or id(m) in _evaluated]
+        for m in training:
+            _evaluated[id(m)] = _evaluated.get(id(m), 0) + 1
+            m.training = False
     try:
         yield
     finally:
-        for m in training:
-            m.training = True
+        with _modes:
+            for m in training:
+                _evaluated[id(m)] -= 1
+                if not _evaluated[id(m)]:
+                    del _evaluated[id(m)]
+                    m.training = True
+
+
+_modes = threading.Lock()
+_evaluated: dict[int, int] = {}
+"""How many are evaluating a module that was in training mode, by its id."""

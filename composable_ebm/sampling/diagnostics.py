@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from composable_ebm.energy import flat
+
 __all__ = ["ess", "fisher_divergence", "r_hat"]
 
 
@@ -121,4 +123,4 @@ def fisher_divergence(energy: Scored, truth: Scored, x: Tensor) -> float:
         Hyvärinen (2005), Estimation of non-normalized statistical models by score matching, eq. 2.
     """
     difference = (energy.score(x) - truth.score(x)).detach()
-    return float(difference.flatten(1).square().sum(1).mean() / 2)
+    return float(flat(difference).square().sum(1).mean() / 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from composable_ebm.energy import Energy, require_values
+from composable_ebm.energy import Energy, flat, require_values
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State, expand, metropolis
 
 __all__ = ["DMALA"]
@@ -64,7 +64,7 @@ class DMALA(Kernel):
             each = F.logsigmoid(torch.where(flips, odds, -odds))
             if potential.mask is not None:
                 each = each * potential.mask
-            return each.flatten(1).sum(1)
+            return flat(each).sum(1)
 
         log_alpha = (state.energy - proposal.energy) / dynamics.temperature + log_q(proposal) - log_q(state)
         return metropolis(state, proposal, log_alpha, noise)

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Sum
+from composable_ebm.energy import Energy, Sum, flat
 from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.sampling.dmala import DMALA
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State
@@ -102,7 +102,7 @@ class Gibbs(Kernel):
         self, potential: Potential, state: State, noise: Noise, dynamics: Dynamics
     ) -> tuple[State, Info]:
         parts = _parts(potential.composition, potential.coefficients, dynamics.temperature)
-        x = state.x.flatten(1)
+        x = flat(state.x)
         energy, eta = x.new_zeros(len(x)), x.new_zeros(())
         precision: Tensor | float = 0.0
         for part, weight in parts:
@@ -121,7 +121,7 @@ class Gibbs(Kernel):
                 precision = precision + column * part.precision
             energy = energy + term
         mask = potential.mask
-        free = None if mask is None else torch.broadcast_to(mask, state.x.shape).flatten(1).bool()
+        free = None if mask is None else flat(torch.broadcast_to(mask, state.x.shape)).bool()
         if potential.composition.binary:
             if isinstance(precision, Tensor):
                 eta = eta - precision / 2  # for bits x² is x

@@ -28,7 +28,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.energy import Energy
+from composable_ebm.energy import Energy, flat
 from composable_ebm.potential.packed import version_of
 from composable_ebm.sampling.block import MaskedNoise, Rows
 from composable_ebm.sampling.kernel import Dynamics, Kernel, Noise, Potential, State
@@ -91,7 +91,7 @@ def step_rows(
 ) -> Moved:
     """One step of every chain, `numbers` being its `Dynamics`; those not finite after it stay."""
     state, info = kernel.step(potential, rows.state, noise, Dynamics(*numbers))  # type: ignore[arg-type]
-    norm = state.gradient.flatten(1).norm(dim=1)
+    norm = flat(state.gradient).norm(dim=1)
     return Moved(rows.moved(state, clock, norm), norm, info.acceptance)
 
 
@@ -102,7 +102,7 @@ def evaluate_rows(
     (x,) = numbers
     assert x is not None
     energy, gradient = potential(x)
-    norm = gradient.flatten(1).norm(dim=1)
+    norm = flat(gradient).norm(dim=1)
     return Moved(rows.moved(rows.state._replace(x=x, energy=energy, gradient=gradient), clock, norm), norm)
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
+from composable_ebm.energy import flat
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State, expand, metropolis
 
 __all__ = ["HMC"]
@@ -63,6 +64,6 @@ class HMC(Kernel):
             momentum = momentum + force * here.gradient
 
         def hamiltonian(at: State, p: Tensor) -> Tensor:
-            return at.energy / dynamics.temperature + p.flatten(1).square().sum(1) / 2
+            return at.energy / dynamics.temperature + flat(p).square().sum(1) / 2
 
         return metropolis(state, here, hamiltonian(state, start) - hamiltonian(here, momentum), noise)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Not, Sum
-from composable_ebm.energy.weights import Weight, stack_weights
+from composable_ebm.energy.weights import Weight, coefficient_type, stack_weights
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Rows, joined
@@ -149,7 +149,7 @@ class PotentialPool:
         potential = copy(self.get(terms, stack=like.device.type != "cpu"))
         potential.composition = Sum(list(terms.values()))  # with the coefficients inside terms, too
         rows = coefficient_rows(terms, [own], [len(like)])
-        potential.coefficients = rows.to(device=like.device, dtype=like.dtype)
+        potential.coefficients = rows.to(device=like.device, dtype=coefficient_type(like))
         return potential
 
 
@@ -183,7 +183,7 @@ class JointPotential:
                 pool.get(terms, stack),
                 coefficient_rows(
                     terms, [expressions[i] for i in readers], [self.sizes[i] for i in readers]
-                ).to(device=like.device, dtype=like.dtype),
+                ).to(device=like.device, dtype=coefficient_type(like)),
                 self._rows(readers, like.device),
                 readers,
             )
@@ -259,7 +259,7 @@ class JointPotential:
     def _whole(self) -> tuple[Sum, Tensor]:
         whole, rows = as_one_batch([block.energy for block in self.blocks])
         rows = rows.repeat_interleave(torch.tensor(self.sizes), dim=0)
-        return whole, rows.to(device=self._like.device, dtype=self._like.dtype)
+        return whole, rows.to(device=self._like.device, dtype=coefficient_type(self._like))
 
     def _noise_level(self) -> Tensor | None:
         """() where all blocks are at one noise level, which networks are faster at, else (batch,)."""

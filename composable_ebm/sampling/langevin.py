@@ -29,13 +29,17 @@ class Langevin(Kernel):
         step_size: η, in squared data units per nat.
         noise_scale: s, in data units; None couples it to η and T.
         grad_clip: Largest absolute value of each element of g, in nats per data unit.
-        clamp: (low, high) that states are kept between.
+        clamp: (low, high) that states are kept between: what steps over is set on the wall. States pile up
+            there, so that near a wall the samples are not those of exp(-E).
+        reflect: (low, high) that states are kept between by mirrors, which leave exp(-E) on the box invariant
+            as η → 0: what steps over is as far inside the wall as it would be outside.
         noise_first: Adds the noise (and clamps) before the gradient is taken, as the short-run
             recipes do: y = x + s ξ, x ← y - η g(y).
     Raises:
         ValueError: If a setting is out of range, or both temperature and noise_scale are given.
     Reference:
         Roberts and Tweedie (1996), Exponential convergence of Langevin distributions;
+        Lépingle (1995), Euler scheme for reflected stochastic differential equations, for mirrors;
         Nijkamp et al. (2019), arXiv 1904.09770, for short runs; Du and Mordatch (2019),
         arXiv 1903.08689, eq. 1, whose λ is 2η.
     """
@@ -43,6 +47,7 @@ class Langevin(Kernel):
     noise_scale: float | None = None
     grad_clip: float | None = None
     clamp: tuple[float, float] | None = None
+    reflect: tuple[float, float] | None = None
     noise_first: bool = False
 
     def __post_init__(self) -> None:
@@ -56,10 +61,13 @@ class Langevin(Kernel):
                 )
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"`grad_clip` must be positive, got {self.grad_clip}.")
-        if self.clamp is not None:
-            object.__setattr__(self, "clamp", tuple(map(float, self.clamp)))
-            if len(self.clamp) != 2 or not self.clamp[0] < self.clamp[1]:
-                raise ValueError(f"`clamp` must be (low, high) with low < high, got {self.clamp}.")
+        for name in ("clamp", "reflect"):
+            if (walls := getattr(self, name)) is not None:
+                object.__setattr__(self, name, walls := tuple(map(float, walls)))
+                if len(walls) != 2 or not walls[0] < walls[1]:
+                    raise ValueError(f"`{name}` must be (low, high) with low < high, got {walls}.")
+        if self.clamp is not None and self.reflect is not None:
+            raise ValueError("give `clamp` or `reflect`, not both.")
         if self.target_acceptance is not None:
             raise ValueError("Langevin accepts every step and has no target_acceptance; use MALA.")
 
@@ -109,4 +117,10 @@ class Langevin(Kernel):
         return gradient * step_size
 
     def _keep_(self, x: Tensor) -> Tensor:
-        return x if self.clamp is None else x.clamp_(*self.clamp)
+        if self.clamp is not None:
+            return x.clamp_(*self.clamp)
+        if self.reflect is None:
+            return x
+        low, high = self.reflect
+        width = high - low
+        return x.sub_(low + width).remainder_(2 * width).sub_(width).abs_().add_(low)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from composable_ebm.energy import flat
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State, expand, metropolis
 
 __all__ = ["MALA"]
@@ -41,7 +42,7 @@ class MALA(Kernel):
 
         def log_q(to: State, start: State) -> Tensor:
             residual = to.x - start.x + expand(eta, start.x) * start.gradient
-            return -residual.flatten(1).square().sum(1) / (4 * eta * temperature)
+            return -flat(residual).square().sum(1) / (4 * eta * temperature)
 
         log_alpha = (
             (state.energy - proposal.energy) / temperature + log_q(state, proposal) - log_q(proposal, state)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from numbers import Integral
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Not, Sum
+from composable_ebm.energy.weights import as_tensor
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.annealed import Annealed
@@ -34,7 +36,7 @@ class Images(Protocol):
 @torch.inference_mode(False)  # the gradient is needed, whatever mode the caller is in
 def sample(
     energy: Energy,
-    *,
+    *others: object,
     num_chains: int | None = None,
     num_steps: int | None = None,
     sampler: Sampler | None = None,
@@ -88,6 +90,11 @@ def sample(
         >>> out = sample(smile + 2 * glasses, num_chains=16, seed=0)
         >>> print(out.report())
     """
+    if others:
+        raise TypeError(
+            "`sample` takes the energy, and all else by name: "
+            f"sample(energy, num_chains={others[0] if isinstance(others[0], int) else 16})."
+        )
     for name, value in (
         ("keep_every", 1 if keep_every is None else keep_every),
         ("callback_every", callback_every),
@@ -97,6 +104,7 @@ def sample(
     if seed is not None and generator is not None:
         raise ValueError("give a `seed` or a `generator`, not both.")
     seed = 0 if seed is None and generator is None else seed
+    coefficients = as_tensor(coefficients)
     asked = prepare(
         energy,
         num_chains=num_chains,
@@ -189,13 +197,14 @@ def prepare(
         raise TypeError(
             f"`energy` must be an Energy, got {type(energy).__name__}; wrap it with from_callable."
         )
+    init, mask = as_tensor(init), as_tensor(mask)
     check_positive_term(energy, coefficients)
     if sampler is None:
         sampler, calibrated_steps = calibrated_sampler(energy, coefficients)
         num_steps = calibrated_steps if num_steps is None else num_steps
     num_steps = DEFAULT_STEPS if num_steps is None else num_steps
     for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
-        if not isinstance(value, int) or value < 0:
+        if not isinstance(value, Integral) or value < 0:
             raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
     if on_divergence not in ("raise", "report"):
         raise ValueError(f'`on_divergence` must be "raise" or "report", got {on_divergence!r}.')
@@ -207,12 +216,12 @@ def prepare(
         raise ValueError("a `mask` holds part of given states: give them as `init`.")
     device = _device(energy, init, device)
     if generator is None:
-        generator = torch.Generator(device).manual_seed(0 if seed is None else seed)
+        generator = torch.Generator(device).manual_seed(0 if seed is None else int(seed))
     x = initial_states(energy, num_chains, init, generator, device)
     if init is None and (start_level := _start_level(sampler)) is not None:
-        x = start_level * torch.randn(x.shape, generator=generator, device=device)
+        x = start_level * torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
     return Prepared(
-        x, generator, sampler, num_steps, None if mask is None else _fitting_mask(mask, x, energy)
+        x, generator, sampler, int(num_steps), None if mask is None else _fitting_mask(mask, x, energy)
     )
 
 
@@ -273,7 +282,7 @@ def initial_states(
     device: torch.device,
 ) -> Tensor:
     """The states that chains start from, (num_chains, *event), checked against the energy."""
-    if num_chains is not None and (not isinstance(num_chains, int) or num_chains < 1):
+    if num_chains is not None and (not isinstance(num_chains, Integral) or num_chains < 1):
         raise ValueError(f"`num_chains` must be a whole number of at least 1, got {num_chains!r}.")
     if isinstance(init, Tensor):
         if not init.is_floating_point():
@@ -283,6 +292,7 @@ def initial_states(
                 f"From bytes: init.float() / 255 * {high - low:g} + {low:g}."
             )
         init = energy.states(init)
+        init = init.to(energy.state_dtype or init.dtype)
         energy.check_states(init)
         if num_chains is not None and num_chains != len(init):
             raise ValueError(
@@ -296,20 +306,25 @@ def initial_states(
                 "torch.bernoulli(init) for grey levels in [0, 1]."
             )
         return init.detach().clone()
-    count = 16 if num_chains is None else num_chains
+    count = 16 if num_chains is None else int(num_chains)
     if init is not None:
         index = torch.randint(len(init), (count,), generator=generator, device=device)
         states = energy.states(init.batch(index.cpu()).to(device))
+        states = states.to(energy.state_dtype or states.dtype)
         energy.check_states(states)
         return states
     if energy.event_shape is None:
         raise ValueError(
             f"{energy} does not know the shape of its states; give `init`, shape (batch, *event)."
         )
+    wide = (b.dtype for b in energy.buffers() if b.is_floating_point())
+    like = torch.empty(
+        count, *energy.event_shape, device=device, dtype=energy.state_dtype or next(wide, None)
+    )
     if energy.data_range is None:
-        return torch.randn(count, *energy.event_shape, generator=generator, device=device)
+        return like.normal_(generator=generator)
     low, high = energy.data_range
-    u = torch.rand(count, *energy.event_shape, generator=generator, device=device)
+    u = like.uniform_(generator=generator)
     return (u < 0.5).to(u.dtype) if energy.binary else low + (high - low) * u
 
 

@@ -68,7 +68,7 @@ class Turns:
         """Sets the chains of a run to `x`, before their next step."""
         try:
             self._begin(run, x)
-        except Exception as error:
+        except BaseException as error:
             self._end(run, None, error)
 
     def attend(self) -> None:
@@ -79,7 +79,7 @@ class Turns:
             elif (steering := run.take_steering()) is not None:
                 try:
                     self._steer(run, steering)
-                except Exception as error:
+                except BaseException as error:
                     self._end(run, None, error)
 
     def take(self) -> None:
@@ -92,7 +92,7 @@ class Turns:
         saved, blocks = batch.saved(), list(batch.blocks)
         try:
             batch.advance(1)
-        except Exception as error:
+        except BaseException as error:
             self._part(batch, saved, error)
             return
         if batch.like.device.type == "cuda":
@@ -184,7 +184,7 @@ class Turns:
                 warmup=request.num_warmup,
                 on_divergence=request.on_divergence,
             )
-        except Exception as error:
+        except BaseException as error:
             self._end(run, None, error)
         else:
             self._end(run, result)
@@ -214,7 +214,7 @@ class Turns:
         if state.momentum is not None and _kind(run, x) == kind:
             self._batch_of(block).push(block, state.momentum)
 
-    def _part(self, batch: JointBatch, saved: Saved, error: Exception) -> None:
+    def _part(self, batch: JointBatch, saved: Saved, error: BaseException) -> None:
         """After an error in a step: each run takes it alone, so that only those at fault fail."""
         batch.restore(saved)
         self._batches.remove(batch)
@@ -227,7 +227,7 @@ class Turns:
                 if len(blocks) == 1:
                     raise error
                 alone.advance(1)
-            except Exception as own:
+            except BaseException as own:
                 self._end(self._runs[block], None, own)
             else:
                 passed.append(alone)
