@@ -296,7 +296,7 @@ def test_every_kernel_samples_it_or_names_one_that_does(energy):
         assert out.samples.shape == start.shape
         assert out.samples.dtype == torch.float32
         assert not energy.binary or ((out.samples == 0) | (out.samples == 1)).all()
-        torch.testing.assert_close(out.energies, energy(out.samples), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(out.energies, energy(out.samples), rtol=1e-4, atol=5e-3)
     for name, reason in refusals.items():
         offered = set(re.findall(r"\b(DMALA|MALA|HMC|Langevin|Gibbs)\b", reason)) - {name}
         assert offered, f"{name} offers nothing in its place: {reason}"

@@ -51,7 +51,7 @@ def test_no_parameter_gradient_is_computed(stack):
     potential = FusedPotential(energy, energy.coefficients.float(), stack=stack)
     with BackwardMasks() as noted:
         potential(points(3, (1, 4, 4)))
-    assert noted.masks == ([(True, False, False)] if stack else [])  # compiled, it takes no backward at all
+    assert set(noted.masks) == {(True, False, False)}
     assert all(p.grad is None and p.requires_grad for p in energy.parameters())
 
 

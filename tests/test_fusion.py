@@ -3,7 +3,6 @@
 import copy
 import os
 import shutil
-from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -14,11 +13,10 @@ from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm.experts.networks.diffused import DiffusedEnergy
+from composable_ebm.experts.networks.diffused_pass import DiffusedPass
 from composable_ebm.potential import native
-from composable_ebm.potential.layers import CompiledNetwork
 from composable_ebm.potential.plan import FusedPotential, Group
 from composable_ebm.sampling.schedule import Schedule, geometric
-from composable_ebm.train.objectives.contrastive import Labelled
 
 COMPILER = any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")))
 CAN = COMPILER and "avx512f" in native._features().split()
@@ -37,24 +35,6 @@ def cache(tmp_path_factory):
     native._at_hand.cache_clear()
 
 
-@pytest.fixture(params=["steps", pytest.param("C", marks=needs_compiler)])
-def form(request, monkeypatch):
-    """Each compiled form of a chain of layers in turn."""
-    monkeypatch.setenv("COMPOSABLE_EBM_NATIVE", "1" if request.param == "C" else "0")
-    monkeypatch.setattr(native, "PATIENCE", 0.0)
-    return request.param
-
-
-def textbook(activation=nn.SiLU):
-    """The textbook network for MNIST."""
-    torch.manual_seed(0)
-    layers = []
-    for inputs, outputs, kernel in ((1, 16, 5), (16, 32, 3), (32, 64, 3), (64, 64, 3)):
-        layers += [nn.Conv2d(inputs, outputs, kernel, stride=2, padding=kernel // 2), activation()]
-    head = [nn.Flatten(), nn.Linear(256, 64), activation(), nn.Linear(64, 1), nn.Flatten(0)]
-    return nn.Sequential(*layers, *head)
-
-
 def plain(function, x):
     """Outputs and the gradient of their sum, by autograd."""
     x = x.clone().requires_grad_()
@@ -68,201 +48,6 @@ def assert_equal(got, expected):
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.shape == theirs.shape
         assert float((mine - theirs).norm()) <= 1e-5 * float(theirs.norm()) + 1e-6
-
-
-# --- chains of known layers ----------------------------------------------------------------------
-
-ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softplus, nn.Identity)
-
-
-@st.composite
-def chains(draw, in_c):
-    """A random convolutional network with one output, and the shape of its images."""
-    activations = st.sampled_from((nn.SiLU, nn.ReLU, nn.Identity) if in_c else ACTIVATIONS)
-    often = st.integers(0, 3) if not in_c else st.just(1)
-    channels, height, width = (draw(st.integers(*ends)) for ends in ((1, 3), (5, 11), (5, 11)))
-    shape, layers = (channels, height, width), []
-    if not draw(often) and not height % 2 and not width % 2:
-        layers.append(nn.PixelUnshuffle(2))
-        channels, height, width = 4 * channels, height // 2, width // 2
-    for _ in range(draw(st.integers(1, 3))):
-        kernel = draw(st.integers(1, min(5, height, width)))
-        stride, padding = draw(st.integers(1, 3)), draw(st.integers(0, kernel - 1))
-        features = draw(st.sampled_from((1, 3, 16, 17, 32, 48, 64)))
-        bias = draw(st.booleans())
-        layers += [nn.Conv2d(channels, features, kernel, stride, padding, bias=bias)]
-        layers += [draw(activations)()]
-        channels, height, width = (
-            features,
-            *((side + 2 * padding - kernel) // stride + 1 for side in (height, width)),
-        )
-        if height > 2 and width > 2 and not draw(often):
-            layers.append(nn.AvgPool2d(2, ceil_mode=True))
-            height, width = -(-height // 2), -(-width // 2)
-    layers.append(nn.Flatten())
-    sizes = [channels * height * width, *draw(st.lists(st.integers(1, 20), max_size=2)), 1]
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), draw(st.sampled_from(ACTIVATIONS[:2]))()]
-    return nn.Sequential(*layers[:-1], nn.Flatten(0)), shape
-
-
-@given(st.data(), st.integers(1, 5))
-@settings(max_examples=60)
-@pytest.mark.parametrize("in_c", [False, pytest.param(True, marks=needs_compiler)])
-def test_compiled_chains_equal_autograd(in_c, data, batch):
-    network, shape = data.draw(chains(in_c))
-    x = points(batch, shape)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COMPOSABLE_EBM_NATIVE", str(int(in_c)))
-        patch.setattr(native, "PATIENCE", 0.0)
-        compiled = CompiledNetwork(network)
-        assert compiled.applies(x)
-        outputs, pull_back = compiled(x)
-        assert compiled.path == ("compiled to C" if in_c else "compiled to steps with gradients by hand")
-    cotangent = torch.linspace(-1, 2, batch)
-    states = x.clone().requires_grad_()
-    theirs = network(states)
-    (gradient,) = torch.autograd.grad(theirs @ cotangent, states)
-    assert_equal((outputs, pull_back(cotangent)), (theirs.detach(), gradient))
-
-
-@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU])
-def test_textbook_network_equals_autograd(form, activation):
-    network = textbook(activation)
-    x = points(7, (1, 32, 32))
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
-    assert_equal(potential(x), plain(network, x))
-    assert ("compiled to C" if form == "C" else "steps") in potential.plan.describe()
-
-
-def test_several_threads_give_what_one_gives(form):
-    network, x = textbook(), points(13, (1, 32, 32))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        got = FusedPotential(ceb.from_callable(network), stack=False)(x)
-    finally:
-        torch.set_num_threads(threads)
-    assert_equal(got, plain(network, x))
-
-
-def test_trajectories_of_fifty_steps_agree(form, monkeypatch):
-    energy = ceb.from_callable(textbook(), event_shape=(1, 32, 32), data_range=(-1, 1))
-    settings = {"noise_scale": 0.005, "grad_clip": 0.03, "clamp": (-1, 1), "noise_first": True}
-    options = {"init": points(4, (1, 32, 32)).clamp(-1, 1), "num_steps": 50, "seed": 1}
-    run = {"sampler": ceb.Langevin(10.0, **settings), **options}
-    fast = ceb.sample(energy, **run)
-    monkeypatch.setattr(CompiledNetwork, "applies", lambda self, x: False)
-    slow = ceb.sample(energy, **run)
-    assert "compiled" in fast.report()
-    assert "compiled" not in slow.report()
-    torch.testing.assert_close(fast.samples, slow.samples, rtol=1e-4, atol=1e-4)
-
-
-def test_weights_changed_in_place_are_followed(form):
-    network, x = textbook(), points(3, (1, 32, 32))
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
-    before, _ = potential(x)
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
-    network(x).sum().backward()
-    optimiser.step()
-    assert_equal(potential(x), plain(network, x))
-    network[2] = nn.Conv2d(16, 32, 3, stride=2, padding=1)
-    assert_equal(potential(x), plain(network, x))
-    assert not torch.allclose(potential(x)[0], before)
-
-
-def test_training_sees_its_network_unchanged(form):
-    network, x = textbook(), points(3, (1, 32, 32))
-    FusedPotential(ceb.from_callable(network), stack=False)(x)
-    network(x).sum().backward()
-    assert all(p.grad is not None and p.requires_grad for p in network.parameters())
-    assert network[0].weight.is_contiguous()
-
-
-def test_a_label_a_row_is_read_from_a_compiled_network():
-    whole = expert(seed=3)
-    labels, x = torch.tensor([2, 0, 1, 1]), points(4, (1, 4, 4))
-    potential = FusedPotential(Labelled(whole.network, labels), stack=False)
-    assert_equal(potential(x), plain(lambda s: whole.network(s).gather(1, labels[:, None])[:, 0], x))
-    assert "compiled" in potential.plan.describe()
-
-
-class Doubled(nn.Sequential):
-    """A chain of layers that is more than its layers."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def hooked():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0))
-    network[1].register_forward_hook(lambda module, inputs, outputs: 3 * outputs)
-    return network
-
-
-@pytest.mark.parametrize(
-    "network",
-    [
-        Doubled(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0)),
-        nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 1)), nn.Flatten(0)),
-        nn.Sequential(nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 1), nn.Flatten(0)),
-        nn.Sequential(nn.Conv2d(1, 1, 2, padding_mode="circular"), nn.Flatten(0)),
-        hooked(),
-    ],
-    ids=["subclass", "parametrised", "unknown layer", "circular", "hooked"],
-)  # fmt: skip
-def test_what_is_no_chain_of_known_layers_is_left_to_autograd(network):
-    x = points(3, (1, 2, 2))
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
-    assert_equal(potential(x), plain(network, x))
-    assert potential.plan.describe() == f"one {type(network).__name__} (by autograd)"
-
-
-def test_other_types_are_left_to_autograd():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Flatten(0)).double()
-    x = points(3, (1, 2, 2), dtype=torch.float64)
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
-    assert_equal(potential(x), plain(network, x))
-
-
-# --- the C function ------------------------------------------------------------------------------
-
-
-def test_a_small_run_does_not_wait_for_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_spent", 0.0)
-    monkeypatch.setattr(native, "build", lambda: pytest.fail("compiled"))
-    native._at_hand.cache_clear()
-    native.library.cache_clear()
-    try:
-        potential = FusedPotential(ceb.from_callable(textbook()), stack=False)
-        for _ in range(3):
-            potential(points(16, (1, 32, 32)))
-        assert "steps" in potential.plan.describe()
-        assert native._spent == pytest.approx(3 * 16 * 3.4e6 / native.RATE, rel=0.05)
-    finally:
-        native._at_hand.cache_clear()
-
-
-def test_without_a_compiler_the_steps_are_used(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native, "_features", lambda: "flags: avx512f")
-    monkeypatch.setattr(native, "PATIENCE", 0.0)
-    native._at_hand.cache_clear()
-    native.library.cache_clear()
-    try:
-        with pytest.raises(native.NativeUnavailable, match="no C compiler was found"):
-            native.build()
-        network, x = textbook(), points(3, (1, 32, 32))
-        potential = FusedPotential(ceb.from_callable(network), stack=False)
-        assert_equal(potential(x), plain(network, x))
-        assert "steps" in potential.plan.describe()
-    finally:
-        native._at_hand.cache_clear()
-        native.library.cache_clear()
 
 
 # --- networks over noise levels ------------------------------------------------------------------
@@ -422,7 +207,7 @@ def test_trajectories_of_fifty_steps_in_c_agree(monkeypatch):
     schedule = Schedule(noise_level=geometric(3.0, 0.05), noise_power=2.0, predict=True, num_levels=25)
     run = {"num_chains": 6, "num_steps": 50, "sampler": ceb.Annealed(ceb.Langevin(0.05), schedule), "seed": 2}
     fast = ceb.sample(mix, **run)
-    monkeypatch.setattr(DiffusedEnergy.together, "applies", lambda self, x: False)
+    monkeypatch.setattr(DiffusedPass, "refuses", lambda self, x, level: "not today")
     slow = ceb.sample(mix, **run)
     assert "in one pass in C" in fast.report()
     assert "in one pass" not in slow.report()
@@ -502,7 +287,7 @@ def test_annealed_trajectories_of_fifty_steps_agree(monkeypatch):
     schedule = Schedule(noise_level=geometric(3.0, 0.05), noise_power=2.0, predict=True, num_levels=25)
     run = {"num_chains": 4, "num_steps": 50, "sampler": ceb.Annealed(ceb.Langevin(0.05), schedule), "seed": 2}
     fast = ceb.sample(mix, **run)
-    monkeypatch.setattr(DiffusedEnergy.together, "applies", lambda self, x: False)
+    monkeypatch.setattr(DiffusedPass, "refuses", lambda self, x, level: "not today")
     slow = ceb.sample(mix, **run)
     assert "in one pass" in fast.report()
     assert "in one pass" not in slow.report()
@@ -535,13 +320,13 @@ def test_moving_coefficients_and_levels_builds_nothing_again():
     x = points(4, SHAPE)
     potential(x)
     (group,) = potential.plan.groups
-    packed = group._together.pixels, group._together.weight
+    packed = group.special.pixels, group.special.weight
     for step in range(1, 4):
         potential.coefficients = torch.rand(4, 3)
         potential.noise_level = torch.tensor(0.1 * step)
         potential(x)
-        assert (group._together.pixels, group._together.weight) == packed
-        assert group._together.pixels is packed[0]
+        assert (group.special.pixels, group.special.weight) == packed
+        assert group.special.pixels is packed[0]
 
 
 @pytest.mark.gpu

@@ -39,13 +39,16 @@ class Watch:
 
     Args:
         module: Whose parts and weights to watch.
+        attributes: Whether to look at all attributes of the parts, numbers and the like too.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, attributes: bool = False) -> None:
         self.module = module
+        self.attributes = attributes
         self._parts: list[dict[str, Any]] = []  # attributes of the module and its parts
         self._held: list[Iterable[object]] = []  # views on what they hold
         self._hooks: list[object] = []
+        self._alive: list[object] = []
         self._structure: tuple[object, ...] = ()
         self._tensors: list[Tensor] = []
         self._counted: list[Tensor] = []
@@ -55,6 +58,9 @@ class Watch:
         if structure != self._structure or not self._parts:
             self._parts = [part for part in map(vars, self.module.modules()) if _is_plain(part)]
             self._held = [part[name].values() for part in self._parts for name in _HELD]
+            if self.attributes:
+                self._held += [part.values() for part in self._parts]
+                self._alive = list(chain.from_iterable(self._held))  # so that no place is taken by another
             self._hooks = [part[name] for part in self._parts for name in _HOOKS]
             self._structure = structure = self._look()
             held = [*self.module.parameters(), *self.module.buffers()]

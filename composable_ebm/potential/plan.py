@@ -4,27 +4,19 @@ A composition is a function of the energies of its leaves, so its gradient is on
 through one forward pass in which
 
     leaves that read one network (values of one conditional expert)  share its output;
-    networks that say how (`together`)                               run as one pass of their own making;
+    networks for which a form is registered                          run as one pass of its making;
     networks of one architecture                                     run as one batched pass (CUDA);
-    chains of known layers                                           run compiled (CPU, see `compiled`);
-    everything else                                                  is evaluated by itself, by autograd.
+    everything else                                                  is traced, or evaluated by autograd.
 
 Weighted sums of outputs need no graph around this, see `linear`. Each form equals the plain one to
-float tolerance. Only the input gradient is computed. On a CPU the networks run one after another:
-there the batched pass, a grouped convolution, is the slower form from 16 chains on (81 ms against 59
-for three digit experts at 64 chains, one thread).
-
-A class of networks may have an attribute `together`, a class of one pass over several of them:
-`together.groups(networks)` tells which may go together, `together(networks)` builds the pass,
-`.applies(x)` whether it serves such states, `(x, noise_level)` gives outputs (networks, batch, ...) and
-the function that pulls their cotangents back to x, and `.path` says how, in words.
+float tolerance. Only the input gradient is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -32,41 +24,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from composable_ebm.energy import Energy, Sum, naming, one_per_state
-from composable_ebm.potential.layers import CompiledNetwork, Pullback
+from composable_ebm.potential.forms import Evaluate, Form, special_form
+from composable_ebm.potential.forms.stacked import Stacked
+from composable_ebm.potential.forms.traced import TracedForm
 from composable_ebm.potential.linear import LinearPlan
+from composable_ebm.potential.operations import Pullback
 from composable_ebm.potential.packed import Watch
 
 __all__ = ["FusedPotential", "fuse"]
-
-
-class Stacked:
-    """Networks of one architecture as one: outputs (networks, batch, ...) in one batched pass."""
-
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
-        self.template = networks[0]  # its forward runs on the stacked parameters
-        states = [network.state_dict() for network in networks]
-        self.state = {name: _stack_padded([state[name] for state in states]) for name in states[0]}
-
-    def __call__(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
-        arguments = (x,) if noise_level is None else (x, noise_level)
-
-        def run(state: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(self.template, state, arguments)
-
-        return torch.func.vmap(run, randomness="error")(self.state)
-
-
-def _stack_padded(tensors: Sequence[Tensor]) -> Tensor:
-    """Stacks tensors whose first sizes may differ (heads with more and fewer values), padding with zeros."""
-    tensors = [tensor.detach() for tensor in tensors]
-    if tensors[0].ndim:
-        rows = max(len(tensor) for tensor in tensors)
-        tensors = [torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])]) for t in tensors]
-    return torch.stack(tensors)
-
-
-Evaluate = Callable[[Tensor], tuple[Tensor, Pullback]]
-"""x -> outputs, and cotangents of the outputs -> their gradient by x."""
 
 
 class _ByHand(torch.autograd.Function):
@@ -94,6 +59,7 @@ class Group:
         readers: The networks, and who reads each.
     Attributes:
         path: The form of the last evaluation, in words.
+        refusal: What stopped the better form from serving the last states, or None.
     """
 
     def __init__(self, readers: Sequence[Reader]) -> None:
@@ -101,10 +67,11 @@ class Group:
         self.networks = [network for network, _ in readers]
         self.noise_conditioned = readers[0][1][0].noise_conditioned
         self.path = ""
-        together = _together(self.networks[0])
-        self._together = together(self.networks) if together is not None else None
-        single = len(readers) == 1 and self._together is None
-        self._compiled = CompiledNetwork(self.networks[0]) if single else None
+        self.refusal: str | None = None
+        special = special_form(self.networks[0])
+        self.special: Form | None = None if special is None else special(self.networks)
+        single = len(readers) == 1 and special is None
+        self.traced = TracedForm(self.networks[0]) if single else None
         self._watches = [Watch(network) for network in self.networks]
         self._stacked: Stacked | None = None
         self._stacked_version: tuple = ()
@@ -112,37 +79,29 @@ class Group:
     @property
     def copies_weights(self) -> bool:
         """Whether it works on copies of the networks' weights."""
-        return self._together is not None or len(self.networks) > 1
+        return self.special is not None or len(self.networks) > 1
 
     def by_hand(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | None:
         """The form that gives outputs and pulls cotangents back without a graph, or None where none serves:
         outputs (networks, batch, ...), or those of the one network alone if `single`."""
         level = noise_level if self.noise_conditioned else None
-        together, compiled = self._together, self._compiled
-        if together is not None:
-            if not together.applies(x):
-                return None
+        self.refusal = None
+        for form in (self.special, self.traced):
+            if form is not None:
+                self.refusal = form.refuses(x, level)
+                if self.refusal is None:
+                    return partial(self._evaluate, form, level)
+        return None
 
-            def evaluate(states: Tensor) -> tuple[Tensor, Pullback]:
-                result = together(states, level)
-                self.path = together.path
-                return result
-
-            return evaluate
-        if compiled is None or level is not None or not compiled.applies(x):
-            return None
-
-        def evaluate_one(states: Tensor) -> tuple[Tensor, Pullback]:
-            result = compiled(states)
-            self.path = compiled.path
-            return result
-
-        return evaluate_one
+    def _evaluate(self, form: Form, level: Tensor | None, x: Tensor) -> tuple[Tensor, Pullback]:
+        result = form(x, level)
+        self.path = form.path
+        return result
 
     @property
     def single(self) -> bool:
         """Whether outputs by hand are those of one network, without an axis for networks."""
-        return self._together is None
+        return self.special is None
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> Sequence[Tensor]:
         """Outputs of each network, at noise levels () or (batch,)."""
@@ -150,8 +109,8 @@ class Group:
             outputs = _ByHand.apply(x, evaluate)
             return [outputs] if self.single else outputs
         level = noise_level if self.noise_conditioned else None
-        self.path = "by autograd"
-        if len(self.networks) > 1 and self._together is None:
+        self.path = "by autograd" + (f": {self.refusal}" if self.refusal else "")
+        if len(self.networks) > 1 and self.special is None:
             version = tuple(watch() for watch in self._watches)
             if self._stacked is None or version != self._stacked_version:
                 self._stacked, self._stacked_version = Stacked(self.networks), version
@@ -162,34 +121,28 @@ class Group:
         """How many networks of what kind, and how they ran."""
         kind, count = type(self.networks[0]).__name__, len(self.networks)
         text = f"one {kind}" if count == 1 else f"{count} {kind}"
-        if count > 1 and self._together is None:
+        if count > 1 and self.special is None:
             text += " in one batched pass"
         readers = sum(len(leaves) for _, leaves in self.readers)
         text += f", read by {readers} terms" if readers > count else ""
         return text + (f" ({self.path})" if self.path else "")
 
 
-def _together(network: nn.Module):
-    """The pass that the class of a network names itself: one that overrides `forward` inherits none."""
-    return vars(type(network)).get("together")
-
-
 def _grouped(readers: Sequence[Reader], stack: bool) -> list[Group]:
     """Networks sorted into groups that are evaluated together."""
     kinds: dict[Hashable, list[Reader]] = {}
     for network, leaves in readers:
-        together = _together(network)
         kind: Hashable = id(network)
-        if together is not None:
-            kind = (type(network), leaves[0].noise_conditioned)
+        if (special := special_form(network)) is not None:
+            kind = (special, leaves[0].noise_conditioned)
         elif stack:
             kind = (type(network), getattr(network, "architecture", id(network)), leaves[0].noise_conditioned)
         kinds.setdefault(kind, []).append((network, leaves))
     groups = []
     for members in kinds.values():
         networks = [network for network, _ in members]
-        together = _together(networks[0])
-        parts = [list(range(len(members)))] if together is None else together.groups(networks)
+        special = special_form(networks[0])
+        parts = [list(range(len(members)))] if special is None else special.groups(networks)
         groups += [Group([members[i] for i in part]) for part in parts]
     return groups
 

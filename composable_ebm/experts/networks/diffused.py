@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from composable_ebm.experts.networks.diffused_pass import DiffusedPass
 from composable_ebm.experts.networks.skeleton import ModulatedSkeleton
+from composable_ebm.potential.forms import register
 
 __all__ = ["DiffusedEnergy"]
 
@@ -46,8 +47,6 @@ class DiffusedEnergy(ModulatedSkeleton):
         noise_range: Smallest and largest noise level it is trained for, in data units; without a
             noise level given, it is evaluated at the smallest.
     """
-
-    together = DiffusedPass
 
     def __init__(
         self,
@@ -103,3 +102,7 @@ class DiffusedEnergy(ModulatedSkeleton):
             g = self.linear_head(h)[:, 0] + (self.quadratic_head(h).square() * self.signs).sum(1) / 2
             energy = self.gaussian_energy(d, along, noise) + self.strength(sigma) * g
             return energy[:, None] if self.value_head is None else energy[:, None] + self.value_head(h)
+
+
+# Not for subclasses, whose `forward` may do more.
+register(DiffusedPass, takes=lambda network: type(network) is DiffusedEnergy)

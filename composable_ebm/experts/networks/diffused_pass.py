@@ -69,7 +69,7 @@ class AtLevel:
 class DiffusedPass:
     """x, noise level -> outputs (networks, batch, values) and the function that pulls gradients back.
 
-    Ask `applies` before each call: it also takes over weights that have changed. The number of
+    Ask `refuses` before each call: it also takes over weights that have changed. The number of
     values is that of the network with most; outputs of the others are padded with copies of their
     common part, which nobody reads.
 
@@ -99,12 +99,15 @@ class DiffusedPass:
                 groups.append([i])
         return groups
 
-    def applies(self, x: Tensor) -> bool:
-        """Whether it serves these states: of the weights' type and device, without autocast or hooks."""
+    def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
+        """Why it does not serve such states: other types or devices than the weights, autocast, hooks."""
         if torch.is_autocast_enabled(x.device.type):
-            return False
+            return "autocast is on"
         self.refresh()
-        return self._usable and x.dtype == self._like.dtype and x.device == self._like.device
+        if not self._usable:
+            return "hooks, or weights of several types"
+        alike = x.dtype == self._like.dtype and x.device == self._like.device
+        return None if alike else "states of another type or device than the weights"
 
     def refresh(self) -> None:
         """Takes over weights that changed since the last call."""

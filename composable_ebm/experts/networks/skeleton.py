@@ -143,9 +143,10 @@ class LevelledSkeleton(GaussianSkeleton):
         self.modulate = nn.Linear(64, modulations)
 
     def level(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
-        """σ of each row, (batch,), within the network's range; the smallest where none is given."""
+        """σ within the network's range, (batch,), or (1,) where all rows share it, so that what it gives
+        to the layers is computed once; the smallest where none is given."""
         sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
-        return sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
+        return sigma.to(x.dtype).clamp(*self.noise_range).reshape(-1)
 
     def modulation(self, sigma: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Gain and bias of the layers in turn, `parts` in all, (batch, units) each, at levels (batch,)."""

@@ -1,8 +1,8 @@
 """Chains of convolutions and linear layers as one compiled function of C: energy and input gradient.
 
 An image goes through all layers and back before the next one starts, so nothing leaves the cache.
-The function (`native/convolutions.c`) is one for all networks. Where it is not to be had, or a network
-has other layers, `compiled` or autograd does the work.
+The function (`native/convolutions.c`) is one for all networks. In a traced network `chain_of` finds what it
+can do; the rest stays as it is.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from dataclasses import astuple, dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from composable_ebm.potential.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.trace import Node, Value
 
-__all__ = ["NativeNetwork"]
+__all__ = ["Chain", "NativeNetwork", "chain_of"]
 
 LANES = 16
-ACTIVATIONS: dict[type[nn.Module], int] = {nn.SiLU: 1, nn.ReLU: 2}
-SILENT = (nn.Flatten, nn.Identity, nn.Dropout)
+ACTIVATIONS = {"silu": 1, "relu": 2}
+SILENT = {"flatten", "view", "reshape", "_unsafe_view", "contiguous", "clone", "dropout", "alias"}
 MOST_LAYERS = 32
 MOST_STRIDE = 4  # of the first layer
 
@@ -52,45 +53,101 @@ class Layer:
         return 4 * taps * self.out_channels * self.out_height * self.out_width
 
 
+@dataclass
+class Chain:
+    """Layers of a traced network that the function in C can do.
+
+    Attributes:
+        input: The images.
+        output: One number for each image.
+        nodes: What leads from the one to the other.
+    """
+
+    input: Value
+    output: Value
+    nodes: list[Node]
+
+
+def chain_of(nodes: Sequence[Node]) -> Chain | None:
+    """The longest chain of layers among operations that starts at images and ends in one number each."""
+    readers: dict[Value, int] = {}
+    for node in nodes:
+        for value in node.inputs:
+            readers[value] = readers.get(value, 0) + 1
+    made = {node.output: node for node in nodes}
+    for last in reversed(nodes):
+        if (
+            last.operation != "linear"
+            or not last.output.live
+            or last.output.shape != (last.output.shape[0], 1)
+        ):
+            continue
+        chain, value = [last], last.inputs[0]
+        while value in made and readers[value] == 1 and _known(made[value]):
+            chain.append(made[value])
+            value = chain[-1].inputs[0]
+        found = _trimmed(chain[::-1])
+        if found:
+            return Chain(found[0].inputs[0], last.output, found)
+    return None
+
+
+def _known(node: Node) -> bool:
+    arguments = node.arguments
+    if node.operation in ACTIVATIONS:
+        return True
+    if node.operation in SILENT:
+        return node.output.shape[0] == node.inputs[0].shape[0]
+    if len(node.inputs) != 1 or node.inputs[0] is not arguments.get("input"):
+        return False
+    if node.operation == "linear":
+        return len(arguments["input"].shape) == 2
+    if node.operation != "conv2d" or isinstance(arguments["padding"], str):
+        return False
+    kernel, stride, padding = arguments["weight"].shape[2:], arguments["stride"], arguments["padding"]
+    return (
+        arguments["groups"] == 1
+        and set(arguments["dilation"]) == {1}
+        and all(len({*each}) == 1 for each in (kernel, stride, padding))
+        and padding[0] < kernel[0]
+    )
+
+
+def _trimmed(nodes: list[Node]) -> list[Node]:
+    """From the first convolution of few channels on, or nothing if the function cannot do it."""
+    first = next((i for i, node in enumerate(nodes) if node.operation == "conv2d"), len(nodes))
+    nodes = nodes[first:]
+    kinds = [node.operation for node in nodes if node.operation not in SILENT]
+    weighted = [node for node in nodes if "weight" in node.arguments]
+    convolutions = [node for node in weighted if node.operation == "conv2d"]
+    if not wanted() or not convolutions or not 1 < len(weighted) <= MOST_LAYERS:
+        return []
+    image = nodes[0].inputs[0]
+    in_order = weighted[: len(convolutions)] == convolutions
+    flat = [n for n in nodes if n.operation in SILENT and len(n.output.shape) != len(n.inputs[0].shape)]
+    twice = any(a in ACTIVATIONS and b in ACTIVATIONS for a, b in pairwise(kinds))
+    float32 = all(node.arguments["weight"].dtype == torch.float32 for node in weighted)
+    small = image.shape[1] < LANES and nodes[0].arguments["stride"][0] <= MOST_STRIDE
+    fits = in_order and len(flat) == 1 and not twice and float32 and image.dtype == torch.float32 and small
+    return nodes if fits else []
+
+
 class NativeNetwork:
     """x -> energies and their gradient, of a chain of layers with one output.
 
     Args:
-        layers: `nn.Conv2d`, `nn.Linear`, activations and `nn.Flatten`, as `known_layers` gives them.
-        shape: (channels, height, width) of an image.
+        chain: The layers.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], shape: Sequence[int]) -> None:
-        self.shape = tuple(shape)
-        plan, weights = _packed(layers, shape)
+    def __init__(self, chain: Chain) -> None:
+        shape = chain.input.shape[1:]
+        plan, weights = _packed(chain.nodes, shape)
         self.operations = sum(layer.operations for layer in plan)
         self.weights = torch.cat(weights)
         self.count = len(plan)
         numbers = [number for layer in plan for number in astuple(layer)]
         self.plan = (ctypes.c_int * len(numbers))(*numbers)
         self.memory: list[Tensor] = []
-
-    @staticmethod
-    def fits(layers: Sequence[nn.Module], x: Tensor) -> bool:
-        """Whether it serves such a network and such states: images, and one output."""
-        kinds = [type(layer) for layer in layers if type(layer) not in SILENT]
-        weighted = [layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        if not wanted() or x.ndim != 4 or not 1 < len(weighted) <= MOST_LAYERS:
-            return False
-        first, last = weighted[0], weighted[-1]
-        convolutions = [layer for layer in weighted if isinstance(layer, nn.Conv2d)]
-        return (
-            set(kinds) <= {nn.Conv2d, nn.Linear, *ACTIVATIONS}
-            and (kinds[0], kinds[-1]) == (nn.Conv2d, nn.Linear)
-            and not any(a in ACTIVATIONS and b in ACTIVATIONS for a, b in pairwise(kinds))
-            and weighted[: len(convolutions)] == convolutions
-            and isinstance(first, nn.Conv2d)
-            and first.in_channels == x.shape[1] < LANES
-            and first.stride[0] <= MOST_STRIDE
-            and isinstance(last, nn.Linear)
-            and last.out_features == 1
-            and sum(isinstance(layer, nn.Flatten) and layer.start_dim == 1 for layer in layers) == 1
-        )
 
     def allowed(self, rows: int) -> bool:
         """Whether to use it now, see `native.allowed`."""
@@ -129,26 +186,27 @@ class _Weights:
         return self.size - block.numel()
 
 
-def _packed(layers: Sequence[nn.Module], shape: Sequence[int]) -> tuple[list[Layer], list[Tensor]]:
+def _packed(nodes: Sequence[Node], shape: Sequence[int]) -> tuple[list[Layer], list[Tensor]]:
     """The layers as convolutions.c knows them, and their weights."""
     plan: list[Layer] = []
     weights = _Weights()
     image = tuple(shape)  # channels as the network counts them, height, width
     stored = image[0]  # channels as convolutions.c does
-    for layer in layers:
-        if type(layer) in ACTIVATIONS:
-            plan[-1].activation = ACTIVATIONS[type(layer)]
-        elif isinstance(layer, (nn.Conv2d, nn.Linear)):
-            if isinstance(layer, nn.Linear):
+    for node in nodes:
+        if node.operation in ACTIVATIONS:
+            plan[-1].activation = ACTIVATIONS[node.operation]
+        elif "weight" in node.arguments:
+            given, bias = node.arguments["weight"].detach(), node.arguments["bias"]
+            if node.operation == "linear":
                 # From channels first, as flattened, to channels last, as stored.
-                weight = layer.weight.detach().unflatten(1, image).permute(0, 2, 3, 1)
+                weight = given.unflatten(1, image).permute(0, 2, 3, 1)
                 weight = _pad(weight, 3, stored).flatten(1)[:, :, None, None]
                 stored, image, stride, padding = weight.shape[1], (weight.shape[1], 1, 1), 1, 0
             else:
-                weight = _pad(layer.weight.detach(), 1, stored)
-                stride, padding = layer.stride[0], int(layer.padding[0])
+                weight = _pad(given, 1, stored)
+                stride, padding = node.arguments["stride"][0], node.arguments["padding"][0]
             outputs = -(-len(weight) // LANES) * LANES
-            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+            bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
             weight, bias = _pad(weight, 0, outputs), _pad(bias, 0, outputs)
             rows, columns = weight.shape[2:]
             high = (image[1] + 2 * padding - rows) // stride + 1
@@ -160,7 +218,7 @@ def _packed(layers: Sequence[nn.Module], shape: Sequence[int]) -> tuple[list[Lay
             )
             new.bias = weights.keep(bias)
             plan.append(new)
-            stored, image = outputs, (len(layer.weight), high, wide)
+            stored, image = outputs, (len(given), high, wide)
     return plan, weights.blocks
 
 

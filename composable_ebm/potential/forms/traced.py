@@ -1,0 +1,137 @@
+"""Any module as a list of operations with gradients by hand: no graph, weights in the fastest layouts.
+
+The module is read again when its weights, modes or attributes change, and for states of another shape.
+The first time, the result is held against autograd on other states, so that what tracing cannot see
+(values that leave PyTorch and come back, gradients of a module's own making) is noticed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor, nn
+
+from composable_ebm.potential.operations import RULES, Pullback
+from composable_ebm.potential.packed import Watch, hooked
+from composable_ebm.potential.program import Program
+from composable_ebm.potential.trace import Unreadable, record
+
+__all__ = ["TracedForm"]
+
+SHAPES_KEPT = 4
+"""For how many shapes of states programs are kept."""
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest distance from autograd, relative to its size, that rounding explains; 0.1 for narrower types."""
+
+
+class TracedForm:
+    """One network, traced.
+
+    Args:
+        network: Any module.
+    Attributes:
+        path: How the last states were evaluated, in words.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.path = ""
+        self._watch = Watch(network, attributes=True)
+        self._version: tuple[object, ...] = ()
+        self._compiled = next(filter(None, map(_compiled, network.modules())), None)
+        self._refusal: str | None = None  # of the network as it is, whatever the states
+        self._programs: OrderedDict[Hashable, Program | str] = OrderedDict()
+        self._checked: set[Hashable] = set()  # lists of operations that were held against autograd
+
+    def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
+        """Why it does not serve such states now: what stopped it. None where it does."""
+        if x.device.type != "cpu":
+            return "states on another device than the CPU"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if self._compiled is not None:
+            return self._compiled
+        version = self._watch()
+        if version != self._version:
+            self._version = version
+            self._programs.clear()
+            self._refusal = _unreadable(self.network)
+        if self._refusal is not None:
+            return self._refusal
+        found = self._program(x, noise_level)
+        return found if isinstance(found, str) else None
+
+    def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Pullback]:
+        program = self._program(x, noise_level)
+        assert isinstance(program, Program)
+        result = program(x, noise_level)
+        self.path = program.path
+        return result
+
+    def _program(self, x: Tensor, noise_level: Tensor | None) -> Program | str:
+        """The program for states of this shape, or why there is none."""
+        level = None if noise_level is None else noise_level.shape
+        key = (x.shape, x.dtype, level)
+        if key in self._programs:
+            self._programs.move_to_end(key)
+            return self._programs[key]
+        try:
+            found: Program | str = self._traced(x, noise_level)
+        except Unreadable as reason:
+            found = str(reason)
+        self._programs[key] = found
+        if len(self._programs) > SHAPES_KEPT:
+            self._programs.popitem(last=False)
+        return found
+
+    def _traced(self, x: Tensor, noise_level: Tensor | None) -> Program:
+        try:
+            trace = record(self.network, [self.network], x, noise_level, RULES.__contains__)
+        except Unreadable:
+            raise
+        except Exception as error:  # the module's own, which the plain call will show
+            raise Unreadable(f"reading it failed with {type(error).__name__}: {error}") from error
+        if self._watch() != self._version:
+            raise Unreadable("it changes its own attributes when it is called")
+        program = Program(trace)
+        operations = tuple(node.operation for node in trace.nodes)
+        if operations not in self._checked:
+            self._check(program, x, noise_level)
+            self._checked.add(operations)
+        return program
+
+    def _check(self, program: Program, x: Tensor, noise_level: Tensor | None) -> None:
+        """Raises Unreadable unless the program equals autograd, on the states turned around and shrunk."""
+        states = x.detach().flip(tuple(range(x.ndim))).mul_(0.9).requires_grad_()
+        level = () if noise_level is None else (noise_level,)
+        with torch.enable_grad():
+            outputs = self.network(states, *level)
+            if not outputs.requires_grad:
+                raise Unreadable("its result does not depend on the states by a path that autograd follows")
+            (gradient,) = torch.autograd.grad(outputs.sum(), states, materialize_grads=True)
+        ours, pull_back = program(states.detach(), noise_level)
+        pairs = ((ours, outputs.detach()), (pull_back(torch.ones_like(ours)), gradient))
+        tolerance = TOLERANCE.get(x.dtype, 0.1)
+        for mine, theirs in pairs:
+            finite = torch.isfinite(theirs)
+            mine, theirs = mine[finite].double(), theirs[finite].double()
+            if float((mine - theirs).norm()) > tolerance * float(theirs.norm()) + 1e-6:
+                raise Unreadable("its result or its gradient is not that of its operations")
+
+
+def _unreadable(network: nn.Module) -> str | None:
+    """Why a network must really be called."""
+    if hooked(network):
+        return "it has hooks"
+    tensors = (*network.parameters(), *network.buffers())
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "weights on another device than the CPU"
+    return None
+
+
+def _compiled(module: nn.Module) -> str | None:
+    """That a module is compiled by others, if it is."""
+    compiled = isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == "OptimizedModule"
+    return f"it is compiled already ({type(module).__name__})" if compiled else None

@@ -1,0 +1,209 @@
+"""Linear layers, matrix products and convolutions, with weights in the layouts that a CPU reads fastest.
+
+linear layers                         the weight kept in oneDNN's own layout, for both directions
+convolution of stride 1               input gradient as a convolution with the flipped kernel
+strided convolution of few channels   as space to depth and a convolution of stride 1, both ways
+other convolutions                    oneDNN's own input gradient, channels last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from composable_ebm.potential.operations.rule import Pullback, Rule, Step, fitted, one, sides
+from composable_ebm.potential.operations.shapes import RULES as SHAPES
+from composable_ebm.potential.packed import PackedLinear
+from composable_ebm.potential.trace import Value
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+FEW_CHANNELS = 16
+"""Up to this many channels after space to depth, it is faster than the strided convolution (CPU)."""
+
+
+def _linear(input: Value, weight: Any, bias: Any = None) -> Step:
+    if isinstance(weight, Value) or isinstance(bias, Value):
+        raise NotImplementedError("with a weight that depends on the states")
+    return _Linear(weight, bias)
+
+
+class _Linear:
+    """A product with a constant matrix; the way back is packed when it is first gone."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.forward = PackedLinear(weight, bias)
+        self.backward: PackedLinear | None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Pullback]:
+        return self.forward(x), self.pull
+
+    def pull(self, g: Tensor) -> Tensor:
+        if self.backward is None:
+            self.backward = PackedLinear(self.weight.T)
+        return self.backward(g)
+
+
+def _matmul(self: Any, other: Any) -> Step:
+    shapes = [len(side.shape) for side in (self, other)]
+    if isinstance(self, Value) and not isinstance(other, Value) and shapes[1] == 2:
+        return _linear(self, other.T)
+    if isinstance(self, Value) and not isinstance(other, Value) and shapes[1] == 1:
+        return one(lambda x: x @ other, lambda g, x, y: g[..., None] * other)
+    if min(shapes) < 2:
+        raise NotImplementedError("of a vector")
+    return sides(self, other, _product)
+
+
+def _product(a: Tensor, b: Tensor) -> tuple[Tensor, Pullback]:
+    return a @ b, lambda g: (fitted(g @ b.mT, a.shape), fitted(a.mT @ g, b.shape))
+
+
+def _add_product(self: Any, mat1: Any, mat2: Any, beta: float = 1, alpha: float = 1) -> Step:
+    if isinstance(self, Value) or isinstance(mat2, Value) or (beta, alpha) != (1, 1) or self.ndim != 1:
+        raise NotImplementedError
+    return _linear(mat1, mat2.T, self)
+
+
+def _convolution(
+    input: Value,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] | str = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Step:
+    if isinstance(weight, Value) or isinstance(bias, Value):
+        raise NotImplementedError("with a kernel that depends on the states")
+    kernel = tuple(weight.shape[2:])
+    if isinstance(padding, str):
+        if padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)):
+            raise NotImplementedError("with padding that differs from side to side")
+        same = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
+        padding = same if padding == "same" else [0] * len(kernel)
+    strides, borders, gaps = (_each(sizes, len(kernel)) for sizes in (stride, padding, dilation))
+    plain = _plain_convolution(weight, bias, strides, borders, gaps, groups)
+    square = all(len({*sizes}) == 1 for sizes in (kernel, strides, borders, gaps))
+    if len(kernel) != 2 or not square or groups != 1 or gaps[0] != 1 or len(input.shape) != 4:
+        return plain
+    size, step, border = kernel[0], strides[0], borders[0]
+    if border >= size:
+        return plain
+    if step == 1:
+        return _unit_convolution(weight, bias, border)
+    return _in_blocks(input, weight, bias, step, border) or plain
+
+
+def _each(sizes: Sequence[int], count: int) -> list[int]:
+    """One for each side of an image, of which one may stand for all."""
+    return list(sizes) * (count if len(sizes) == 1 else 1)
+
+
+def _unit_convolution(weight: Tensor, bias: Tensor | None, padding: int) -> Step:
+    """A convolution of stride 1; its input gradient is one with the flipped kernel."""
+    flipped = _channels_last(weight.flip(2, 3).transpose(0, 1))
+    weight = _channels_last(weight)
+    opposite = weight.shape[-1] - 1 - padding
+
+    def pull(g: Tensor) -> Tensor:
+        return F.conv2d(_channels_last(g), flipped, padding=opposite)
+
+    return lambda x: (F.conv2d(_channels_last(x), weight, bias, padding=padding), pull)
+
+
+def _plain_convolution(
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Step:
+    weight = _channels_last(weight)
+    sizes = (stride, padding, dilation, False, [0] * len(stride), groups)
+
+    def step(x: Tensor) -> tuple[Tensor, Pullback]:
+        x = _channels_last(x)
+        y = aten.convolution(x, weight, bias, *sizes)
+        mask = [True, False, False]
+        return y, lambda g: aten.convolution_backward(_channels_last(g), x, weight, None, *sizes, mask)[0]
+
+    return step
+
+
+def _in_blocks(input: Value, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Step | None:
+    """A strided convolution of few channels on blocks of stride² pixels, or None where they do not fit.
+
+    s (o + u) + a = s o + t - padding: tap t reads place a of the block u away from the output's.
+    """
+    kernel, channels = weight.shape[-1], weight.shape[1]
+    first, last = -padding // stride, (kernel - 1 - padding) // stride
+    # The two agree where each block of the image gives one output.
+    outputs = [(side + 2 * padding - kernel) // stride + 1 for side in input.shape[2:]]
+    fits = all(side == stride * count for side, count in zip(input.shape[2:], outputs, strict=True))
+    if channels * stride**2 > FEW_CHANNELS or first != -last or not fits:
+        return None
+    size = last - first + 1
+    blocked = weight.new_zeros(len(weight), channels, stride, stride, size, size)
+    for t in range(kernel):
+        for s in range(kernel):
+            (u, a), (v, b) = divmod(t - padding, stride), divmod(s - padding, stride)
+            blocked[:, :, a, b, u - first, v - first] = weight[:, :, t, s]
+    inner = _unit_convolution(blocked.flatten(1, 3), bias, last)
+    unshuffle = SHAPES["pixel_unshuffle"](input, stride)
+
+    def step(x: Tensor) -> tuple[Tensor, Pullback]:
+        blocks, restore = unshuffle(x)
+        y, pull = inner(blocks)
+        return y, lambda g: restore(pull(g))
+
+    return step
+
+
+def _transposed_convolution(
+    input: Value,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    output_padding: Sequence[int] = (0,),
+    groups: int = 1,
+    dilation: Sequence[int] = (1,),
+) -> Step:
+    if isinstance(weight, Value) or isinstance(bias, Value):
+        raise NotImplementedError("with a kernel that depends on the states")
+    count = weight.ndim - 2
+    lists = [_each(sizes, count) for sizes in (stride, padding, dilation, output_padding)]
+    sizes = (*lists[:3], True, lists[3], groups)
+
+    def step(x: Tensor) -> tuple[Tensor, Pullback]:
+        mask = [True, False, False]
+        y = aten.convolution(x, weight, bias, *sizes)
+        return y, lambda g: aten.convolution_backward(g, x, weight, None, *sizes, mask)[0]
+
+    return step
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+
+
+RULES: dict[str, Rule] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": lambda self, mat2: _matmul(self, mat2),
+    "bmm": lambda self, mat2: _matmul(self, mat2),
+    "addmm": _add_product,
+    "mv": lambda self, vec: _matmul(self, vec),
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+    "conv_transpose2d": _transposed_convolution,
+}

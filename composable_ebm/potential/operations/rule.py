@@ -1,0 +1,62 @@
+"""What a rule is, and what rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composable_ebm.potential.trace import Value
+
+__all__ = ["Pullback", "Rule", "Step", "fitted", "one", "operand", "sides"]
+
+Pullback = Callable[[Tensor], Any]
+"""The cotangent of the result -> that of the input, or a tuple of those of several inputs."""
+Step = Callable[..., tuple[Tensor, Pullback]]
+Rule = Callable[..., Step]
+
+
+def fitted(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """The cotangent of what was broadcast to the shape of `gradient`."""
+    return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
+
+
+def one(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+    """A step of one input; `backward` takes the cotangent, the input and the output."""
+
+    def step(x: Tensor) -> tuple[Tensor, Pullback]:
+        y = forward(x)
+        return y, lambda g: backward(g, x, y)
+
+    return step
+
+
+def operand(thing: object) -> bool:
+    """Whether it changes from call to call."""
+    return isinstance(thing, Value)
+
+
+def sides(self: object, other: object, both: Callable[[Any, Any], tuple[Tensor, Pullback]]) -> Step:
+    """A step of an operation of two sides, of which one may be constant.
+
+    `both` gives the result and pulls back to both sides, None where it cannot.
+    """
+    if isinstance(self, Value) and isinstance(other, Value):
+        return both
+
+    first = isinstance(self, Value)
+
+    def step(x: Tensor) -> tuple[Tensor, Pullback]:
+        y, pull = both(x, other) if first else both(self, x)
+        return y, lambda g: pull(g)[0 if first else 1]
+
+    return step
+
+
+def axes_of(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
+    """Axes counted from the front; all for None or an empty list."""
+    if dim is None or dim == []:
+        return list(range(ndim))
+    return [axis % ndim for axis in ([dim] if isinstance(dim, int) else dim)]

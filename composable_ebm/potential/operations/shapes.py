@@ -1,0 +1,256 @@
+"""Operations that move elements and compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from composable_ebm.potential.operations.rule import Pullback, Rule, Step, fitted, one
+from composable_ebm.potential.trace import Value
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def reshaped(self: Value, shape: Sequence[int]) -> Step:
+    """To the shape of a tensor as it was traced."""
+    before, after = tuple(self.shape), tuple(shape)
+    channels_last = len(before) == 4
+
+    def step(x: Tensor) -> tuple[Tensor, Pullback]:
+        kept = channels_last and x.is_contiguous(memory_format=torch.channels_last)
+
+        def pull(g: Tensor) -> Tensor:
+            g = g.reshape(before)
+            return g.contiguous(memory_format=torch.channels_last) if kept else g
+
+        return x.reshape(after), pull
+
+    return step
+
+
+def _view(self: Value, size: Sequence[int]) -> Step:
+    return reshaped(self, torch.empty(self.shape, device="meta").reshape(size).shape)
+
+
+def _like(function: Callable[..., Tensor]) -> Rule:
+    """A reshape whose target is what `function` makes of the shape."""
+
+    def rule(self: Value, **options: Any) -> Step:
+        return reshaped(self, function(torch.empty(self.shape, device="meta"), **options).shape)
+
+    return rule
+
+
+def _squeeze(self: Value, dim: int | Sequence[int] | None = None) -> Step:
+    x = torch.empty(self.shape, device="meta")
+    return reshaped(self, (x.squeeze() if dim is None else x.squeeze(dim)).shape)  # type: ignore[arg-type]
+
+
+def _permute(self: Value, dims: Sequence[int]) -> Step:
+    there = [dim % len(dims) for dim in dims]
+    back = [there.index(axis) for axis in range(len(there))]
+    return one(lambda x: x.permute(there), lambda g, x, y: g.permute(back))
+
+
+def _transpose(self: Value, dim0: int = -1, dim1: int = -2) -> Step:
+    if len(self.shape) < 2:
+        return same(self)
+    return one(lambda x: x.transpose(dim0, dim1), lambda g, x, y: g.transpose(dim0, dim1))
+
+
+def _movedim(self: Value, source: Any, destination: Any) -> Step:
+    return one(lambda x: x.movedim(source, destination), lambda g, x, y: g.movedim(destination, source))
+
+
+def same(self: Value, **options: object) -> Step:
+    """Copies and whatever else gives the numbers it gets."""
+    return lambda x: (x, lambda g: g)
+
+
+def _dropout(input: Value, p: float, train: bool) -> Step:
+    if train and p:
+        raise NotImplementedError("in training it draws random numbers")
+    return same(input)
+
+
+def _cast(self: Value, dtype: torch.dtype | None = None, **options: object) -> Step:
+    if dtype is None or dtype == self.dtype:
+        return same(self)
+    return one(lambda x: x.to(dtype), lambda g, x, y: g.to(x.dtype))
+
+
+def _expand(self: Value, size: Sequence[int], implicit: bool = False) -> Step:
+    return one(lambda x: x.expand(size), lambda g, x, y: fitted(g, x.shape))
+
+
+def _repeat(self: Value, repeats: Sequence[int]) -> Step:
+    extra = len(repeats) - len(self.shape)
+    sizes = [1] * extra + list(self.shape)
+
+    def backward(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        parts = [number for pair in zip(repeats, sizes, strict=True) for number in pair]
+        return g.reshape(parts).sum(list(range(0, len(parts), 2))).reshape(x.shape)
+
+    return one(lambda x: x.repeat(repeats), backward)
+
+
+def _slice(
+    self: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Step:
+    axis = dim % len(self.shape)
+    place = (slice(None),) * axis + (slice(start, end, step),)
+    return _part(place)
+
+
+def _part(place: Any) -> Step:
+    def backward(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        whole = torch.zeros_like(x)
+        whole[place] = g
+        return whole
+
+    return one(lambda x: x[place], backward)
+
+
+def _select(self: Value, dim: int, index: int) -> Step:
+    if self.shape[dim] == 1:
+        return reshaped(self, torch.empty(self.shape, device="meta").select(dim, index).shape)
+    return _part((slice(None),) * (dim % len(self.shape)) + (index,))
+
+
+def _narrow(self: Value, dim: int, start: int, length: int) -> Step:
+    return _slice(self, dim, start, start + length)
+
+
+def _concatenate(tensors: Sequence[Any], dim: int = 0) -> Step:
+    changing = [isinstance(each, Value) for each in tensors]
+    sizes = [each.shape[dim] for each in tensors]
+
+    def step(*inputs: Tensor) -> tuple[Tensor, Pullback]:
+        given = iter(inputs)
+        parts = [next(given) if changes else each for each, changes in zip(tensors, changing, strict=True)]
+
+        def pull(g: Tensor) -> Any:
+            pieces = g.split(sizes, dim)
+            kept = tuple(piece for piece, changes in zip(pieces, changing, strict=True) if changes)
+            return kept if len(kept) > 1 else kept[0]
+
+        return torch.cat(parts, dim), pull
+
+    return step
+
+
+def _stack(tensors: Sequence[Any], dim: int = 0) -> Step:
+    changing = [isinstance(each, Value) for each in tensors]
+
+    def step(*inputs: Tensor) -> tuple[Tensor, Pullback]:
+        given = iter(inputs)
+        parts = [next(given) if changes else each for each, changes in zip(tensors, changing, strict=True)]
+
+        def pull(g: Tensor) -> Any:
+            pieces = g.unbind(dim)
+            kept = tuple(piece for piece, changes in zip(pieces, changing, strict=True) if changes)
+            return kept if len(kept) > 1 else kept[0]
+
+        return torch.stack(parts, dim), pull
+
+    return step
+
+
+def _pixel_unshuffle(self: Value, downscale_factor: int) -> Step:
+    """Channels last without a further copy, where `F.pixel_unshuffle` is channels first."""
+    block = downscale_factor
+    if len(self.shape) != 4:
+        raise NotImplementedError
+    batch, channels, height, width = self.shape
+    rows, columns = height // block, width // block
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.reshape(batch, channels, rows, block, columns, block).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(batch, rows, columns, channels * block**2).permute(0, 3, 1, 2)
+
+    def backward(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        parts = g.permute(0, 2, 3, 1).reshape(batch, rows, columns, channels, block, block)
+        return parts.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+    return one(forward, backward)
+
+
+def _flip(self: Value, dims: Sequence[int]) -> Step:
+    return one(lambda x: x.flip(list(dims)), lambda g, x, y: g.flip(list(dims)))
+
+
+def _pad(self: Value, pad: Sequence[int], value: float | None = 0.0, mode: str = "constant") -> Step:
+    if mode != "constant":
+        raise NotImplementedError
+    ndim = len(self.shape)
+    ends = {ndim - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
+    inside = tuple(
+        slice(max(ends.get(axis, (0, 0))[0], 0), max(ends.get(axis, (0, 0))[0], 0) + self.shape[axis])
+        for axis in range(ndim)
+    )
+    if min(pad) < 0:
+        raise NotImplementedError
+    return one(lambda x: F.pad(x, list(pad), value=value or 0.0), lambda g, x, y: g[inside])
+
+
+def _unfold(
+    self: Value,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    stride: Sequence[int],
+) -> Step:
+    options = (list(kernel_size), list(dilation), list(padding), list(stride))
+    side = list(self.shape[-2:])
+    return one(lambda x: aten.im2col(x, *options), lambda g, x, y: aten.col2im(g, side, *options))
+
+
+RULES: dict[str, Rule] = {
+    "view": _view,
+    "_unsafe_view": _view,
+    "reshape": lambda self, shape: _view(self, shape),
+    "view_as": lambda self, other: reshaped(self, other.shape),
+    "reshape_as": lambda self, other: reshaped(self, other.shape),
+    "flatten": _like(lambda x, start_dim, end_dim: x.flatten(start_dim, end_dim)),
+    "unflatten": _like(lambda x, dim, sizes: x.unflatten(dim, sizes)),
+    "unsqueeze": _like(lambda x, dim: x.unsqueeze(dim)),
+    "squeeze": _squeeze,
+    "permute": _permute,
+    "transpose": _transpose,
+    "t": _transpose,
+    "mT": _transpose,
+    "numpy_T": lambda self: _permute(self, list(range(len(self.shape)))[::-1]),
+    "movedim": _movedim,
+    "contiguous": same,
+    "clone": same,
+    "alias": same,
+    "dropout": _dropout,
+    "feature_dropout": _dropout,
+    "alpha_dropout": _dropout,
+    "to": _cast,
+    "_to_copy": _cast,
+    "type_as": lambda self, other: _cast(self, other.dtype),
+    "expand": _expand,
+    "expand_as": lambda self, other: _expand(self, other.shape),
+    "repeat": _repeat,
+    "slice": _slice,
+    "select": _select,
+    "narrow": _narrow,
+    "cat": _concatenate,
+    "concat": _concatenate,
+    "stack": _stack,
+    "pixel_unshuffle": _pixel_unshuffle,
+    "pixel_shuffle": lambda self, upscale_factor: one(
+        lambda x: F.pixel_shuffle(x, upscale_factor), lambda g, x, y: F.pixel_unshuffle(g, upscale_factor)
+    ),
+    "flip": _flip,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    "im2col": _unfold,
+}

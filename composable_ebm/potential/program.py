@@ -1,0 +1,178 @@
+"""A traced network as a list of steps that runs forward, and back to the gradient of its states.
+
+No graph is recorded, nothing is saved but what the gradients need, and no parameter gradient is taken.
+What depends on the noise level alone is computed once for each level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composable_ebm.potential.forms.native import Chain, NativeNetwork, chain_of
+from composable_ebm.potential.operations import RULES, Pullback, Step
+from composable_ebm.potential.packed import version_of
+from composable_ebm.potential.trace import Node, Trace, Unreadable, Value
+
+__all__ = ["Program"]
+
+
+class Program:
+    """x, noise level -> outputs and the function that pulls cotangents back to x.
+
+    Args:
+        trace: The network; the program serves states of the shape it was traced at.
+        in_c: Whether chains of convolutions may go to the function in C.
+    Raises:
+        Unreadable: If an operation is used in a way that its rule does not know.
+    """
+
+    def __init__(self, trace: Trace, in_c: bool = True) -> None:
+        nodes = trace.needed()
+        self.chain = _InC(chain) if in_c and (chain := chain_of(nodes)) is not None else None
+        if self.chain is not None:
+            nodes = self.chain.instead(nodes)
+        places = {trace.x: 0} | ({} if trace.noise_level is None else {trace.noise_level: 1})
+        for node in nodes:
+            places[node.output] = len(places)
+        self.places, self.size = places, len(places)
+        before = [node for node in nodes if not node.output.of_states]
+        self.of_level = [(_plain(node), self._inputs(node), places[node.output]) for node in before]
+        self.steps: list[tuple[Step | None, Callable[..., Tensor], list[int], int]] = []
+        for node in nodes:
+            if node.output.of_states:
+                step = _step(node)
+                self.steps.append((step, _plain(node), self._inputs(node), places[node.output]))
+        self.result = places[trace.output]
+        self._at: list[Tensor] = []
+        self.operations = len(self.steps)
+        self._level: tuple[Tensor, tuple[int, int]] | None = None
+
+    @property
+    def path(self) -> str:
+        """How the last states were evaluated, in words."""
+        in_c = self.chain is not None and self.chain.ran
+        return "traced, its convolutions in C" if in_c else "traced, gradients by hand"
+
+    def _inputs(self, node: Node) -> list[int]:
+        return [self.places[value] for value in node.inputs]
+
+    def _prepared(self, x: Tensor, noise_level: Tensor | None) -> list[Any]:
+        """The values that are known before the first step: states, level and what depends on it."""
+        values: list[Any] = [None] * self.size
+        values[0] = x
+        if noise_level is None:
+            return values
+        if (
+            self._level is None
+            or self._level[0] is not noise_level
+            or self._level[1] != version_of(noise_level)
+        ):
+            values[1] = noise_level
+            for function, inputs, place in self.of_level:
+                values[place] = function(*[values[i] for i in inputs])
+            self._at = [values[place] for *_, place in self.of_level]
+            self._level = (noise_level, version_of(noise_level))
+        values[1] = noise_level
+        for (*_, place), value in zip(self.of_level, self._at, strict=True):
+            values[place] = value
+        return values
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        values = self._prepared(x, noise_level)
+        pulls: list[tuple[Callable[[Tensor], Any], list[int], int]] = []
+        for step, plain, inputs, place in self.steps:
+            given = [values[i] for i in inputs]
+            if step is None:
+                values[place] = plain(*given)
+            else:
+                values[place], pull = step(*given)
+                pulls.append((pull, inputs, place))
+        result, size = self.result, self.size
+
+        @torch.no_grad()
+        def pull_back(cotangent: Tensor) -> Tensor:
+            cotangents: list[Tensor | None] = [None] * size
+            cotangents[result] = cotangent
+            for pull, inputs, place in reversed(pulls):
+                given = cotangents[place]
+                if given is None:
+                    continue
+                cotangents[place] = None
+                found = pull(given)
+                for i, part in zip(inputs, found if len(inputs) > 1 else (found,), strict=True):
+                    if part is not None:
+                        before = cotangents[i]
+                        cotangents[i] = part if before is None else before + part
+            gradient = cotangents[0]
+            return torch.zeros_like(x) if gradient is None else gradient.reshape(x.shape)
+
+        return values[result], pull_back
+
+
+class _InC:
+    """A chain of convolutions as one operation: in C where that can be had now, or by its steps.
+
+    With one output a row, cotangents only scale the gradient, so it comes with the energies.
+    """
+
+    def __init__(self, chain: Chain) -> None:
+        self.network = NativeNetwork(chain)
+        self.steps = Program(Trace(chain.input, None, chain.output, chain.nodes), in_c=False)
+        self.chain = chain
+        self.ran = False
+
+    def instead(self, nodes: Sequence[Node]) -> list[Node]:
+        """The operations with the chain as one of them."""
+        whole = Node("chain", self.step, {"input": self.chain.input}, self.chain.output)
+        inside = set(self.chain.nodes)
+        last = self.chain.nodes[-1]
+        return [whole if node is last else node for node in nodes if node is last or node not in inside]
+
+    def step(self, input: Tensor) -> tuple[Tensor, Pullback]:
+        self.ran = self.network.allowed(len(input))
+        if not self.ran:
+            return self.steps(input, None)
+        energy, gradient = self.network(input)
+        return energy[:, None], lambda g: gradient * g.reshape(-1, *[1] * (input.ndim - 1))
+
+
+def _step(node: Node) -> Step | None:
+    """The step of an operation, from its rule; None where it is to be called as it is."""
+    if node.operation == "chain":
+        return node.function
+    if not node.output.live:
+        try:
+            return RULES[node.operation](**node.arguments)
+        except (KeyError, NotImplementedError, TypeError):
+            return None
+    try:
+        return RULES[node.operation](**node.arguments)
+    except NotImplementedError as reason:
+        raise Unreadable(
+            " ".join([node.operation, "has no gradient by hand", str(reason)]).strip()
+        ) from reason
+    except TypeError as reason:
+        raise Unreadable(f"{node.operation} is called in an unusual way ({reason})") from reason
+
+
+def _plain(node: Node) -> Callable[..., Tensor]:
+    """The operation as a function of the values among its arguments."""
+
+    def run(*given: Tensor) -> Tensor:
+        tensors = iter(given)
+
+        def filled(thing: object) -> object:
+            if isinstance(thing, Value):
+                return next(tensors)
+            if isinstance(thing, (list, tuple)):
+                return [filled(each) for each in thing]
+            return thing
+
+        return node.function(**{name: filled(thing) for name, thing in node.arguments.items()})
+
+    return run
