@@ -28,6 +28,7 @@ from composable_ebm.experts.catalogue import catalogue
 from composable_ebm.experts.recipe import RecipeError, parse
 from composable_ebm.partition.annealed import exact_log_z, log_z
 from composable_ebm.partition.bennett import calibrate, log_z_difference
+from composable_ebm.pipelines import from_pipeline
 from composable_ebm.sampling import (
     DMALA,
     HMC,
@@ -91,6 +92,7 @@ __all__ = [
     "from_denoiser",
     "from_diffusers",
     "from_noise_predictor",
+    "from_pipeline",
     "from_score",
     "given",
     "load_expert",

@@ -12,6 +12,7 @@ from torch import nn
 import composable_ebm as ceb
 from composable_ebm import analytic
 from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.pipelines import Pipeline, PromptedDenoiser
 from composable_ebm.sampling import Annealed
 from composable_ebm.sampling.schedule import Schedule, constant, linear
 
@@ -74,6 +75,20 @@ def _shrunk(x: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
     return x / (1 + noise_level.square().reshape(-1, *[1] * (x.ndim - 1)))
 
 
+class Shifted(PromptedDenoiser):
+    """The denoiser of normal data, around a number for a prompt."""
+
+    event_shape = (2,)
+    noise_range = NOISE_RANGE
+
+    def encode(self, what):
+        return {"mean": torch.tensor([[float(what or 0)]])}
+
+    def denoise(self, x, sigma, condition):
+        mean = condition["mean"].to(x)
+        return mean + (x - mean) / (1 + sigma.square()[:, None])
+
+
 def _adapted() -> dict[str, ceb.Energy]:
     a, _, _ = gaussians()
     with torch.random.fork_rng():
@@ -86,7 +101,11 @@ def _adapted() -> dict[str, ceb.Energy]:
     unet.config = SimpleNamespace(sample_size=4, in_channels=1)  # type: ignore[assignment]
     scheduler = SimpleNamespace(alphas_cumprod=alphas, config=SimpleNamespace(prediction_type="epsilon"))
     conv = expert("ConvEnergy", 3)
+    prompted = Pipeline(Shifted(), "prompted")
     return {
+        "from_pipeline": prompted,
+        "prompt": prompted["1"],
+        "not a prompt": ~prompted["1"],
         "from_callable": ceb.from_callable(lambda x: x.square().sum(1) + x[:, 0].sin(), name="wave", **plane),
         "from_callable at noise": ceb.from_callable(
             lambda x, s: x.square().sum(1) / (1 + (0 if s is None else s.square())),
@@ -108,6 +127,7 @@ def _adapted() -> dict[str, ceb.Energy]:
         "negate": ceb.negate(a, 3.0),
         "ratio": ceb.Sum([a, ceb.ratio(gaussians()[1], gaussians()[2])], [2.0, 0.5]),
         "mixture": ceb.mixture(gaussians(), weights=[1, 2, 3], log_z=[0, 1, 2]),
+        "given prompts": ceb.given(prompted, prompted["1"], ~prompted["2"], weight=0.5) + 0.5 * a,
         "given": ceb.given(expert("DiffusedEnergy", 1), expert("DiffusedEnergy", 3)["2"], weight=1.5),
     }
 

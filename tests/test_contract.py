@@ -235,6 +235,7 @@ def vocabulary(energy):
     names: dict[str, ceb.Energy] = {}
     for leaf in energy.leaves():
         leaf = getattr(leaf, "inner", leaf)
+        leaf = getattr(leaf, "pipeline", leaf)  # that a prompt belongs to
         is_expert = isinstance(leaf, ceb.Expert)
         names[leaf.card.full_name if is_expert else str(leaf)] = (
             ceb.Expert.standing(leaf.network, leaf.card) if is_expert else leaf

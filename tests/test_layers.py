@@ -14,7 +14,7 @@ FLOORS = (
     "energy",
     "potential plotting",
     "sampling experts",
-    "boltzmann partition train",
+    "boltzmann partition train pipelines",
     "evaluation",
     "cli generate",
 )

@@ -75,6 +75,7 @@ class Energy(nn.Module, ABC):
             the score is known: sums of such energies have the right gradient, see
             `known_by_gradient`, and whatever compares values refuses them.
         given_weight: Weight that `given` takes it with unless told otherwise.
+        wide_states: Whether states have 32 bits at least, where the network works in 16.
     Example:
         >>> both = smile + 2 * glasses        # p ∝ p_smile · p_glasses²
         >>> either = smile | glasses          # p ∝ p_smile + p_glasses
@@ -96,6 +97,7 @@ class Energy(nn.Module, ABC):
     has_value: bool = True
     codec: Codec | None = None
     given_weight: float = 1.0
+    wide_states: bool = False
 
     @abstractmethod
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
@@ -398,10 +400,11 @@ def _refused(left: object, operator: str, right: object) -> Any:
     raise TypeError(f"{sides[0]} {operator} {sides[1]} has no meaning. {fix}.")
 
 
-def _parameter_type(leaf: nn.Module) -> torch.dtype | None:
+def _parameter_type(leaf: Energy) -> torch.dtype | None:
     """The type of the first parameter that has a floating type of 16 bits or more."""
     kinds = (p.dtype for p in leaf.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
-    return next(kinds, None)
+    kind = next(kinds, None)
+    return kind if kind is None or not leaf.wide_states else torch.promote_types(kind, torch.float32)
 
 
 def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:

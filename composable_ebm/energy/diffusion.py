@@ -1,15 +1,12 @@
 """Diffusion models as noise-conditioned energies: scores, denoisers, noise predictors.
 
-A diffusion model knows the score of data plus Gaussian noise, at every noise level σ, under one of
-several names. With x = clean + σξ, ξ standard normal,
+A diffusion model knows the score of data plus Gaussian noise, at every noise level σ, by the denoiser
+D(x, σ), its best guess of the clean data in x = clean + σξ, ξ standard normal:
 
-    denoiser           D(x, σ), the best guess of the clean data:   ∂E/∂x = (x - D)/σ²
-    noise predictor    ε, the best guess of ξ:                       ∂E/∂x = ε/σ
-    velocity           v = √ᾱ ε - √(1-ᾱ) D
+    ∂E/∂x = (x - D)/σ²
 
-Networks trained on a schedule that keeps the variance ("VP", as DDPM and `diffusers` do) see
-√ᾱ clean + √(1-ᾱ) ξ at time t. That is x/√(1 + σ²) with σ² = (1-ᾱ)/ᾱ, so they are asked at the time
-whose σ is the noise level of the chain, and their answers are those of the same density.
+`parametrisation` tells how networks that were trained on other schedules, and that answer noise or
+velocities, are asked for it.
 
 There is no energy to compare, only its gradient: such energies have `has_value = False`. In sums,
 
@@ -22,9 +19,7 @@ but need energies: a network written as one, by its `form`, has them.
 Reference:
     Liu et al. (2022), Compositional visual generation with composable diffusion models, arXiv
     2206.01714, eq. 11. Du et al. (2023), Reduce, reuse, recycle, arXiv 2302.11552, sections 4 and 5.
-    Song et al. (2021), arXiv 2011.13456, appendix B, for the two kinds of schedule.
     Salimans and Ho (2021), Should EBMs model the energy or the score?, for the residual form.
-    Salimans and Ho (2022), arXiv 2202.00512, for v.
 """
 
 from __future__ import annotations
@@ -32,13 +27,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy, flat, known_by_gradient
+from composable_ebm.energy.parametrisation import Parametrisation, VariancePreserving
 
 FORMS = ("score", "residual")
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 __all__ = ["from_denoiser", "from_diffusers", "from_noise_predictor", "from_score"]
 
@@ -173,14 +167,8 @@ def from_noise_predictor(
     Raises:
         ValueError: If the ᾱ do not fall, or there is no such prediction or form.
     """
-    alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float32).detach().cpu()
-    falling = len(alphas) > 1 and bool((alphas.diff() < 0).all())
-    if not falling or not 0 < float(alphas[-1]) < float(alphas[0]) < 1:
-        raise ValueError("`alphas_cumprod` must fall with time and lie between 0 and 1.")
-    if predicts not in PREDICTIONS:
-        raise ValueError(f"`predicts` must be one of {', '.join(PREDICTIONS)}, got {predicts!r}.")
-    denoise = _VariancePreserving(model, alphas, predicts)
-    noise_range = (float(denoise.log_sigmas[0].exp()), float(denoise.log_sigmas[-1].exp()))
+    denoise = _Predictor(model, VariancePreserving(alphas_cumprod, predicts))
+    noise_range = denoise.parametrisation.noise_range
     energy = _Denoiser(denoise, denoise, noise_range, form)
     return _described(energy, model, name, event_shape, data_range)
 
@@ -224,33 +212,25 @@ def from_diffusers(
     )
 
 
-class _VariancePreserving(nn.Module):
-    """D(x, σ) of a network that sees √ᾱ x at time t."""
+class _Predictor(nn.Module):
+    """D(x, σ) of a network and its parametrisation."""
 
-    def __init__(self, model: Callable[..., Any], alphas: Tensor, predicts: str) -> None:
+    def __init__(self, model: Callable[..., Any], parametrisation: Parametrisation) -> None:
         super().__init__()
         self.model = model
-        self.predicts = predicts
-        self.log_sigmas: Tensor
-        self.register_buffer("log_sigmas", ((1 - alphas) / alphas).log() / 2)  # rising
-
-    def time(self, sigma: Tensor) -> Tensor:
-        """t, (batch,), between the steps of the schedule, linear in log σ."""
-        at, table = sigma.log().to(self.log_sigmas), self.log_sigmas
-        above = torch.searchsorted(table, at.contiguous()).clamp(1, len(table) - 1)
-        share = (at - table[above - 1]) / (table[above] - table[above - 1])
-        return (above - 1 + share).clamp(0, len(table) - 1)
+        self.parametrisation = parametrisation
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        s = sigma.reshape(-1, *[1] * (x.ndim - 1))
-        root = (1 + s.square()).rsqrt()  # √ᾱ
-        answer = self.model(root * x, self.time(sigma).to(x.dtype))
+        how = self.parametrisation
+        answer = self.model(how.shown(x, sigma), how.time(sigma).to(x.dtype))
         answer = getattr(answer, "sample", answer)
-        if self.predicts == "sample":
-            return answer
-        if self.predicts == "epsilon":
-            return x - s * answer
-        return root.square() * x - s * root * answer
+        if isinstance(answer, Tensor) and answer.shape[1:2] == (2 * x.shape[1],):
+            raise ValueError(
+                f"the network answers {answer.shape[1]} channels for states of {x.shape[1]}: it learned a "
+                "variance as well, which comes second. Give the first half alone: "
+                f"from_noise_predictor(lambda x, t: network(x, t).sample[:, :{x.shape[1]}], ...)."
+            )
+        return how.denoised(x, sigma, _like(answer, x, "a noise predictor"))
 
 
 def _described(

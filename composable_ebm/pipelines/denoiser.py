@@ -1,0 +1,103 @@
+"""A network that denoises states, given what they are to be of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from composable_ebm.energy import Codec
+
+Condition = Mapping[str, Tensor]
+"""What a network is told besides states and times: tensors of one row each."""
+
+__all__ = ["Condition", "PromptedDenoiser"]
+
+
+class PromptedDenoiser(nn.Module, ABC):
+    """D(x, σ, what): the best guess of the clean data, given what it shows.
+
+    Subclass it for a network of your own; `diffusers`' pipelines have theirs in `kinds`.
+
+    Attributes:
+        event_shape: Shape of one state.
+        data_range: Smallest and largest value of the data, None for latents.
+        noise_range: Smallest and largest σ that it was trained for.
+        weight: That prompts are taken with unless told otherwise, the guidance scale.
+        num_steps: Noise levels of a run unless told otherwise.
+        codec: What makes pictures of states, or None.
+        rows_at_once: Rows of one pass, chains times prompts; None for all of them.
+    """
+
+    event_shape: tuple[int, ...]
+    noise_range: tuple[float, float]
+    data_range: tuple[float, float] | None = None
+    weight: float = 1.0
+    num_steps: int = 50
+    codec: Codec | None = None
+    rows_at_once: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conditions: dict[Hashable, Condition] = {}
+
+    @abstractmethod
+    def encode(self, what: Hashable) -> Condition:
+        """The condition of a prompt, or of nothing in particular for None. Called once a prompt."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """D, (rows, *event), of states (rows, *event) at σ (rows,), each with its row of the condition."""
+
+    def levels(self, num_steps: int) -> list[float]:
+        """The noise levels of a run, falling."""
+        low, high = self.noise_range
+        t = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+        return ((high ** (1 / 7) + t * (low ** (1 / 7) - high ** (1 / 7))) ** 7).tolist()
+
+    def recognised(self, what: object) -> Hashable:
+        """A prompt in the form that it is known by.
+
+        Raises:
+            KeyError: If it can make nothing of it.
+        """
+        if not isinstance(what, str):
+            raise KeyError(f"a prompt is text, got {type(what).__name__}")
+        return what
+
+    def condition(self, what: Hashable) -> Condition:
+        """The condition of a prompt, encoded when it is first asked for."""
+        if what not in self._conditions:
+            with torch.no_grad():
+                self._conditions[what] = dict(self.encode(what))
+        return self._conditions[what]
+
+    def forward(self, x: Tensor, sigma: Tensor, prompts: Sequence[Hashable]) -> Tensor:
+        """D of every state for every prompt, in one pass.
+
+        Args:
+            x: States, (batch, *event).
+            sigma: σ, () or (batch,).
+            prompts: As `recognised` gives them, None for nothing in particular.
+        Returns:
+            (prompts, batch, *event).
+        """
+        count, batch = len(prompts), len(x)
+        told = [self.condition(what) for what in prompts]
+        rows = {
+            name: torch.cat([each[name] for each in told]).to(x.device).repeat_interleave(batch, 0)
+            for name in told[0]
+        }
+        many, levels = x.repeat(count, *[1] * (x.ndim - 1)), sigma.expand(batch).repeat(count)
+        at_once = self.rows_at_once or len(many)
+        parts = [
+            self.denoise(many[i : i + at_once], levels[i : i + at_once], _some(rows, i, at_once))
+            for i in range(0, len(many), at_once)
+        ]
+        return torch.cat(parts).reshape(count, *x.shape)
+
+
+def _some(condition: Condition, start: int, count: int) -> Condition:
+    return {name: value[start : start + count] for name, value in condition.items()}
