@@ -69,7 +69,8 @@ def test_rows_are_split_into_combinations_seen_and_held_out(pool):
     assert found["held_out_measure"]["samples"] == held_out > 0
     assert found["seen_measure"]["samples"] == 80 - held_out
     assert found["accuracy_measure"]["value"] > 0.95
-    assert found["evaluations"] == 20 + 20 + 1
+    # 20 steps, 20 predictor steps and the start; a request of 20 chains is drawn from 32 particles.
+    assert 41 < found["evaluations"] <= 41 * 32 / 18
     assert not satisfying({"left": 1, "right": 1}, task.seen_in_training(pool)).any()
 
 

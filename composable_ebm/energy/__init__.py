@@ -39,6 +39,7 @@ from composable_ebm.energy.base import (
     require_values,
     soft_minimum,
 )
+from composable_ebm.energy.carrier import NotCarriedError, carrier, satisfied, settled
 from composable_ebm.energy.nodes import Mixture, Not, Sum
 from composable_ebm.energy.space import Codec
 
@@ -48,8 +49,10 @@ __all__ = [
     "LeafEnergies",
     "Mixture",
     "Not",
+    "NotCarriedError",
     "Sum",
     "as_name",
+    "carrier",
     "changed_states",
     "flat",
     "known_by_gradient",
@@ -60,6 +63,8 @@ __all__ = [
     "one_per_state",
     "ratio",
     "require_values",
+    "satisfied",
+    "settled",
     "soft_minimum",
 ]
 

@@ -105,6 +105,8 @@ def name_of(function: Callable[..., Any], name: str | None = None) -> str:
 
 
 class _Classifier(Energy):
+    likelihood = True
+
     def __init__(self, model: nn.Module, label: int, noise_conditioned: bool, name: str) -> None:
         super().__init__()
         self.model = model

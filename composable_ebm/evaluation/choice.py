@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Mixture
+from composable_ebm.energy import Energy, Mixture, NotCarriedError, carrier
 from composable_ebm.evaluation.composition import compose, draw
 from composable_ebm.evaluation.judge import Judge, see
 from composable_ebm.evaluation.rows import proportion, right
@@ -134,6 +134,10 @@ def _ways_to_write(pair: Sequence[Request], task: Task, seed: int) -> dict[str, 
     if plain.key != Mixture(bare).key:
         mixtures["weight 1"] = Mixture(bare)
     if isinstance(sampler, Annealed) and sampler.schedule.noise_level is not None:
+        try:
+            carrier(plain)
+        except NotCarriedError:
+            sampler = Annealed(sampler.kernel, sampler.schedule)
         mixtures["calibrated"] = calibrate(
             plain, sampler, num_steps=num_steps, num_chains=CALIBRATION_CHAINS, seed=seed + 1
         )
@@ -144,10 +148,8 @@ def _ways_to_write(pair: Sequence[Request], task: Task, seed: int) -> dict[str, 
 
     def mix(mixture: Mixture, share: float, samples: int, generator: torch.Generator) -> Tensor:
         return sample(
-            Mixture(mixture.operands, [share, 1 - share]),
+            Mixture(mixture.operands, [share, 1 - share], mixture.log_z),
             num_chains=samples,
-            num_steps=num_steps,
-            sampler=sampler,
             generator=generator,
             on_divergence="report",
         ).samples

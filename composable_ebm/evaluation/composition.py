@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,13 @@ from torch import Tensor
 from composable_ebm.energy import Energy, ratio
 from composable_ebm.evaluation.task import Request, Task
 from composable_ebm.experts.expert import Expert, given
-from composable_ebm.sampling.joint import as_one_batch
-from composable_ebm.sampling.sample import calibrated_sampler, sample
+from composable_ebm.sampling.block import Sampler
+from composable_ebm.sampling.engine import Engine
 
 FORMS = ("ratio", "weight 1", "sum", "base ratio", "tuned")
+
+MOST_CHAINS = 512
+"""Chains that step together."""
 
 __all__ = ["FORMS", "Row", "compose", "draw", "sample_row"]
 
@@ -89,38 +92,40 @@ class Row:
     evaluations: int
 
 
-def draw(expressions: Sequence[Energy], generator: torch.Generator) -> tuple[Tensor, float, int]:
+def draw(
+    expressions: Sequence[Energy], generator: torch.Generator, sampler: Sampler | None = None
+) -> tuple[Tensor, float, int]:
     """One sample of each composition, from noise by the settings stored in the experts.
 
-    Compositions of the same networks run as one batch.
+    Equal compositions are one request, and all requests run on one engine.
 
+    Args:
+        expressions: One for each sample.
+        generator: Draws the seeds of the requests.
+        sampler: In place of the stored one.
     Returns:
-        Samples (expressions, *event), seconds, and gradient evaluations per chain.
+        Samples (expressions, *event), seconds, and gradient evaluations per sample.
     """
-    groups: dict[frozenset[int], list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for i, expression in enumerate(expressions):
-        networks = frozenset(id(leaf.body() or leaf) for leaf in expression.leaves())
-        groups.setdefault(networks, []).append(i)
-    samples: list[Tensor | None] = [None] * len(expressions)
-    seconds, evaluations = 0.0, 0
-    for members in groups.values():
-        structure, coefficients = as_one_batch([expressions[i] for i in members])
-        sampler, num_steps = calibrated_sampler(structure, coefficients)
-        start = time.perf_counter()
-        out = sample(
-            structure,
-            num_chains=len(members),
-            num_steps=num_steps,
-            sampler=sampler,
-            coefficients=coefficients,
-            generator=generator,
-            on_divergence="report",
-        )
-        seconds += time.perf_counter() - start
-        evaluations = max(evaluations, out.evaluations)
-        for i, x in zip(members, out.samples, strict=True):
-            samples[i] = x
-    return torch.stack([x for x in samples if x is not None]), seconds, evaluations
+        groups.setdefault(expression.key, []).append(i)
+    start, taken = time.perf_counter(), 0
+    found: list[tuple[int, Tensor]] = []
+    with Engine(max_batch=MOST_CHAINS) as engine:
+        runs = []
+        for members in groups.values():
+            for part in range(0, len(members), MOST_CHAINS // 2):
+                own = members[part : part + MOST_CHAINS // 2]
+                seed = int(torch.randint(2**31, (), generator=generator))
+                options = {"num_chains": len(own), "seed": seed, "on_divergence": "report"}
+                runs.append((own, engine.submit(expressions[own[0]], sampler=sampler, **options)))
+        for own, run in runs:
+            out = run.result()
+            found += zip(own, out.samples, strict=True)
+            rows = len(own) if out.weighted is None else len(out.weighted.states)
+            taken += out.evaluations * rows
+    samples = torch.stack([x for _, x in sorted(found, key=lambda pair: pair[0])])
+    return samples, time.perf_counter() - start, round(taken / len(expressions))
 
 
 def sample_row(

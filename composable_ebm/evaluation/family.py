@@ -36,6 +36,8 @@ from composable_ebm.files import write_atomic
 PARTS = ("rows", "negation", "alternatives", "detection", "agreement", "stability")
 ALONE = ("agreement", "stability")  # done for each expert by itself
 REQUEST_SEED = 40_000
+PER_REQUEST = 50
+"""Samples of each request in a row."""
 
 __all__ = ["PARTS", "Evaluation", "evaluate_family"]
 
@@ -229,7 +231,8 @@ def _row(
     evaluation, task = setting.evaluation, setting.task
     count = evaluation.samples if form == evaluation.forms[0] else evaluation.other_samples
     generator = torch.Generator().manual_seed(REQUEST_SEED + seed)
-    asked = requests(task.askable, size, count, generator, task.held_out if evaluation.held_out else ())
+    held_out = task.held_out if evaluation.held_out else ()
+    asked = requests(task.askable, size, count, generator, held_out, each=PER_REQUEST)
     if form == "base ratio" and task.base is None:
         return {"missing": f"the family {task.family!r} has no expert of p(x)."}
     try:

@@ -152,6 +152,7 @@ def requests(
     count: int,
     generator: torch.Generator,
     held_out: Sequence[Request] = (),
+    each: int = 1,
 ) -> list[Request]:
     """`count` random requests of `size` attributes, shared out evenly over the subsets of attributes.
 
@@ -163,7 +164,11 @@ def requests(
         count: Number of requests.
         generator: Draws subsets and values.
         held_out: Where given, every request asks for all of one of these, and more at random.
+        each: How often each request is repeated: chains of one request are weighed against each other.
     """
+    if each > 1:
+        few = requests(askable, size, -(-count // each), generator, held_out)
+        return [request for request in few for _ in range(each)][:count]
 
     def one(subset: Sequence[str], fixed: Request) -> Request:
         return {n: fixed[n] if n in fixed else _pick(askable[n], generator) for n in subset}

@@ -34,11 +34,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Mixture, Sum, require_values
+from composable_ebm.energy import Energy, Mixture, Sum, carrier, require_values
 from composable_ebm.energy.analytic import Analytic
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.chains import Chain, Sampler
 from composable_ebm.sampling.kernel import Kernel, Noise
+from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.sample import sample
 
 BOOTSTRAPS = 100
@@ -136,9 +137,10 @@ def calibrate(mixture: Mixture, sampler: Sampler, **options) -> Mixture:
 
     Args:
         mixture: An OR of energies.
-        sampler: A kernel, see `log_z_difference`; or one annealed over noise levels, for
-            noise-conditioned energies, with which the mixture is then to be sampled.
-        options: The other arguments of `log_z_difference`, or of `log_z_over_noise`.
+        sampler: A kernel, see `log_z_difference`; `Particles`, where one density carries all components;
+            or a kernel annealed over noise levels, for noise-conditioned energies, with which the mixture
+            is then to be sampled.
+        options: The other arguments of `log_z_difference`, of `sample`, or of `log_z_over_noise`.
     Example:
         >>> half_and_half = calibrate(smile | glasses, MALA(step_size=1e-4))
         >>> sampler, num_steps = calibrated_sampler(digit[3])
@@ -148,6 +150,12 @@ def calibrate(mixture: Mixture, sampler: Sampler, **options) -> Mixture:
         raise TypeError(
             f"only a mixture has proportions to calibrate, got {type(mixture).__name__} {mixture}."
         )
+    if isinstance(sampler, Particles):
+        one = {carrier(component).key for component in mixture.operands}
+        if len(one) > 1:
+            raise ValueError(f"the components of {mixture} are carried by several densities; give a kernel.")
+        runs = [sample(component, sampler=sampler, **options) for component in mixture.operands]
+        return Mixture(mixture.operands, mixture.weights, [run.log_probability for run in runs])
     if isinstance(sampler, Annealed):
         levels, log_z = log_z_over_noise(mixture.operands, sampler, **options)
         normalised = [e + LogZ(levels, z) for e, z in zip(mixture.operands, log_z.unbind(1), strict=True)]

@@ -9,6 +9,7 @@ from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
+from composable_ebm.sampling.particles import Particles, Weighted
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.run import Frame, Run
 from composable_ebm.sampling.sample import sample
@@ -31,11 +32,13 @@ __all__ = [
     "Kernel",
     "Langevin",
     "Noise",
+    "Particles",
     "Run",
     "SampleResult",
     "State",
     "Still",
     "UnderdampedLangevin",
+    "Weighted",
     "from_settings",
     "sample",
     "to_settings",

@@ -16,6 +16,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy, flat
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
+from composable_ebm.sampling.particles import Population, carried
 from composable_ebm.sampling.schedule import Schedule
 
 Sampler = Kernel | Annealed
@@ -85,6 +86,11 @@ class Rows(NamedTuple):
             type(self)(State(*state), *other)
             for state, other in zip(zip(*states, strict=True), zip(*others, strict=True), strict=True)
         ]
+
+    def picked(self, index: Tensor) -> Self:
+        """The rows `index`, (any number,), one may come several times."""
+        state = State(*(None if column is None else column[index] for column in self.state))  # type: ignore
+        return type(self)(state, *(column[index] for column in self[1:]))
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
@@ -168,6 +174,8 @@ class Block:
         hold: What is held with noise, if anything is.
         dynamics: Step size, temperature and noise scale, before the schedule's factors.
         num_steps: Steps taken.
+        carrier: The density that its rows are particles of, if they are weighed.
+        population: Their weights, once they have any.
         evaluations: Gradients taken of its rows, where potentials are shared by several blocks.
         replayed: Steps that were replayed, see `graphs`.
         plain_because: Why the last step that was not replayed was not.
@@ -200,6 +208,7 @@ class Block:
         self.evaluations = 0
         self.replayed = 0
         self.plain_because = ""
+        self.population: Population | None = None
         self.follow(sampler, x, num_steps, ends, num_warmup)
 
     def follow(
@@ -219,6 +228,8 @@ class Block:
         self.kernel = sampler.kernel if isinstance(sampler, Annealed) else sampler
         self.schedule = schedule = sampler.schedule if isinstance(sampler, Annealed) else Schedule()
         self.kernel.check(self.energy)
+        self.carrier = carried(sampler, self.energy)
+        self.population = None
         if self.energy.binary and schedule.noise_level is not None:
             raise ValueError(f"{self.energy} lives on bits, which carry no noise level: anneal temperature.")
         self.ends = ends
@@ -290,20 +301,34 @@ class Block:
             return self._is_clean()
         return self.levels[self.place] != self.levels[self.place - 1]
 
-    def predicted(self, state: State) -> Tensor:
+    @property
+    def left_level(self) -> Tensor | None:
+        """σ of the level that chains now leave, (), or None without a curve for it."""
+        return None if self._sigma is None else self._sigma[self.place - 1]
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether its chains are particles, on their way from one noise level to the next."""
+        return self.population is not None and not self._is_past_the_end()
+
+    def predicted(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Where chains that leave a noise level start at the next one: moved there, or as they are.
 
         After the last level that is 0, no noise at all. What is held moves with the level.
-        """
-        return self.placed(self._moved(state))
 
-    def _moved(self, state: State) -> Tensor:
-        if not self.schedule.predict or self._sigma is None:
-            return state.x
+        Args:
+            x: Where they are, (rows, *event).
+            gradient: ∂E/∂x there, of the density whose flow they follow.
+        """
+        return self.placed(self._moved(x, gradient))
+
+    def _moved(self, x: Tensor, gradient: Tensor) -> Tensor:
+        sigma = self.left_level
+        if not self.schedule.predict or sigma is None or self._sigma is None:
+            return x
         last = self._is_past_the_end()
-        sigma = self._sigma[self.place - 1]
         after = torch.zeros_like(sigma) if last else self._sigma[self.place]
-        x = state.x - sigma * (sigma - after) * state.gradient
+        x = x - sigma * (sigma - after) * gradient
         return x.clamp(*self.energy.data_range) if last and self.energy.data_range is not None else x
 
     def _is_past_the_end(self) -> bool:

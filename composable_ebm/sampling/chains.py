@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ from composable_ebm.sampling.graphs import (
     weights_of,
 )
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
+from composable_ebm.sampling.particles import Particles, Population
 
 Callback = Callable[[int, "Chain"], object]
 
@@ -91,6 +92,15 @@ class Trace:
     acceptance: Tensor | None
     step_size: Tensor
 
+    def of(self, chains: Tensor) -> Trace:
+        """The trace of some chains, given by their indices."""
+        return Trace(
+            self.energy[:, chains],
+            self.gradient_norm[:, chains],
+            None if self.acceptance is None else self.acceptance[:, chains],
+            self.step_size[:, chains] if self.step_size.ndim > 1 else self.step_size,
+        )
+
 
 class Batch(ABC):
     """Blocks of rows that take their steps together; `advance` is the loop.
@@ -119,6 +129,10 @@ class Batch(ABC):
     def potential_of(self, blocks: Sequence[Block]) -> Capturable:
         """Energies and gradients of the rows of `blocks`, at their noise levels of the moment."""
 
+    @abstractmethod
+    def carrier_of(self, block: Block) -> FusedPotential:
+        """Energies and gradients of the density that carries the particles of a block."""
+
     @property
     def state(self) -> State:
         """States of all rows, their energies, gradients, and momenta where there are any."""
@@ -136,11 +150,36 @@ class Batch(ABC):
         """The rows of a block whose chains stand at `x`, (rows, *event), before any step."""
         with evaluating(block.energy.modules()):
             x = block.placed(x.detach())
+            if block.carrier is not None and block.num_steps == 0:
+                x = self._drawn_from_the_carrier(block, x)
             before = x.clone()
             state = block.kernel.init(self.potential_of([block]), x, block.noise)
             if not torch.equal(x, before) and bool((x == x).all()):
                 raise ValueError(_who_changes(block.energy, before, block.noise_level))
+            if block.carrier is not None:
+                # Chains that come from elsewhere stand for the composition at this level as they are.
+                fresh = block.num_steps == 0
+                log_weights = self._said(block, state, block.noise_level) if fresh else x.new_zeros(len(x))
+                block.population = Population.of(log_weights)
         return Rows.new(state, self.clock)
+
+    def _drawn_from_the_carrier(self, block: Block, x: Tensor) -> Tensor:
+        """Draws of the carrier at the first noise level, from noise of that level.
+
+        Much noise leaves only the mean of the data: x - σ² ∂E_c/∂x, with new noise on it.
+        """
+        sigma = block.noise_level
+        assert sigma is not None
+        potential = self.carrier_of(block)
+        potential.noise_level = sigma
+        _, gradient = potential(x)
+        return block.placed(x - sigma.square() * gradient + sigma * block.noise.normal(x))
+
+    def _said(self, block: Block, state: State, noise_level: Tensor | None) -> Tensor:
+        """G, what is said of the states of a block beside their density, (rows,)."""
+        potential = self.carrier_of(block)
+        potential.noise_level = noise_level
+        return potential.energy(state.x) - state.energy
 
     def join(self, block: Block, rows: Rows) -> None:
         """Adds a block, whose rows count the steps of this batch."""
@@ -218,12 +257,38 @@ class Batch(ABC):
         """From one noise level on to the next one, and from the last to no noise at all."""
         parts = self.rows.split(self.sizes)
         places = [self.blocks.index(block) for block in leaving]
-        moves = [block.predicted(parts[i].state) for block, i in zip(leaving, places, strict=True)]
+        said: dict[Block, Tensor] = {}
+        moves = []
+        for block, i in zip(leaving, places, strict=True):
+            state = parts[i].state
+            gradient = state.gradient
+            if block.is_carried:
+                potential = self.carrier_of(block)
+                potential.noise_level = block.left_level
+                energy, gradient = potential(state.x)
+                said[block] = energy - state.energy
+            moves.append(block.predicted(state.x, gradient))
         x = moves[0] if len(moves) == 1 else torch.cat(moves)
         if leaving == self.blocks and leaving[0].kernel.energy_is_current:
             self.rows = self._move(evaluate_rows, (x,))[0].rows
-            return
-        self._put(parts, places, self._evaluated(leaving, Rows.cat([parts[i] for i in places]), x))
+        else:
+            self._put(parts, places, self._evaluated(leaving, Rows.cat([parts[i] for i in places]), x))
+        if said:
+            self._weigh(said)
+
+    def _weigh(self, said: Mapping[Block, Tensor]) -> None:
+        """Weighs particles that have come to another level, by what was said of them before and is now."""
+        parts = self.rows.split(self.sizes)
+        for block, before in said.items():
+            i = self.blocks.index(block)
+            sampler, rows = block.sampler, parts[i]
+            assert block.population is not None
+            assert isinstance(sampler, Particles)
+            gain = self._said(block, rows.state, block.noise_level) - before
+            weighed = block.population.weighed(torch.where(rows.alive, gain, -torch.inf))
+            block.population, index = weighed.resampled(block.noise.number(gain), sampler.threshold)
+            parts[i] = rows.picked(index)
+        self.rows = Rows.cat(parts)
 
     def _evaluated(self, blocks: Sequence[Block], rows: Rows, x: Tensor) -> Rows:
         """The rows of some blocks, moved to `x`."""
@@ -298,7 +363,16 @@ class Chain(Batch):
             mask,
             stack=x.device.type != "cpu",
         )
+        carrier = self.block.carrier
+        self._carrier: FusedPotential | None = None
+        if carrier is not None:
+            own = carrier.coefficients.to(device=x.device, dtype=x.dtype)
+            self._carrier = FusedPotential(carrier, own, mask, stack=x.device.type != "cpu")
         self.join(self.block, self.begin(self.block, x))
+
+    def carrier_of(self, block: Block) -> FusedPotential:
+        assert self._carrier is not None
+        return self._carrier
 
     def potential_of(self, blocks: Sequence[Block]) -> FusedPotential:
         self.potential.noise_level = self.block.noise_level

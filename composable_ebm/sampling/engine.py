@@ -144,7 +144,13 @@ class Engine:
             num_warmup=num_warmup,
             record=total is not None,
         )
-        run = Run(block, request, calibrated=sampler is None, wake=self._wake)
+        run = Run(
+            block,
+            request,
+            num_chains=asked.num_chains,
+            calibrated=sampler is None,
+            wake=self._wake,
+        )
         self._accept(run, asked.x, on_frame)
         return run
 

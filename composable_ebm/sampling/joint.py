@@ -29,6 +29,7 @@ from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Rows, joined
 from composable_ebm.sampling.chains import Batch
 from composable_ebm.sampling.kernel import Dynamics
+from composable_ebm.sampling.particles import Population
 
 MAX_SUBSETS = 64
 """Sets of blocks whose potential a batch keeps, between changes of its blocks."""
@@ -298,7 +299,7 @@ class Saved(NamedTuple):
 
     rows: Rows
     clock: int
-    blocks: list[tuple[int, int, Dynamics, int, int]]
+    blocks: list[tuple[int, int, Dynamics, int, int, Population | None]]
     generators: list[tuple[torch.Generator, Tensor]]
 
 
@@ -333,6 +334,12 @@ class JointBatch(Batch):
             self._potentials[key] = JointPotential(blocks, self.like, self._pool)
         return self._potentials[key]
 
+    def carrier_of(self, block: Block) -> FusedPotential:
+        assert block.carrier is not None
+        potential = self._pool.of(block.carrier, self.like)
+        potential.mask = block.mask
+        return potential
+
     def push(self, block: Block, momentum: Tensor) -> None:
         """Gives the chains of a block their momentum, (rows, *event)."""
         parts, place = self.rows.split(self.sizes), self.blocks.index(block)
@@ -344,18 +351,21 @@ class JointBatch(Batch):
         return Saved(
             self.rows,
             self.clock,
-            [(b.num_steps, b.place, b.dynamics, len(b.history), b.evaluations) for b in self.blocks],
+            [
+                (b.num_steps, b.place, b.dynamics, len(b.history), b.evaluations, b.population)
+                for b in self.blocks
+            ],
             [(g, g.get_state()) for block in self.blocks for g, _ in block.noise.sources],
         )
 
     def restore(self, saved: Saved) -> None:
         """Undoes the steps since `saved`."""
         self.rows, self.clock = saved.rows, saved.clock
-        for block, (num_steps, place, dynamics, length, evaluations) in zip(
+        for block, (num_steps, place, dynamics, length, evaluations, population) in zip(
             self.blocks, saved.blocks, strict=True
         ):
             block.num_steps, block.place, block.dynamics = num_steps, place, dynamics
-            block.evaluations = evaluations
+            block.evaluations, block.population = evaluations, population
             del block.history[length:]
         for generator, state in saved.generators:
             generator.set_state(state)

@@ -94,6 +94,10 @@ class Noise:
         """Uniform on [0, 1), shape, dtype and device of `like`."""
         return self._draw(torch.rand, like.shape[1:], like)
 
+    def number(self, like: Tensor) -> Tensor:
+        """One number, uniform on [0, 1), (), from the first block's generator."""
+        return torch.rand((), generator=self.sources[0][0], dtype=like.dtype, device=like.device)
+
     def bits(self, probability: Tensor) -> Tensor:
         """1 with the given probabilities, (batch, *event), and 0 otherwise."""
         u = self.uniforms(probability)

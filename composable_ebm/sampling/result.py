@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data.ranges import as_images
-from composable_ebm.energy import Codec, Sum
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.energy import Codec, Energy, Sum, satisfied, settled
+from composable_ebm.potential.plan import FusedPotential, fuse
 from composable_ebm.sampling import diagnostics
+from composable_ebm.sampling.block import Block
 from composable_ebm.sampling.chains import Divergence, Sampler, Trace
 from composable_ebm.sampling.kernel import Kernel
+from composable_ebm.sampling.particles import Particles, Weighted, drawn, error_of
 from composable_ebm.sampling.settings import to_settings
 
-__all__ = ["SampleResult", "TermCheck", "check_terms"]
+__all__ = ["SampleResult", "TermCheck", "check_terms", "draw_from"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,55 @@ def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
     return checks
 
 
+def draw_from(block: Block, x: Tensor, num_chains: int, potential: FusedPotential) -> Weighted:
+    """Draws the chains that were asked for from the particles of a block.
+
+    Args:
+        block: A block with a population.
+        x: Its states, (particles, *event).
+        num_chains: How many to draw.
+        potential: That of its composition, at the noise level of the states.
+    """
+    population, sampler, carrier = block.population, block.sampler, block.carrier
+    assert population is not None
+    assert isinstance(sampler, Particles)
+    assert carrier is not None
+    log_weights, unmet = population.log_weights, False
+    with torch.no_grad():
+        composition = block.energy
+        # A shared potential has a composition of its own, with every weight among its coefficients.
+        own = potential.coefficients if potential.composition is composition else composition.coefficients
+        coefficients = own.to(x)
+        energies = leaf_energies(composition, x, potential.noise_level)
+        met = satisfied(composition, energies, coefficients)
+        if met is not None:
+            unmet = not bool(met.any())
+            if sampler.verdict and not unmet:
+                certain = settled(composition, energies)
+                assert certain is not None
+                before, after = (composition.combine(e, coefficients) for e in (energies, certain))
+                log_weights = torch.where(met, log_weights + before - after, -torch.inf)
+    log_probability = population.log_mean + torch.logsumexp(log_weights, 0) - math.log(len(x))
+    return Weighted(
+        states=x,
+        log_weights=log_weights,
+        chosen=drawn(log_weights, num_chains, block.noise.number(x)),
+        ancestors=population.ancestors,
+        ess=torch.stack(population.ess) if population.ess else x.new_zeros(0),
+        log_probability=float(log_probability),
+        error=error_of(log_weights, population.ancestors),
+        carrier=carrier,
+        unmet=unmet,
+    )
+
+
+def leaf_energies(composition: Energy, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:
+    """Energies of the leaves of a composition and of their marginals, by key, (batch,) each."""
+    marginals = [m for leaf in composition.leaves() if (m := leaf.marginal()) is not None]
+    whole = Sum([composition, *marginals]) if marginals else composition
+    return fuse(whole, stack=False)(x, noise_level)
+
+
 @dataclass(frozen=True)
 class SampleResult:
     """Samples, and how they came about.
@@ -115,6 +167,7 @@ class SampleResult:
         checks: Whether the samples satisfy each term.
         warmup: Steps left out of ESS, R-hat and mean acceptance.
         data_range: Smallest and largest value of the data, black and white of a picture of them.
+        weighted: What the particles said that the samples were drawn from, with `Particles`.
         has_value: Whether `energies` are energies; of scores only the gradient is known.
         codec: What decodes the samples, where they are latents.
     """
@@ -137,6 +190,7 @@ class SampleResult:
     has_value: bool = True
     stepping: str = ""
     codec: Codec | None = None
+    weighted: Weighted | None = None
 
     @functools.cached_property
     def images(self) -> Tensor:
@@ -161,6 +215,29 @@ class SampleResult:
         return diagnostics.r_hat(self._settled())
 
     @property
+    def log_weights(self) -> Tensor:
+        """Weights of `weighted.states`, (particles,), up to a constant."""
+        return self._particles().log_weights
+
+    @property
+    def log_probability(self) -> float:
+        """log p(request) under the density that carried the particles, in nats; error in `weighted`."""
+        return self._particles().log_probability
+
+    @property
+    def num_ancestors(self) -> int:
+        """How many of the first particles the samples descend from."""
+        return self._particles().num_ancestors
+
+    def _particles(self) -> Weighted:
+        if self.weighted is None:
+            raise AttributeError(
+                f"these samples were drawn by {self.sampler}, which weighs nothing; sample with "
+                "`Particles`, which is the default where the composition is one density times probabilities."
+            )
+        return self.weighted
+
+    @property
     def acceptance_rate(self) -> float | None:
         """Mean probability of acceptance after warm-up; None where every step is taken."""
         accepted = self.trace.acceptance
@@ -177,6 +254,8 @@ class SampleResult:
         found = [check.sentence for check in self.checks if check.sentence]
         if found:
             found.append("the request may be impossible, or its weights too far apart, or the run too short")
+        if self.weighted is not None and self.weighted.unmet:
+            found.insert(0, f"no particle meets the request: {self.weighted.sentence}")
         if self.divergence.any:
             count = int(self.divergence.chains.sum())
             found.insert(0, f"{count} of {len(self.samples)} chains diverged and were frozen")
@@ -202,6 +281,16 @@ class SampleResult:
         if self.has_value:
             settled = f"ESS {self.ess:.0f} of {self._settled().numel()}, R-hat {self.r_hat:.3f}"
             rows.append(("convergence", f"{settled} (energy, second half)"))
+        if self.weighted is not None:
+            w = self.weighted
+            rows.append(
+                (
+                    "particles",
+                    f"{len(w.states)}, {self.num_ancestors} ancestors of {len(self.samples)} samples, least "
+                    f"effective share {float(w.ess.min()) if len(w.ess) else 1.0:.2f}",
+                )
+            )
+            rows.append(("probability", w.sentence))
         rows.append(("diverged", f"{int(self.divergence.chains.sum())} of {len(self.samples)}"))
         rows += [("term" if i == 0 else "", f"{c.term}: {c.height}") for i, c in enumerate(self.checks)]
         rows += [("PROBLEM", problem) for problem in self.problems]

@@ -108,9 +108,17 @@ class Run:
         cancelled: Whether it was told to end early.
     """
 
-    def __init__(self, block: Block, request: Request, *, calibrated: bool, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        request: Request,
+        *,
+        num_chains: int,
+        calibrated: bool,
+        wake: Callable[[], None],
+    ) -> None:
         self.composition = block.energy
-        self.num_chains = block.size
+        self.num_chains = num_chains
         self.num_steps = 0
         self.cancelled = False
         # For the engine, whose thread alone touches the block.
@@ -286,13 +294,21 @@ class Run:
     def show(self, rows: Rows) -> None:
         """Makes a frame of its chains."""
         now, period, (state, alive, *_) = time.perf_counter(), self._seconds_per_frame, rows
+        count = self.num_chains  # of particles the first are shown, from which the draw takes what it can
         # One that is late does not put off those after it.
         self._next_frame = (self._next_frame if now < self._next_frame + period else now) + period
         # Later steps may write to the states.
-        x, energy, gradient = (t.clone() for t in (state.x, state.energy, state.gradient))
+        x, energy, gradient = (t[:count].clone() for t in (state.x, state.energy, state.gradient))
         block = self.block
         frame = Frame(
-            self.num_steps, x, energy, gradient, block.carried, alive.clone(), block.energy, block.hold
+            self.num_steps,
+            x,
+            energy,
+            gradient,
+            block.carried,
+            alive[:count].clone(),
+            block.energy,
+            block.hold,
         )
         with self._changed:
             self._frame = frame

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Mixture, Not, Sum
+from composable_ebm.energy import Energy, Mixture, Not, NotCarriedError, Sum, carrier
 from composable_ebm.energy.weights import as_tensor
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
@@ -17,10 +17,12 @@ from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Held, Rows, Sampler
 from composable_ebm.sampling.chains import Callback, Chain, divergence_of, evaluating, trace_of
 from composable_ebm.sampling.kernel import Noise
-from composable_ebm.sampling.result import SampleResult, check_terms
+from composable_ebm.sampling.particles import Particles
+from composable_ebm.sampling.result import SampleResult, check_terms, draw_from
 from composable_ebm.sampling.settings import from_settings
 
 DEFAULT_STEPS = 200
+DEFAULT_CHAINS = 16
 
 __all__ = ["calibrated_sampler", "check_positive_term", "initial_states", "sample"]
 
@@ -59,11 +61,13 @@ def sample(
 
     Args:
         energy: A composition with at least one term of positive weight.
-        num_chains: Number of chains; that of `init` unless given, else 16.
+        num_chains: Number of chains; that of `init` unless given, else 16. With `Particles` they are drawn
+            from more of them.
         num_steps: Steps of the kernel after warm-up; what the experts were calibrated with unless
             given, else 200.
-        sampler: A kernel or an annealed one; what the experts were calibrated with unless given,
-            with its step divided by the sum of the absolute weights.
+        sampler: A kernel, an annealed one, or `Particles`; what the experts were calibrated with unless
+            given, with its step divided by the sum of the absolute weights, and as `Particles` where the
+            composition is one density times probabilities (see `Particles`).
         init: States to start from, (batch, *event), or pictures where states are latents, or a data
             set to draw `num_chains` of them from. Unless given: noise of the first noise level of the
             schedule, or else uniform over the data range (fair coins for bits), or standard normal where
@@ -152,6 +156,7 @@ def sample(
         chain.potential,
         chain.block,
         chain.rows,
+        asked.num_chains,
         trajectory=torch.stack(kept) if kept else None,
         seed=seed,
         start=start,
@@ -170,6 +175,7 @@ class Prepared(NamedTuple):
     sampler: Sampler
     num_steps: int
     mask: Tensor | None
+    num_chains: int
 
 
 def prepare(
@@ -201,6 +207,8 @@ def prepare(
     check_positive_term(energy, coefficients)
     if sampler is None:
         sampler, calibrated_steps = calibrated_sampler(energy, coefficients)
+        if isinstance(sampler, Particles) and init is not None:
+            sampler = sampler.plain
         num_steps = calibrated_steps if num_steps is None else num_steps
     num_steps = DEFAULT_STEPS if num_steps is None else num_steps
     for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
@@ -217,18 +225,28 @@ def prepare(
     device = _device(energy, init, device)
     if generator is None:
         generator = torch.Generator(device).manual_seed(0 if seed is None else int(seed))
-    x = initial_states(energy, num_chains, init, generator, device)
+    count = num_chains
+    if isinstance(sampler, Particles):
+        if init is not None:
+            raise ValueError(
+                "Particles start from noise, and weigh how the chains came from there; chains that start at "
+                f"`init` run without weights: sampler=Annealed({sampler.kernel}, schedule)."
+            )
+        carrier(energy, coefficients)  # complains where there is none
+        count = sampler.count(_checked_count(num_chains))
+    x = initial_states(energy, count, init, generator, device)
     if init is None and (start_level := _start_level(sampler)) is not None:
         x = start_level * torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-    return Prepared(
-        x, generator, sampler, int(num_steps), None if mask is None else _fitting_mask(mask, x, energy)
-    )
+    fitting = None if mask is None else _fitting_mask(mask, x, energy)
+    asked = _checked_count(num_chains) if isinstance(sampler, Particles) else len(x)
+    return Prepared(x, generator, sampler, int(num_steps), fitting, asked)
 
 
 def conclude(
     potential: FusedPotential,
     block: Block,
     rows: Rows,
+    num_chains: int,
     *,
     trajectory: Tensor | None,
     seed: int | None,
@@ -245,7 +263,15 @@ def conclude(
     """
     x = rows.state.x
     potential.noise_level = block.noise_level
+    trace = trace_of(block, rows)
+    weighted = None
     with evaluating(block.energy.modules()):
+        if block.population is not None:
+            weighted = draw_from(block, x, num_chains, potential)
+            x, rows, trace = x[weighted.chosen], rows.picked(weighted.chosen), trace.of(weighted.chosen)
+            trajectory = None if trajectory is None else trajectory[:, weighted.chosen]
+            if potential.coefficients.ndim > 1:
+                potential.coefficients = potential.coefficients[weighted.chosen]
         checks = check_terms(potential, x)
         energies = potential.energy(x)
     divergence = divergence_of(rows)
@@ -255,7 +281,7 @@ def conclude(
     return SampleResult(
         samples=x,
         energies=energies,
-        trace=trace_of(block, rows),
+        trace=trace,
         trajectory=trajectory,
         recipe=str(block.energy),
         sampler=block.sampler,
@@ -270,6 +296,7 @@ def conclude(
         warmup=warmup,
         data_range=block.energy.data_range,
         codec=block.energy.codec,
+        weighted=weighted,
         has_value=block.energy.has_value,
     )
 
@@ -282,8 +309,7 @@ def initial_states(
     device: torch.device,
 ) -> Tensor:
     """The states that chains start from, (num_chains, *event), checked against the energy."""
-    if num_chains is not None and (not isinstance(num_chains, Integral) or num_chains < 1):
-        raise ValueError(f"`num_chains` must be a whole number of at least 1, got {num_chains!r}.")
+    _checked_count(num_chains)
     if isinstance(init, Tensor):
         if not init.is_floating_point():
             low, high = energy.data_range or (0.0, 1.0)
@@ -306,7 +332,7 @@ def initial_states(
                 "torch.bernoulli(init) for grey levels in [0, 1]."
             )
         return init.detach().clone()
-    count = 16 if num_chains is None else int(num_chains)
+    count = _checked_count(num_chains)
     if init is not None:
         index = torch.randint(len(init), (count,), generator=generator, device=device)
         states = energy.states(init.batch(index.cpu()).to(device))
@@ -328,6 +354,12 @@ def initial_states(
     return (u < 0.5).to(u.dtype) if energy.binary else low + (high - low) * u
 
 
+def _checked_count(num_chains: int | None) -> int:
+    if num_chains is not None and (not isinstance(num_chains, Integral) or num_chains < 1):
+        raise ValueError(f"`num_chains` must be a whole number of at least 1, got {num_chains!r}.")
+    return DEFAULT_CHAINS if num_chains is None else int(num_chains)
+
+
 def _fitting_mask(mask: Tensor, x: Tensor, energy: Energy) -> Tensor:
     if energy.codec is not None and mask.shape[-2:] == energy.codec.image_shape[-2:]:
         mask = energy.codec.encode_mask(mask)
@@ -346,7 +378,9 @@ def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tu
     Of several experts, the one with the most steps decides. The step is divided by the sum over
     networks of their absolute net weight, so that adding experts does not blow up the chain; a ratio
     of two values of one expert adds nothing. The temperature stays. Where that kernel cannot sample the
-    composition, as `Gibbs` cannot when a network joins an RBM, its relaxation takes its place.
+    composition, as `Gibbs` cannot when a network joins an RBM, its relaxation takes its place. An
+    annealing over noise levels becomes `Particles` that go by the experts' verdict where the composition
+    is one density times probabilities.
 
     Args:
         energy: A composition.
@@ -369,8 +403,19 @@ def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tu
     sampler, num_steps = from_settings(settings, 1 / max(1.0, _total_weight(energy, coefficients)))
     if isinstance(sampler, Annealed):
         kernel = sampler.kernel.suited(energy, coefficients)
-        return Annealed(kernel, sampler.schedule), num_steps
+        return _weighing(Annealed(kernel, sampler.schedule), energy, coefficients), num_steps
     return sampler.suited(energy, coefficients), num_steps
+
+
+def _weighing(sampler: Annealed, energy: Energy, coefficients: Tensor) -> Annealed:
+    """The sampler as particles where that is possible."""
+    if sampler.schedule.noise_level is None or not sampler.schedule.predict:
+        return sampler
+    try:
+        carrier(energy, coefficients)
+    except NotCarriedError:
+        return sampler
+    return Particles(sampler.kernel, sampler.schedule, verdict=True)
 
 
 def _total_weight(energy: Energy, coefficients: Tensor) -> float:

@@ -176,6 +176,7 @@ class Turns:
                 potential,
                 block,
                 rows,
+                run.num_chains,
                 trajectory=None,
                 seed=request.seed,
                 start=run.start,

@@ -17,7 +17,7 @@ from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.experts.store import save_expert
 from composable_ebm.plotting import save_grid
-from composable_ebm.sampling.sample import calibrated_sampler, sample
+from composable_ebm.sampling.engine import Engine
 from composable_ebm.train.config import TrainConfig
 
 HELD_OUT = 1024
@@ -29,27 +29,13 @@ __all__ = ["Journal", "calibrated", "export", "held_out_metrics", "sample_values
 
 
 def sample_values(expert: Expert, per_value: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Samples from noise for each value of an expert, (per_value, *event), by its own settings.
-
-    All values run in one batch: the expert's values as one sum, with a row of coefficients that
-    chooses the value of each chain.
-    """
-    values = expert.card.values
-    everything = sum((expert[v] for v in values[1:]), expert[values[0]]) if len(values) > 1 else expert
-    coefficients = None
-    if len(values) > 1:
-        coefficients = torch.eye(len(values)).repeat_interleave(per_value, dim=0)
-    sampler, num_steps = calibrated_sampler(expert)
-    out = sample(
-        everything,
-        num_chains=per_value * len(values),
-        num_steps=num_steps,
-        sampler=sampler,
-        coefficients=coefficients,
-        seed=seed,
-        on_divergence="report",
-    )
-    return dict(zip(values, out.samples.split(per_value), strict=True))
+    """Samples from noise for each value of an expert, (per_value, *event), by its own settings."""
+    with Engine() as engine:
+        runs = {
+            value: engine.submit(expert[value], per_value, seed=seed + i, on_divergence="report")
+            for i, value in enumerate(expert.card.values)
+        }
+        return {value: run.result().samples for value, run in runs.items()}
 
 
 def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:

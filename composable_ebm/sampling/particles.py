@@ -1,0 +1,289 @@
+"""Particles: chains that carry weights along an annealing, and are resampled among themselves.
+
+A composition with a carrier (see `composable_ebm.energy.carrier`) is a density times probabilities,
+at every noise level σ:
+
+    π_σ(x) ∝ p_σ(x) exp G(x, σ),      G = E_c - E = Σᵢ wᵢ log pᵢ(aᵢ | x, σ)
+
+    p_σ   the carrier, exp(-E_c(x, σ)) up to a constant
+    G     what the experts say of x, of the order of a nat an attribute
+
+From σ to the next level σ' the carrier's own probability flow takes particles of p_σ to particles of
+p_σ', so only what the experts say has to be weighed:
+
+    x' = x + σ(σ' - σ) ∂E_c/∂x                      log w' = log w + G(x', σ') - G(x, σ)
+
+Where the weights have become uneven the particles are resampled, and a kernel that leaves π_σ'
+invariant moves them on. As their number grows the weighted particles tend to π exactly, up to the steps
+between levels and the kernel's own error (none for MALA and HMC), and the mean weight is an unbiased
+estimate of
+
+    p(request) = ∫ p(x) exp G(x) dx.
+
+Reference:
+    Del Moral, Doucet and Jasra (2006), Sequential Monte Carlo samplers, JRSS B 68; Doucet and
+    Johansen (2009), A tutorial on particle filtering and smoothing, for resampling; Song et al. (2021),
+    arXiv 2011.13456, eq. 13, for the flow; Wu et al. (2023), arXiv 2306.17775, for particles under
+    diffusion models; Lee and Whiteley (2018), Variance estimation in the particle filter, eq. 7.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from composable_ebm.energy import Energy, carrier
+from composable_ebm.sampling.annealed import Annealed
+
+FEWEST = 32
+"""Particles that a request has at least; the chains that were asked for are drawn from them."""
+SPARE = 1.35
+"""Particles for each chain that was asked for, so that a draw seldom takes one of them twice."""
+
+__all__ = ["Particles", "Population", "Weighted", "drawn", "systematic"]
+
+
+@dataclass(frozen=True)
+class Particles(Annealed):
+    """An annealed kernel whose chains are weighed against each other, and resampled.
+
+    For compositions that are one density times probabilities: `given`, one value of an expert, a
+    classifier beside a density, an OR of those. Exact at weight 1 as particles grow; `num_chains` are
+    drawn from more of them, without taking one twice where there are enough.
+
+    Args:
+        kernel: Moves particles at each level; MALA and HMC leave it exact.
+        schedule: Must move the noise level, and `predict`.
+        num_particles: How many; 1.35 times the chains asked for, and at least 32, unless given.
+        threshold: Resamples where the effective sample size is below this share of the particles.
+        verdict: Asks in the end for states of which every expert thinks its value likelier than not,
+            instead of weighing them by how likely. The same where a picture leaves no doubt about its
+            attributes, but a model's pictures sometimes do; then those are left out.
+    Raises:
+        ValueError: If the schedule does not move the noise level by predictor steps, or a number makes
+            no sense.
+    Example:
+        >>> levels = Schedule(noise_level=karras(10, 0.02), noise_power=2, predict=True, num_levels=40)
+        >>> out = sample(given(face, smile), sampler=Particles(MALA(0.1), levels), num_steps=80)
+        >>> print(out.log_probability)
+    """
+
+    num_particles: int | None = None
+    threshold: float = 0.5
+    verdict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule.noise_level is None or not self.schedule.predict:
+            raise ValueError(
+                "Particles are carried from noise level to noise level: give a schedule with a `noise_level` "
+                "curve and predict=True."
+            )
+        if self.num_particles is not None and self.num_particles < 1:
+            raise ValueError(f"`num_particles` must be at least 1, got {self.num_particles}.")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"`threshold` must be between 0 and 1, got {self.threshold}.")
+
+    @property
+    def plain(self) -> Annealed:
+        """The same kernel and schedule without weights."""
+        return Annealed(self.kernel, self.schedule)
+
+    def count(self, num_chains: int) -> int:
+        """How many particles there are where `num_chains` are asked for."""
+        if self.num_particles is not None:
+            return max(self.num_particles, num_chains)
+        return max(FEWEST, math.ceil(SPARE * num_chains))
+
+    def __str__(self) -> str:
+        count = "" if self.num_particles is None else f"{self.num_particles} "
+        return f"{count}particles of {self.kernel}, {self.schedule}"
+
+
+class Population(NamedTuple):
+    """The weights of some particles, on their device.
+
+    Attributes:
+        log_weights: log w since the last resampling, (particles,).
+        ancestors: Which of the first particles each descends from, (particles,).
+        log_mean: log of the mean weight of all resamplings so far, ().
+        ess: Effective sample size, of all particles 1, after each level so far.
+    """
+
+    log_weights: Tensor
+    ancestors: Tensor
+    log_mean: Tensor
+    ess: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, log_weights: Tensor) -> Self:
+        """Particles that have just been weighed for the first time."""
+        count = len(log_weights)
+        return cls(
+            _finite(log_weights),
+            torch.arange(count, device=log_weights.device),
+            log_weights.new_zeros(()),
+        )
+
+    @property
+    def log_probability(self) -> Tensor:
+        """log p(request), ()."""
+        return self.log_mean + torch.logsumexp(self.log_weights, 0) - math.log(len(self.log_weights))
+
+    def weighed(self, increment: Tensor) -> Self:
+        """With log w + increment, (particles,); what is not finite gets no weight."""
+        return self._replace(log_weights=_finite(self.log_weights + increment))
+
+    def resampled(self, u: Tensor, threshold: float) -> tuple[Self, Tensor]:
+        """Resamples where the weights are uneven, without a look from the host.
+
+        Args:
+            u: Uniform on [0, 1), ().
+            threshold: Least effective sample size, of all particles 1, that is left as it is.
+        Returns:
+            The population, and which particle now stands in each place, (particles,).
+        """
+        count = len(self.log_weights)
+        weights = torch.softmax(self.log_weights, 0)
+        ess = 1 / (count * weights.square().sum())
+        due = ess < threshold
+        places = torch.arange(count, device=u.device)
+        index = torch.where(due, systematic(weights, count, u), places)
+        return (
+            type(self)(
+                torch.where(due, 0.0, self.log_weights),
+                self.ancestors[index],
+                torch.where(due, self.log_probability, self.log_mean),
+                (*self.ess, ess),
+            ),
+            index,
+        )
+
+
+def _finite(log_weights: Tensor) -> Tensor:
+    """Without NaN, and never all at minus infinity: particles that are all impossible stay as they are."""
+    lowest = torch.finfo(log_weights.dtype).min / 4
+    return log_weights.nan_to_num(nan=lowest, posinf=lowest, neginf=lowest).clamp(min=lowest)
+
+
+def systematic(weights: Tensor, count: int, u: Tensor) -> Tensor:
+    """Indices (count,), rising, of which i comes ⌊count·wᵢ⌋ or ⌈count·wᵢ⌉ times, on average count·wᵢ.
+
+    Args:
+        weights: Summing to 1, (n,).
+        count: How many.
+        u: Uniform on [0, 1), ().
+    Reference:
+        Kitagawa (1996), Monte Carlo filter and smoother for non-Gaussian nonlinear state space models.
+    """
+    positions = (torch.arange(count, device=weights.device) + u) / count
+    edges = weights.double().cumsum(0)
+    return torch.searchsorted(edges / edges[-1], positions.double()).clamp(max=len(weights) - 1)
+
+
+def drawn(log_weights: Tensor, count: int, u: Tensor) -> Tensor:
+    """Indices (count,) of a draw by weights, none twice as long as there are enough of some weight.
+
+    Each particle is in the draw with probability min(1, c wᵢ), the c such that `count` are expected.
+    Those that stand among the first `count` and are drawn keep their place.
+
+    Args:
+        log_weights: (n,), n ≥ count.
+        count: How many.
+        u: Uniform on [0, 1), ().
+    Reference:
+        Tillé (2006), Sampling algorithms, section 2.10, for the probabilities.
+    """
+    weights = torch.softmax(log_weights.double(), 0)
+    if int((weights * len(weights) > 1e-6).sum()) <= count:
+        chosen = systematic(weights, count, u)
+        return _in_place(chosen, count)
+    certain = torch.zeros_like(weights, dtype=torch.bool)
+    while True:
+        rest = torch.where(certain, 0.0, weights)
+        share = rest / rest.sum() * (count - int(certain.sum()))
+        more = share >= 1
+        if not bool(more.any()):
+            break
+        certain |= more
+    edges = torch.where(certain, 1.0, share).cumsum(0)
+    passed = torch.floor(edges * count / edges[-1] - u.double() + 1)
+    chosen = torch.diff(passed, prepend=passed.new_zeros(1)).nonzero()[:, 0]
+    return _in_place(chosen[:count], count)
+
+
+def _in_place(chosen: Tensor, count: int) -> Tensor:
+    """The same indices, each of those below `count` once at its own place, the others in what is left."""
+    at_home = torch.zeros(count, dtype=torch.bool, device=chosen.device)
+    stays = chosen < count
+    first = torch.ones_like(stays)
+    first[1:] = chosen[1:] != chosen[:-1]
+    stays &= first
+    at_home[chosen[stays]] = True
+    placed = torch.arange(count, device=chosen.device)
+    placed[~at_home] = chosen[~stays]
+    return placed
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """What the particles of a run say of the request.
+
+    Attributes:
+        states: All of them, (particles, *event).
+        log_weights: (particles,), up to a constant; means under exp(log_weights) are those of the target.
+        chosen: Which of them are the samples, (num_chains,).
+        ancestors: Which of the first particles each descends from, (particles,).
+        ess: Effective sample size along the way, (levels,), of all particles 1.
+        log_probability: log p(request) under the carrier, in nats; log of the probability of the verdict
+            where the sampler goes by it.
+        error: Its standard error, in nats.
+        carrier: What p(request) is under.
+        unmet: Whether no particle meets the request by the experts' verdict.
+    """
+
+    states: Tensor
+    log_weights: Tensor
+    chosen: Tensor
+    ancestors: Tensor
+    ess: Tensor
+    log_probability: float
+    error: float
+    carrier: Energy
+    unmet: bool = False
+
+    @property
+    def num_ancestors(self) -> int:
+        """How many of the first particles the samples descend from."""
+        return len(self.ancestors[self.chosen].unique())
+
+    @property
+    def sentence(self) -> str:
+        """How rare the request is, in words."""
+        odds = math.exp(min(60.0, -self.log_probability))
+        rarity = "nearly every one" if odds < 1.05 else f"one in {odds:.3g}"
+        return (
+            f"{rarity} of {self.carrier} is like this: log p = {self.log_probability:.2f} ± {self.error:.2f}"
+        )
+
+
+def error_of(log_weights: Tensor, ancestors: Tensor) -> float:
+    """Standard error of the log of a mean weight, in nats, from one run.
+
+        Var(Ẑ)/Z² ≈ Σₖ (Σ_{i of k} Wᵢ)² - 1/N,      k over the first particles, W the normalised weights
+
+    Reference:
+        Chan and Lai (2013), A general theory of particle filters in hidden Markov models; Lee and
+        Whiteley (2018), eq. 7.
+    """
+    weights = torch.softmax(log_weights.double(), 0)
+    of_each = torch.zeros_like(weights).index_add_(0, ancestors, weights)
+    return math.sqrt(max(0.0, float(of_each.square().sum()) - 1 / len(weights)))
+
+
+def carried(sampler: object, energy: Energy) -> Energy | None:
+    """The carrier of a composition if `sampler` weighs particles, else None."""
+    return carrier(energy) if isinstance(sampler, Particles) else None
