@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import gaussians
+from helpers import binary, expert, gaussians
 from torch import nn
 
 import composable_ebm as ceb
@@ -332,3 +332,71 @@ def test_mirrors_keep_the_law_where_clamping_piles_states_on_the_wall():
     assert (clamped.samples == 0).float().mean() > 0.02
     with pytest.raises(ValueError, match="`clamp` or `reflect`, not both"):
         ceb.Langevin(0.1, clamp=(0, 1), reflect=(0, 1))
+
+
+# --- one energy in several hands -------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    made = expert("digit", tuple("0123")), binary("smile")
+    for one in made:
+        ceb.save_expert(tmp_path / "toys" / one.card.name, one.network, one.card)
+    monkeypatch.setenv("COMPOSABLE_EBM_MODELS", str(tmp_path))
+    return tmp_path
+
+
+def test_two_parses_of_one_recipe_are_the_same_energy(models):
+    one, two = (ceb.parse("toys/digit[3] + 2*toys/smile | ~toys/smile") for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+    assert str(one - two) == "0*(toys/digit[3] + 2*toys/smile | ~toys/smile)"
+    assert ceb.parse(str(one)) == one != ceb.parse("toys/digit[2]")
+    assert ceb.load_expert("toys/digit")[3] == ceb.parse("toys/digit[3]")
+
+
+def test_expert_that_was_trained_on_is_another_energy(models):
+    trained, stored = ceb.load_expert("toys/digit"), ceb.load_expert("toys/digit")
+    x = torch.randn(3, 1, 4, 4)
+    with torch.no_grad():
+        next(trained.network.parameters()).mul_(1.5)
+    assert trained != stored
+    assert not torch.allclose((trained["0"] - stored["0"])(x), torch.zeros(3))
+    assert copy.deepcopy(stored) != stored  # a copy may be trained
+
+
+@pytest.mark.parametrize(
+    "move", [lambda e: e.double(), lambda e: e.to(torch.float64), lambda e: e.to("meta")]
+)
+@pytest.mark.parametrize(
+    "make", [lambda d, s: d[3] + d[1] + 2 * s, lambda d, s: ~d[2] | s, lambda d, s: d[0]]
+)
+def test_moving_a_composition_leaves_the_experts_of_others_alone(models, move, make):
+    digit, smile = ceb.load_expert("toys/digit"), ceb.load_expert("toys/smile")
+    x = torch.randn(3, 1, 4, 4)
+    before = [e(x) for e in (digit, smile)]
+    mix = make(digit, smile)
+    plain, moved = mix(x), move(mix)
+    assert moved is mix
+    assert all(torch.equal(e(x), old) for e, old in zip((digit, smile), before, strict=True))
+    if mix.state_dtype == torch.float64:
+        torch.testing.assert_close(mix(x.double()).float(), plain)
+        networks = {id(leaf.network) for leaf in mix.leaves()}
+        assert len(networks) == 1 + ("smile" in str(mix))  # values of one expert still share it
+
+
+def test_moving_to_where_it_is_copies_nothing(models):
+    digit = ceb.load_expert("toys/digit")
+    mix = (digit[1] + digit[2]).to("cpu").float()
+    assert all(leaf.network is digit.network for leaf in mix.leaves())
+
+
+def test_values_are_chosen_by_name_and_words_by_their_place_too():
+    digit, smile, odd = expert(values=("1", "2", "9")), binary("smile"), expert(values=("few", "10"))
+    assert digit[9] == digit["9"] == digit[np.int64(9)]
+    assert smile[1] == smile["yes"] == ceb.parse("s[1]", {"s": smile})
+    assert smile[0] == smile["no"] == ~smile == ceb.parse("s[0]", {"s": smile})
+    assert odd[10] == odd["10"]
+    for energy, wrong in ((digit, 0), (digit, 3), (smile, 2), (smile, -1), (odd, 0), (odd, 1), (smile, 0.5)):
+        with pytest.raises(KeyError, match=f"has no value {wrong}; it has .* and any"):
+            energy[wrong]

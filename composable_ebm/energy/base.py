@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -40,6 +42,15 @@ __all__ = [
 ]
 
 
+class _Moving(threading.local):
+    """Whether an energy is being moved in this thread, with all that it is made of."""
+
+    inside = False
+
+
+_moving = _Moving()
+
+
 class Algebra(Protocol):
     """What the operators of an energy build.
 
@@ -58,6 +69,9 @@ class Energy(nn.Module, ABC):
     """Anything with an energy: `E: (batch, *event) -> (batch,)` in nats, low = likely.
 
     A subclass is a leaf and defines `energy`; the operators build the nodes.
+
+    Energies are equal where their keys are. Moving or casting a composition leaves the energies that it was
+    made of where they are, for whoever else holds them.
 
     Attributes:
         name: What recipes call it.
@@ -232,6 +246,28 @@ class Energy(nn.Module, ABC):
         return self
 
     # -- structure ------------------------------------------------------------------------------
+
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Parts that others may hold as well: moving or casting this energy gives it copies of them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        tensors = (*self.parameters(), *self.buffers())
+        if self.shares and not _moving.inside and any(fn(tensor) is not tensor for tensor in tensors):
+            codecs = (part.codec for part in self.modules() if isinstance(part, Energy))
+            memo: dict[int, Any] = {id(codec): codec for codec in codecs}
+            for name in self.shares:
+                self._modules[name] = copy.deepcopy(self._modules[name], memo)
+        outer, _moving.inside = _moving.inside, True  # what is copied now is nobody else's
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            _moving.inside = outer
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Energy) and self.key == other.key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def key(self) -> Hashable:

@@ -18,6 +18,8 @@ __all__ = ["bit_states", "log_pseudo_likelihood", "on_bits"]
 class _OnBits(Energy):
     """E(low + (high - low) x) of bits x."""
 
+    shares = ("inner",)
+
     def __init__(self, inner: Energy, low: float, high: float) -> None:
         super().__init__()
         self.inner = inner

@@ -26,6 +26,8 @@ __all__ = ["Mixture", "Node", "Not", "Sum", "flatten", "shared", "shared_codec"]
 class Node(Energy):
     """An energy made of others."""
 
+    shares = ("children_",)
+
     def __init__(self, children: Sequence[Energy]) -> None:
         super().__init__()
         if not children:
@@ -138,6 +140,8 @@ class Sum(Node):
 
     @property
     def key(self) -> Hashable:
+        if self._is_its_term:
+            return self.operands[0].key
         return ("sum", *((t.key, weight_key(w)) for t, w in zip(self.operands, self.weights, strict=True)))
 
     def combine(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
@@ -154,7 +158,18 @@ class Sum(Node):
     def _notes(self) -> list[str]:
         return [f"{format_weight(w)} *" for w in self.weights]
 
+    @property
+    def _is_its_term(self) -> bool:
+        """Whether there is one term, with coefficient 1."""
+        return len(self.weights) == 1 and not isinstance(self.weights[0], Tensor) and self.weights[0] == 1
+
     def __str__(self) -> str:
+        if self._is_its_term:
+            return str(self.operands[0])
+        if len(self.weights) > 1 and any(not isinstance(w, Tensor) and w == 0 for w in self.weights):
+            # Operators would drop these terms.
+            weights = ", ".join(map(format_weight, self.weights))
+            return f"sum([{', '.join(map(str, self.operands))}], weights=[{weights}])"
         text = ""
         for term, weight in zip(self.operands, self.weights, strict=True):
             negative = not isinstance(weight, Tensor) and weight < 0

@@ -88,10 +88,10 @@ def weight_key(weight: Weight) -> Hashable:
 
 
 def format_weight(weight: Weight) -> str:
-    """The shortest text that reads back as the same number."""
+    """The shortest text that reads back as the same number, or as the same numbers, one a row."""
     if isinstance(weight, Tensor):
         if weight.ndim:
-            return f"[{weight.shape[0]} weights]"
+            return f"[{', '.join(map(format_weight, weight.tolist()))}]"
         weight = float(weight)
     short = f"{weight:g}"
     return short if float(short) == weight else repr(weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable
+from operator import attrgetter
 from typing import Self
 
 from torch import Tensor, nn
@@ -12,7 +13,30 @@ from composable_ebm.energy import Codec, Energy, Mixture, negate, soft_minimum
 from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.experts.card import Card
 
-__all__ = ["Expert", "given"]
+__all__ = ["Expert", "given", "mark_loaded"]
+
+_version = attrgetter("_version")
+
+
+def mark_loaded(network: nn.Module, card: Card) -> None:
+    """Notes which expert a network was loaded as: those of one file are one, until one of them changes."""
+    tensors = [*network.parameters(), *network.buffers()]
+    if not any(tensor.is_inference() for tensor in tensors):
+        kinds = tuple(sorted({(str(t.device), str(t.dtype)) for t in tensors}))
+        note = (
+            id(network),
+            (card.full_name, card.weights["sha256"], kinds),
+            tensors,
+            list(map(_version, tensors)),
+        )
+        object.__setattr__(network, "_loaded", note)
+
+
+def _identity(network: nn.Module) -> Hashable:
+    """Equal for networks whose weights are known to be the same."""
+    owner, origin, tensors, versions = vars(network).get("_loaded", (None, None, (), ()))
+    unchanged = owner == id(network) and list(map(_version, tensors)) == versions
+    return origin if unchanged else id(network)
 
 
 def given(base: Energy, *attributes: Energy, weight: float | None = None) -> Energy:
@@ -56,8 +80,11 @@ class Expert(Energy):
     With a value y it is E(x, y). Without one it is what the expert itself says about x alone, the
     marginal E(x) = -log Σ_y exp(-E(x, y)), which takes its values to be equally likely a priori.
 
-    `expert[value]` chooses a value, `expert["any"]` the marginal. A binary expert stands for its
-    second value unless told otherwise, and `~expert` for its first.
+    `expert[value]` chooses a value by its name, `expert["any"]` the marginal. A whole number is a name too
+    where values are named by numbers, as digits are, and counts values from 0 where they are words. So
+    `digit[3]` and `digit["3"]` are the three, `smile["yes"]` and `smile[1]` the second of "no" and "yes",
+    and a recipe reads them alike. A binary expert stands for its second value unless told otherwise, and
+    `~expert` for its first.
 
     Args:
         network: x -> (batch, values).
@@ -70,6 +97,8 @@ class Expert(Energy):
     Reference:
         Grathwohl et al. (2020), arXiv 1912.03263, eq. 4 and 5, for E(x, y) and its marginal.
     """
+
+    shares = ("network",)
 
     def __init__(
         self, network: nn.Module, card: Card, value: int | None = None, codec: Codec | None = None
@@ -94,17 +123,20 @@ class Expert(Energy):
         return cls(network, card, {1: 0, 2: 1}.get(len(card.values)), codec)
 
     def __getitem__(self, value: str | int) -> Expert:
-        """The expert at one value of its attribute, given by name, or at "any"."""
-        if value == "any":
+        """The expert at one value of its attribute, given by name, by number, or at "any"."""
+        if isinstance(value, str) and value == "any":
             return self._at(None if len(self.card.values) > 1 else 0)
-        names = self.card.values
-        if str(value) not in names:
-            near = difflib.get_close_matches(str(value), names, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise KeyError(
-                f"{self.card.full_name} has no value {value!r}; it has {', '.join(names)} and any.{hint}"
-            )
-        return self._at(names.index(str(value)))
+        names, text = self.card.values, str(value)
+        if text in names:
+            return self._at(names.index(text))
+        places = [] if any(name.isdecimal() for name in names) else [str(i) for i in range(len(names))]
+        if text in places:
+            return self._at(places.index(text))
+        near = difflib.get_close_matches(text, names, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise KeyError(
+            f"{self.card.full_name} has no value {value!r}; it has {', '.join(names)} and any.{hint}"
+        )
 
     def _at(self, value: int | None) -> Expert:
         expert = Expert(self.network, self.card, value, self.codec)
@@ -131,7 +163,7 @@ class Expert(Energy):
 
     @property
     def key(self) -> Hashable:
-        return ("expert", id(self.network), self.value)
+        return ("expert", _identity(self.network), self.value)
 
     def marginal(self) -> Energy | None:
         return None if self.value is None else self["any"]

@@ -9,12 +9,16 @@ prints can be pasted into a script or back into `parse`:
     product := unary (("*" | "/") unary)*                   weights and temperatures
     unary   := ("-" | "~") unary | atom                     ~ is NOT
     atom    := number | name | name[value] | name["a prompt"] | (either)
+             | [number, ...]                                weights, one for each chain, before a *
              | ratio(either, either)
+             | sum([either, ...], weights=[number, ...])    keeps terms of weight 0, which + drops
+             | log_z(levels=[number, ...], values=[number, ...])
              | on_bits(either)                              an expert of grey levels, asked about bits
              | negate(either, threshold=number)
              | mixture([either, ...], weights=[number, ...], log_z=[number, ...])
 
-Text is read, never executed.
+Text is read, never executed, and the work is bounded: runs of signs and chains of numbers are folded before
+they meet an energy, and names, depth and length have limits.
 """
 
 from __future__ import annotations
@@ -23,16 +27,24 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
-from composable_ebm.energy import Energy, mixture, negate, ratio
+import torch
+from torch import Tensor
+
+from composable_ebm.energy import Energy, Sum, mixture, negate, ratio
+from composable_ebm.energy.algebra import weighted_sum
 from composable_ebm.energy.bits import on_bits
+from composable_ebm.energy.log_z import LogZ
+from composable_ebm.energy.weights import Weight, format_weight
 from composable_ebm.experts.library import Library
 
 MAX_LENGTH = 10_000
 MAX_DEPTH = 50
 MAX_NAMES = 100
+
+Value = Energy | Weight
 
 __all__ = ["RecipeError", "parse"]
 
@@ -93,6 +105,7 @@ class _Parser:
     def __init__(self, text: str, names: Mapping[str, Energy]) -> None:
         self.text = text
         self.names = names
+        self.known: dict[str, Energy] = {}  # those asked for so far
         self.tokens = self._tokenise()
         self.index = 0
         self.depth = 0
@@ -100,6 +113,8 @@ class _Parser:
             "ratio": self._ratio,
             "negate": self._negate,
             "mixture": self._mixture,
+            "sum": self._weighted_sum,
+            "log_z": self._log_z,
             "on_bits": lambda: on_bits(self._energy()),
         }
 
@@ -151,11 +166,12 @@ class _Parser:
     def _energy(self) -> Energy:
         at = self.next
         value = self._either()
-        if not isinstance(value, Energy):
-            self._fail(f"{value:g} is a number, not an energy; weights go before a term: 2*smile", at)
-        return value
+        if isinstance(value, Energy):
+            return value
+        what = f"{value:g} is a number" if isinstance(value, float) else "these are numbers"
+        self._fail(f"{what}, not an energy; weights go before a term: 2*smile", at)
 
-    def _either(self) -> Energy | float:
+    def _either(self) -> Value:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self._fail(f"a recipe nests at most {MAX_DEPTH} deep")
@@ -163,24 +179,54 @@ class _Parser:
         self.depth -= 1
         return value
 
-    def _sum(self) -> Energy | float:
-        return self._chain(("+", "-"), lambda: self._chain(("*", "/"), self._unary))
+    def _sum(self) -> Value:
+        return self._chain(("+", "-"), self._product)
 
-    def _chain(self, symbols: tuple[str, ...], operand: Callable[[], Energy | float]) -> Energy | float:
+    def _chain(self, symbols: tuple[str, ...], operand: Callable[[], Value]) -> Value:
         value = operand()
         while (operator := self._take(*symbols)) is not None:
             value = self._apply(operator, value, operand())
         return value
 
-    def _apply(self, operator: _Token, a: Energy | float, b: Energy | float) -> Energy | float:
+    def _product(self) -> Value:
+        value = self._unary()
+        factors: list[tuple[_Token, Weight]] = []  # of an energy, not yet multiplied
+        while (operator := self._take("*", "/")) is not None:
+            other = self._unary()
+            if isinstance(other, Energy) and (isinstance(value, Energy) or operator.text == "/"):
+                self._meaningless(operator, self._times(value, factors), other)
+            if isinstance(other, Energy):
+                value, other = other, value
+            elif operator.text == "/":
+                other = self._inverse(other, operator)
+            assert not isinstance(other, Energy)
+            if isinstance(value, Energy):
+                factors.append((operator, other))
+            else:
+                value = self._finite(value * other, operator)
+        return self._times(value, factors)
+
+    def _inverse(self, number: Weight, at: _Token) -> Weight:
+        if bool((number == 0).any() if isinstance(number, Tensor) else number == 0):
+            self._fail("division by zero", at)
+        return self._finite(1.0 / number, at)
+
+    def _times(self, value: Value, factors: Sequence[tuple[_Token, Weight]]) -> Value:
+        """An energy times all factors, in order, so that rounding is that of one after another."""
+        if not factors or not isinstance(value, Energy):
+            return value
+        terms = value.operands if isinstance(value, Sum) else (value,)
+        weights = value.weights if isinstance(value, Sum) else (1.0,)
+        scaled = []
+        for term, weight in zip(terms, weights, strict=True):
+            for at, factor in factors:
+                weight = self._finite(weight * factor, at)
+            scaled.append((term, weight))
+        return weighted_sum(scaled)
+
+    def _apply(self, operator: _Token, a: Value, b: Value) -> Value:
         try:
             match operator.text, isinstance(a, Energy), isinstance(b, Energy):
-                case ("*", _, _) if not (isinstance(a, Energy) and isinstance(b, Energy)):
-                    return self._finite(a * b, operator)
-                case ("/", _, False):
-                    if b == 0:
-                        self._fail("division by zero", operator)
-                    return self._finite(a / b, operator)
                 case ("+" | "&", True, True):
                     return a + b
                 case ("-", True, True):
@@ -191,35 +237,52 @@ class _Parser:
             raise
         except ValueError as error:
             self._fail(str(error), operator)
-        kinds = [f"{v:g}" if isinstance(v, float) else f"({v})" for v in (a, b)]
+        self._meaningless(operator, a, b)
+
+    def _meaningless(self, operator: _Token, a: Value, b: Value) -> NoReturn:
+        kinds = [f"({v})" if isinstance(v, Energy) else format_weight(v) for v in (a, b)]
         self._fail(
             f"{kinds[0]} {operator.text} {kinds[1]} has no meaning: write weight*expert, a + b, a | b",
             operator,
         )
 
-    def _finite(self, value: Energy | float, at: _Token) -> Energy | float:
-        if isinstance(value, float) and not math.isfinite(value):
+    def _finite(self, value: Weight, at: _Token) -> Weight:
+        finite = value.isfinite().all() if isinstance(value, Tensor) else math.isfinite(value)
+        if not finite:
             self._fail("a weight must be finite", at)
         return value
 
-    def _unary(self) -> Energy | float:
-        operators = []
+    def _unary(self) -> Value:
+        signs: list[tuple[str, list[_Token]]] = []  # runs of one sign; two minus signs in a row are none
         while (operator := self._take("-", "~")) is not None:
-            operators.append(operator)
+            if not signs or signs[-1][0] != operator.text:
+                signs.append((operator.text, []))
+            signs[-1][1].append(operator)
+            if operator.text == "-" and len(signs[-1][1]) == 2:
+                signs.pop()
         value = self._atom()
-        for operator in reversed(operators):
-            if operator.text == "-":
-                value = -value
-            elif isinstance(value, Energy):
-                try:
-                    value = ~value
-                except ValueError as error:
-                    self._fail(str(error), operator)
-            else:
-                self._fail(f"~ negates an energy, not the number {value:g}", operator)
+        for sign, run in reversed(signs):
+            value = -value if sign == "-" else self._not(value, run)
         return value
 
-    def _atom(self) -> Energy | float:
+    def _not(self, value: Value, run: Sequence[_Token]) -> Value:
+        """~ as often as written; once it only goes to and fro, as many more times as make a difference."""
+        left = list(run)
+        before: list[Energy] = []
+        while left:
+            at = left.pop()
+            if not isinstance(value, Energy):
+                self._fail(f"~ negates an energy, not the number {format_weight(value)}", at)
+            before.append(value)
+            try:
+                value = ~value
+            except ValueError as error:
+                self._fail(str(error), at)
+            if len(before) > 1 and before[-2] == value:
+                left = left[: len(left) % 2]
+        return value
+
+    def _atom(self) -> Value:
         token = self.next
         if token.kind == "number":
             return self._number()
@@ -235,6 +298,8 @@ class _Parser:
                 self._expect(")")
                 return value
             return self._expert(token)
+        if self.next.text == "[":
+            return torch.tensor(self._numbers(), dtype=torch.float64)
         if self._take("("):
             inner = self._either()
             self._expect(")")
@@ -252,14 +317,22 @@ class _Parser:
             self._fail("a number must be finite", token)
         return sign * value
 
+    def _named(self, name: str) -> Energy | None:
+        if name not in self.known:
+            try:
+                self.known[name] = self.names[name]
+            except KeyError:
+                return None
+        return self.known[name]
+
     def _expert(self, token: _Token) -> Energy:
-        whole = "".join(part.text for part in self.tokens[self.index - 1 : self.index + 3])
-        if whole.endswith("]") and whole in self.names:  # a name such as classifier[2]
-            self.index += 3
-            return self.names[whole]
-        try:
-            energy = self.names[token.text]
-        except KeyError:
+        energy = self._named(token.text)
+        if energy is None and self.next.text == "[":
+            whole = "".join(part.text for part in self.tokens[self.index - 1 : self.index + 3])
+            if whole.endswith("]") and (energy := self._named(whole)) is not None:
+                self.index += 3  # a name such as classifier[2]
+                return energy
+        if energy is None:
             near = difflib.get_close_matches(token.text, list(self.names), 3)
             hint = (
                 f"did you mean {' or '.join(near)}?"
@@ -304,11 +377,39 @@ class _Parser:
         except ValueError as error:
             self._fail(str(error), at)
 
+    def _numbers(self) -> list[float]:
+        return self._list(lambda: self._number(signed=True))
+
+    def _weight(self) -> Weight:
+        return (
+            torch.tensor(self._numbers(), dtype=torch.float64)
+            if self.next.text == "["
+            else self._number(True)
+        )
+
+    def _weighted_sum(self) -> Energy:
+        at = self.next
+        terms = self._list(self._energy)
+        options = self._keywords({"weights": lambda: self._list(self._weight)})
+        try:
+            return Sum(terms, options.get("weights"))
+        except ValueError as error:
+            self._fail(str(error), at)
+
+    def _log_z(self) -> Energy:
+        at = self.next
+        options = self._keywords({"levels": self._numbers, "values": self._numbers}, first=True)
+        if set(options) != {"levels", "values"}:
+            self._fail("log_z needs `levels` and `values`", at)
+        try:
+            return LogZ(options["levels"], options["values"])
+        except ValueError as error:
+            self._fail(str(error), at)
+
     def _mixture(self) -> Energy:
         at = self.next
         components = self._list(self._energy)
-        numbers = lambda: self._list(lambda: self._number(signed=True))  # noqa: E731
-        options = self._keywords({"weights": numbers, "log_z": numbers})
+        options = self._keywords({"weights": self._numbers, "log_z": self._numbers})
         try:
             return mixture(components, options.get("weights"), options.get("log_z"))
         except ValueError as error:
@@ -322,9 +423,10 @@ class _Parser:
         self._expect("]")
         return items
 
-    def _keywords(self, known: dict[str, Callable]) -> dict:
+    def _keywords(self, known: dict[str, Callable], first: bool = False) -> dict:
+        """Options by name, after a comma each, but for the `first` argument of a function."""
         given: dict = {}
-        while self._take(","):
+        while (first and not given) or self._take(","):
             token = self.next
             if token.text not in known or token.text in given:
                 self._fail(f"expected one of {', '.join(known)}, got {token.text or 'the end'!r}")

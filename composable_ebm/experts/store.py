@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from composable_ebm.experts.card import Card, CheckpointError
-from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.expert import Expert, mark_loaded
 from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.experts.networks.codec import CODECS, PictureCodec
 from composable_ebm.files import write_atomic
@@ -97,7 +97,9 @@ def load_folder(folder: str | Path, device: torch.device | str | None = None) ->
         )
     _fill(network, folder, card)
     codec = find_codec(folder, card.codec, device) if card.codec else None
-    return Expert.standing(network.to(device).eval().requires_grad_(False), card, codec)
+    network = network.to(device).eval().requires_grad_(False)
+    mark_loaded(network, card)
+    return Expert.standing(network, card, codec)
 
 
 def load_codec(folder: str | Path, device: torch.device | str | None = None) -> PictureCodec:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy, Mixture, Sum, carrier, require_values
 from composable_ebm.energy.analytic import Analytic
+from composable_ebm.energy.log_z import LogZ
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.chains import Chain, Sampler
 from composable_ebm.sampling.kernel import Kernel, Noise
@@ -44,7 +45,7 @@ from composable_ebm.sampling.sample import sample
 
 BOOTSTRAPS = 100
 
-__all__ = ["LogZ", "LogZDifference", "calibrate", "log_z_difference", "log_z_over_noise"]
+__all__ = ["LogZDifference", "calibrate", "log_z_difference", "log_z_over_noise"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,10 @@ def calibrate(mixture: Mixture, sampler: Sampler, **options) -> Mixture:
         return Mixture(mixture.operands, mixture.weights, [run.log_probability for run in runs])
     if isinstance(sampler, Annealed):
         levels, log_z = log_z_over_noise(mixture.operands, sampler, **options)
-        normalised = [e + LogZ(levels, z) for e, z in zip(mixture.operands, log_z.unbind(1), strict=True)]
+        normalised = [
+            e + LogZ(levels.tolist(), z.tolist())
+            for e, z in zip(mixture.operands, log_z.unbind(1), strict=True)
+        ]
         return Mixture(normalised, mixture.weights)
     first, *others = mixture.operands
     differences = [0.0, *(log_z_difference(first, other, sampler, **options).value for other in others)]
@@ -216,35 +220,6 @@ def log_z_over_noise(
             forward, backward = own[0][:, i] - own[0][:, 0], own[i][:, 0] - own[i][:, i]
             log_z[row, i] = _bennett(forward, backward)
     return torch.tensor(levels), log_z
-
-
-class LogZ(Energy):
-    """log Z(σ), the same for all states: added to an energy it normalises it at each noise level.
-
-    Between levels it is linear in log σ; without a noise level it is that of the lowest one.
-
-    Args:
-        levels: Noise levels, falling, (levels,).
-        log_z: In nats, up to what all components of a mixture share, (levels,).
-    """
-
-    noise_conditioned = True
-    name = "log_z"
-
-    def __init__(self, levels: Tensor, log_z: Tensor) -> None:
-        super().__init__()
-        self.log_levels: Tensor
-        self.log_z: Tensor
-        self.register_buffer("log_levels", levels.log().flip(0))  # rising, as searchsorted needs
-        self.register_buffer("log_z", log_z.flip(0).clone())
-
-    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        if noise_level is None or len(self.log_z) == 1:
-            return self.log_z[0].expand(len(x))
-        at = noise_level.log().clamp(self.log_levels[0], self.log_levels[-1])
-        above = torch.searchsorted(self.log_levels, at).clamp(1, len(self.log_levels) - 1)
-        low, high = self.log_levels[above - 1], self.log_levels[above]
-        return torch.lerp(self.log_z[above - 1], self.log_z[above], (at - low) / (high - low)).expand(len(x))
 
 
 def _samples(
