@@ -23,8 +23,10 @@ from composable_ebm.energy.adapters import from_callable, from_classifier
 from composable_ebm.energy.autoencoder import from_autoencoder
 from composable_ebm.energy.bits import on_bits
 from composable_ebm.energy.diffusion import from_denoiser, from_diffusers, from_noise_predictor, from_score
+from composable_ebm.energy.text_image import from_clip
 from composable_ebm.experts import Card, CheckpointError, Expert, given, load_expert, push_to_hub, save_expert
 from composable_ebm.experts.catalogue import catalogue
+from composable_ebm.experts.joint import from_joint_classifier
 from composable_ebm.experts.recipe import RecipeError, parse
 from composable_ebm.partition.annealed import exact_log_z, log_z
 from composable_ebm.partition.bennett import calibrate, log_z_difference
@@ -91,8 +93,10 @@ __all__ = [
     "from_autoencoder",
     "from_callable",
     "from_classifier",
+    "from_clip",
     "from_denoiser",
     "from_diffusers",
+    "from_joint_classifier",
     "from_noise_predictor",
     "from_pipeline",
     "from_score",

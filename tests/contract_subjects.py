@@ -11,6 +11,7 @@ from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm import analytic
+from composable_ebm.energy.text_image import TextImages
 from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.pipelines import Pipeline, PromptedDenoiser
 from composable_ebm.sampling import Annealed
@@ -89,6 +90,32 @@ class Shifted(PromptedDenoiser):
         return mean + (x - mean) / (1 + sigma.square()[:, None])
 
 
+class Towers(nn.Module):
+    """Pictures and texts of two numbers each."""
+
+    def get_image_features(self, pictures):
+        return torch.cat([pictures, pictures.square() + 1], dim=1)
+
+    def get_text_features(self, numbers):
+        return torch.stack([numbers, 1 - numbers, numbers * 0, numbers * 0 + 2], dim=1)
+
+
+class Words(dict):
+    def to(self, device):
+        return self
+
+
+def _clip() -> TextImages:
+    def words(texts, **options):
+        return Words(numbers=torch.tensor([len(text) / 8 for text in texts]))
+
+    model = Towers()
+    model.weight = nn.Parameter(torch.zeros(()))
+    return ceb.from_clip(
+        model, words, normalise=([0.5], [1.0]), event_shape=(2,), data_range=(-4, 4), scale=3
+    )
+
+
 def _adapted() -> dict[str, ceb.Energy]:
     a, _, _ = gaussians()
     with torch.random.fork_rng():
@@ -114,6 +141,9 @@ def _adapted() -> dict[str, ceb.Energy]:
             **plane,
         ),
         "from_classifier": ceb.from_classifier(logits, 2, name="third", **plane),
+        "from_joint_classifier": ceb.from_joint_classifier(nn.Flatten(), 2, (2, 1, 1), energy_range=(-2, 2)),
+        "from_clip": _clip()["a castle"],
+        "from_clip among texts": _clip()["a castle", "a moon"],
         "from_score": ceb.from_score(lambda x: -x, name="wind", **plane),
         "from_denoiser": ceb.from_denoiser(_shrunk, noise_range=NOISE_RANGE, name="calm", **plane),
         "from_denoiser as an energy": ceb.from_denoiser(

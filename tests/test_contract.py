@@ -20,6 +20,7 @@ from helpers import Quadratic, points
 
 import composable_ebm as ceb
 from composable_ebm.energy.bits import bit_states
+from composable_ebm.energy.text_image import Similarity
 from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import Annealed, Noise, from_settings, to_settings
@@ -236,6 +237,9 @@ def vocabulary(energy):
     for leaf in energy.leaves():
         leaf = getattr(leaf, "inner", leaf)
         leaf = getattr(leaf, "pipeline", leaf)  # that a prompt belongs to
+        if isinstance(leaf, Similarity):
+            names[leaf.model_name] = {"; ".join(leaf.words): leaf}
+            continue
         is_expert = isinstance(leaf, ceb.Expert)
         names[leaf.card.full_name if is_expert else str(leaf)] = (
             ceb.Expert.standing(leaf.network, leaf.card) if is_expert else leaf

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from composable_ebm.energy import Energy, as_name
 from composable_ebm.energy.closures import parts_of, with_parts
+from composable_ebm.energy.shown import Normalisation, shown_to
+from composable_ebm.energy.space import Codec
 from composable_ebm.energy.weights import coefficient_type
 
 __all__ = ["from_callable", "from_classifier"]
@@ -144,6 +146,8 @@ def from_classifier(
     event_shape: Sequence[int] | None = None,
     data_range: tuple[float, float] | None = None,
     noise_conditioned: bool = False,
+    normalise: Any = None,
+    codec: Codec | None = None,
 ) -> Energy:
     """E(x) = -log p(label | x), the likelihood of an attribute as an energy.
 
@@ -162,10 +166,20 @@ def from_classifier(
         event_shape: Shape of one state; None accepts any.
         data_range: Smallest and largest value of the data; None if unbounded.
         noise_conditioned: Calls `model(x, noise_level)`; the level is None outside annealing.
+        normalise: How a pretrained model wants its pictures, see `Normalisation.of`: `weights.transforms()`
+            of torchvision, a model of timm, (mean, std). States are shown as they are unless given.
+        codec: Where states are latents, what decodes them for the model.
+    Example:
+        >>> weights = torchvision.models.ResNet18_Weights.DEFAULT
+        >>> net = torchvision.models.resnet18(weights=weights)
+        >>> castle = from_classifier(net, 483, normalise=weights.transforms(), data_range=(-1, 1))
     """
     label = operator.index(label)
     own = f"classifier[{label}]" if label >= 0 else f"classifier_minus_{-label}"
+    if normalise is not None or codec is not None:
+        how = Normalisation((0.5,), (0.5,)) if normalise is None else Normalisation.of(normalise)
+        model = shown_to(model, how, data_range, codec)
     energy = _Classifier(model, label, noise_conditioned, as_name(name or own))
     energy.event_shape = None if event_shape is None else tuple(event_shape)
     energy.data_range = data_range
-    return energy
+    return energy if codec is None else energy.in_space(codec)

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.energy import Energy, Sum, known_by_gradient
+from composable_ebm.energy import Energy, Sum, as_name, known_by_gradient
 from composable_ebm.pipelines.denoiser import PromptedDenoiser
 from composable_ebm.potential.forms import register
 from composable_ebm.potential.operations import Pullback
@@ -151,7 +151,7 @@ class Pipeline(_Prompted):
 
     def __init__(self, denoiser: PromptedDenoiser, name: str) -> None:
         super().__init__(denoiser, None)
-        self.name = name
+        self.name = as_name(name)
         denoiser.condition(None)
         levels = denoiser.levels(denoiser.num_steps)
         self.sampler_settings = {**to_settings(self.sampler()), "num_steps": len(levels)}
