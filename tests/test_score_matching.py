@@ -248,7 +248,7 @@ def test_init_from_another_kind_of_network_is_refused(config):
         "sides", "conv", "image", ("image",), (1, 4, 4), (-1.0, 1.0), {"type": "ConvEnergy", **other.options}
     )
     ceb.save_expert(config.model_folder, other, card)
-    with pytest.raises(ValueError, match="is another kind of network than a DiffusedEnergy"):
+    with pytest.raises(ValueError, match=r"another kind of network \(ConvEnergy\) than this Diffused"):
         Trainer(replace(config, init=str(config.model_folder)))
 
 

@@ -20,7 +20,7 @@ from composable_ebm.data import DATASETS, OF_ANY_SIZE, LabelledImages, shapes
 from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, read_config
 from composable_ebm.train import trainer as trainer_module
 from composable_ebm.train.__main__ import main as command_line
-from composable_ebm.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from composable_ebm.train.checkpoint import latest_checkpoint
 from composable_ebm.train.config import (
     ConvEnergy,
     DataConfig,
@@ -191,20 +191,6 @@ def test_a_resumed_training_is_the_uninterrupted_one(tiny_data, config, tmp_path
     assert weights(expert).equal(weights(whole))
 
 
-def test_a_resume_with_another_network_is_refused_and_one_with_more_iterations_goes_on(tiny_data, config):
-    Trainer(config).run()
-    other = replace(config, network=ConvEnergy(widths=(8, 8), hidden=24), num_iterations=16)
-    with pytest.raises(ValueError, match=r"trained with network\.hidden = 16 \(now 24\)\. Put that back"):
-        Trainer(other).run()
-    one_level = replace(config, objective=DenoisingAtOneLevel())
-    with pytest.raises(ValueError, match=r"objective\.type = 'ContrastiveDivergence' \(now 'Denoising"):
-        Trainer(one_level).run()
-    optimiser = replace(config.optimiser, learning_rate=1e-4)
-    longer = Trainer(replace(config, num_iterations=12, optimiser=optimiser))
-    longer.run()
-    assert longer.step == 12
-
-
 def test_figures_of_which_nothing_was_seen_are_left_out_and_others_are_means(tiny_data, config):
     trainer = Trainer(config)
     trainer._pending = [
@@ -269,7 +255,9 @@ def test_a_training_that_diverges_rolls_back_then_gives_up_with_the_last_good_ex
         return figures
 
     trainer._iteration = poisoned
-    with pytest.raises(TrainingDivergedError, match=r"diverged at iteration 8.*Try a lower"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"at iteration 8.*higher --objective.energy-l2.*cd-steps"
+    ):
         trainer.run()
     assert trainer.rollbacks == 4
     assert weights(ceb.load_expert(config.model_folder)).isfinite().all()
@@ -458,21 +446,3 @@ def test_the_size_of_images_reaches_the_data_sets_that_have_one(tmp_path, monkey
     path.write_text('data = { name = "shapes", size = 16 }')
     monkeypatch.setattr(shapes, "SIZES", dict.fromkeys(shapes.SIZES, 3))
     assert read_config(path).data.load("validation").event_shape == (3, 16, 16)
-
-
-def test_a_damaged_checkpoint_says_what_to_do(tmp_path):
-    save_checkpoint(tmp_path, 3, {"a": torch.ones(2)}, {}, 0, lambda: None)
-    path = latest_checkpoint(tmp_path)
-    assert load_checkpoint(path, 0)[1]["step"] == 3
-    file = path / "rank0.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"cannot resume from .*rank0.*delete"):
-        load_checkpoint(path, 0)
-    with pytest.raises(ValueError, match="as many processes as wrote it"):
-        load_checkpoint(path, 1)
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path):
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {"a": torch.ones(2)}, {}, 0, lambda: None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000002", "step-0000003"]

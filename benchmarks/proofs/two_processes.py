@@ -29,6 +29,7 @@ import torch
 import torch.utils.tensorboard
 from PIL import Image
 
+import composable_ebm.train.trainer  # noqa: F401, the same
 from composable_ebm.experts.store import load_folder
 
 PROCESSES = 2
@@ -159,7 +160,7 @@ def _become(rank: int, port: int, config: Path, said: Path) -> None:
         "ACCELERATE_USE_CPU": "true",
     }
     sys.argv = ["composable_ebm.train", str(config)]
-    del sys.modules["composable_ebm.train.__main__"]
+    sys.modules.pop("composable_ebm.train.__main__", None)
     runpy.run_module("composable_ebm.train", run_name="__main__", alter_sys=True)
 
 

@@ -47,10 +47,18 @@ def save_expert(folder: str | Path, network: nn.Module, card: Card, half: bool =
         network: One of `NETWORKS` or `CODECS`.
         card: Its description.
         half: Stores floats in 16 bits; they are 32 again when loaded.
+    Raises:
+        ValueError: If a weight is not finite, as it is stored.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     if half:
         state = {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{card.full_name} is not finite in {', '.join(broken)}, so it is not written."
+            + (" Weights of 16 bits reach to 65,504: store it with half = false." if half else "")
+        )
     content = save(state)
     card = replace(
         card,

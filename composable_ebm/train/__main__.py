@@ -13,6 +13,7 @@ from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.folder import folder_config
 from composable_ebm.train.processes import check_launch, is_first, leave
 from composable_ebm.train.reading import read_config
+from composable_ebm.train.stopping import TrainingStoppedError
 from composable_ebm.train.trainer import TrainingDivergedError, train
 
 USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ...
@@ -48,6 +49,14 @@ def _train(arguments: list[str]) -> int:
         config = _override(config, flags)
     try:
         expert = train(config, arguments=_what_is_trained(arguments))
+    except TrainingStoppedError as stopped:
+        if is_first():
+            print(stopped, file=sys.stderr)
+        return 128 + stopped.signal_number
+    except KeyboardInterrupt:
+        if is_first():
+            print("stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     except (TrainingDivergedError, ValueError, OSError) as error:
         return _complain(error, 1)
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in expert.card.metrics.items())
@@ -81,9 +90,10 @@ def _what_is_trained(arguments: list[str]) -> list[str]:
     rest = iter(arguments)
     for argument in rest:
         flag, equals, _ = argument.partition("=")
-        if flag.replace("_", "-") not in PLACES:
+        flag = flag.replace("_", "-")
+        if flag not in (*PLACES, "--fresh"):
             kept.append(argument)
-        elif not equals:
+        elif not equals and flag != "--fresh":
             next(rest, None)  # its value
     return kept
 

@@ -1,33 +1,40 @@
 """A training's full state as files, so that a killed run goes on as if it had not been.
 
 A checkpoint is a folder `step-<n>` with one `rank<r>.safetensors` per process (weights, average,
-optimiser, chains, generators: everything is a tensor) and `state.json`. It is written under a
-temporary name and renamed when complete, so the newest folder is always whole. Nothing is
-unpickled.
+optimiser, chains, generators: everything is a tensor) and `state.json`, which holds the digests of these
+files and one of itself. It is written under a temporary name and renamed when complete, so the newest
+folder is whole; should a bit of it change afterwards, the one before it serves. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
+from composable_ebm.files import write_atomic
+
 __all__ = [
-    "check_identity",
+    "checkpoints",
     "flatten_optimiser",
     "latest_checkpoint",
     "load_checkpoint",
+    "read_facts",
+    "remove_leftovers",
     "restore_optimiser",
     "save_checkpoint",
 ]
 
 KEEP = 2
+STATE = "state.json"
 
 
 def save_checkpoint(
@@ -47,6 +54,8 @@ def save_checkpoint(
         facts: What is not a tensor; rank 0's is kept.
         rank: This process.
         wait: A barrier over all processes.
+    Raises:
+        OSError: If it cannot be written; the checkpoints before it are as they were.
     """
     temporary, final = folder / f".step-{step:07d}", folder / f"step-{step:07d}"
     if rank == 0:
@@ -55,56 +64,78 @@ def save_checkpoint(
     wait()
     # Clones: tensors that share storage (tied weights, views) cannot be written.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    save_file(state, temporary / f"rank{rank}.safetensors")
-    wait()
+    try:
+        write_atomic(temporary / f"rank{rank}.safetensors", save(state))
+        wait()
+        if rank == 0:
+            files = {path.name: _digest(path) for path in sorted(temporary.glob("rank*.safetensors"))}
+            content = {"step": step, **facts, "files": files}
+            signed = {**content, "digest": _digest_of_facts(content)}
+            write_atomic(temporary / STATE, json.dumps(signed, indent=2).encode())
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if rank == 0:
-        (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=2))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        for old in checkpoints(folder)[KEEP:]:
             shutil.rmtree(old, ignore_errors=True)
     wait()
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """All complete checkpoints, the newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    return max(folder.glob("step-*"), default=None)
+    return next(iter(checkpoints(folder)), None)
 
 
-def load_checkpoint(path: Path, rank: int) -> tuple[dict[str, Tensor], dict]:
-    """This rank's tensors and the facts of a checkpoint.
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote a checkpoint left behind."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_facts(path: Path) -> dict:
+    """The facts of a checkpoint whose files are all as they were written.
 
     Raises:
-        ValueError: If it is damaged, or was written by fewer processes.
+        ValueError: If one is missing or changed.
+    """
+    try:
+        facts = json.loads((path / STATE).read_text())
+        digest = facts.pop("digest", None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path / STATE} cannot be read: {error}.") from error
+    if digest != _digest_of_facts(facts):
+        raise ValueError(f"{path / STATE} was changed, or written by another version.")
+    for name, expected in facts["files"].items():
+        file = path / name
+        try:
+            same = _digest(file) == expected
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
+        if not same:
+            raise ValueError(f"{file} was changed: its digest is another than {STATE} says.")
+    return facts
+
+
+def load_checkpoint(path: Path, rank: int) -> dict[str, Tensor]:
+    """This rank's tensors of a checkpoint whose digests have been checked, see `read_facts`.
+
+    Raises:
+        ValueError: If it was written by fewer processes.
     """
     file = path / f"rank{rank}.safetensors"
     try:
-        return load_file(file), json.loads((path / "state.json").read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        return load(file.read_bytes())
+    except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"cannot resume from {file}: {error}. Resume with as many processes as wrote it, or delete "
-            f"{path} to go back to the checkpoint before."
+            f"cannot resume from {file}: {error}. Resume with as many processes as wrote it."
         ) from error
-
-
-def check_identity(path: Path, stored: Mapping, wanted: Mapping) -> None:
-    """Refuses to go on from the checkpoint of another training.
-
-    Args:
-        path: The checkpoint.
-        stored: `TrainConfig.identity` of the training that wrote it; what it does not say may be anything.
-        wanted: That of the training that would go on from it.
-    Raises:
-        ValueError: If they differ; the message says where.
-    """
-    plain = json.loads(json.dumps(wanted))
-    differing = [name for name in plain if name in stored and stored[name] != plain[name]]
-    if differing:
-        settings = ", ".join(f"{n} = {stored[n]!r} (now {plain[n]!r})" for n in differing)
-        raise ValueError(
-            f"cannot resume from {path}: it was trained with {settings}. Put that back to go on, or start "
-            f"anew: delete {path.parent}, or give another `runs` or `name`."
-        )
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -127,3 +158,12 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Te
             # The optimiser takes tensors as they are and updates them in place.
             full["state"].setdefault(int(index), {})[key] = value.clone()
     optimiser.load_state_dict(full)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of_facts(facts: Mapping) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

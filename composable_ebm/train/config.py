@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -217,6 +216,8 @@ class TrainConfig:
         half: Stores the weights in 16 bits.
         push_to_hub: Repository of the Hugging Face Hub, user/name, that the finished expert is
             uploaded to; "" for none.
+        fresh: Throws away what an earlier training left in the run's folder, and may replace an expert
+            that was trained on other pictures.
     """
 
     family: str = "digits"
@@ -248,6 +249,7 @@ class TrainConfig:
     init: str = ""
     half: bool = False
     push_to_hub: str = ""
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_iterations", "log_every", "evaluate_every", "save_every", "accumulate")
@@ -283,18 +285,6 @@ class TrainConfig:
         if isinstance(self.network, Denoiser):
             return isinstance(self.objective, DenoisingScoreMatching)
         return isinstance(self.network, NOISE_CONDITIONED) == self.objective.noise_conditioned
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """The settings that a checkpoint must share with a training that goes on from it, as plain values.
-
-        All others, such as the number of iterations or the learning rate, may change on the way.
-        """
-        learned = ("name", "attribute", "exclude", "size", "between")
-        data = {name: getattr(self.data, name) for name in learned}
-        network = {"type": type(self.network).__name__, **dataclasses.asdict(self.network)}
-        parts = {"data": data, "network": network, "objective": {"type": type(self.objective).__name__}}
-        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
     @property
     def model_folder(self) -> Path:

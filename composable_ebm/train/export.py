@@ -1,8 +1,7 @@
-"""What a training leaves behind: metrics as it runs, pictures from noise, and the expert."""
+"""What a training leaves behind: the expert, with held-out figures and the energies of its own samples."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,21 +10,20 @@ from pathlib import Path
 import torch
 
 from composable_ebm.data import LabelledImages
-from composable_ebm.data.ranges import as_images, as_states
+from composable_ebm.data.ranges import as_states
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.experts.store import save_expert
-from composable_ebm.plotting import save_grid
+from composable_ebm.files import write_atomic
 from composable_ebm.sampling.engine import Engine
 from composable_ebm.train.config import TrainConfig
 
 HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)
-ROWS = 6
 METRICS = "metrics.jsonl"
 
-__all__ = ["Journal", "calibrated", "export", "held_out_metrics", "sample_values"]
+__all__ = ["METRICS", "calibrated", "export", "held_out_metrics", "sample_values"]
 
 
 def sample_values(expert: Expert, per_value: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -91,57 +89,6 @@ def _denoising_error(
     return sum(errors) / len(errors)
 
 
-class Journal:
-    """Metrics as lines of JSON and in tensorboard, pictures as PNG; silent on ranks other than 0.
-
-    Args:
-        config: Says where.
-        active: Whether this process writes.
-        resume_at: Lines from later iterations are dropped.
-    """
-
-    def __init__(self, config: TrainConfig, active: bool, resume_at: int = 0) -> None:
-        self.active = active
-        if not active:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # slow to load
-
-        self.folder = config.run_folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / METRICS
-        lines = path.read_text().splitlines() if resume_at and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= resume_at]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_at or None)
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics."""
-        if not self.active:
-            return
-        self.file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
-
-    def evaluate(self, step: int, expert: Expert, data: LabelledImages, seconds: float) -> None:
-        """Held-out metrics and a grid of samples drawn from noise, a column for each value."""
-        if not self.active:
-            return
-        metrics = held_out_metrics(expert, data)
-        self.write(step, {**metrics, "seconds": seconds})
-        columns = sample_values(expert, ROWS)
-        images = as_images(torch.stack(list(columns.values()), dim=1).flatten(0, 1), expert.data_range)
-        title = {"expert": expert.card.full_name, "step": str(step)}
-        save_grid(images, self.folder / f"samples-{step:06d}.png", columns=len(columns), metadata=title)
-        self.board.add_images("samples", (images.cpu() + 1) / 2, step)
-
-    def close(self) -> None:
-        """Flushes everything."""
-        if self.active:
-            self.file.close()
-            self.board.close()
-
-
 def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledImages) -> Expert:
     """Writes the expert with the energies of its own samples, its metrics and its training curve."""
     curve = config.run_folder / METRICS
@@ -150,7 +97,7 @@ def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledIm
     card = replace(calibrated(expert, data), training=training)
     card = save_expert(config.model_folder, expert.network, card, half=config.half)
     if curve.exists():
-        (Path(config.model_folder) / METRICS).write_text(curve.read_text())
+        write_atomic(config.model_folder / METRICS, curve.read_bytes())
     return Expert.standing(expert.network, card)
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from composable_ebm.data import LabelledImages
 from composable_ebm.data.ranges import rescaled
+from composable_ebm.experts.card import CheckpointError
 from composable_ebm.experts.catalogue import load_expert
 from composable_ebm.experts.networks.rbm import RBM
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton, images_to_fit
 
 __all__ = ["start_from"]
 
+FOR_VALUES = ("value_", "choose", "look.")
+"""What the names of parameters that only networks with values have begin with."""
 
-def start_from(network: nn.Module, init: str, data: LabelledImages) -> None:
-    """The weights of another expert wherever name and shape agree, or else what the data tells.
 
+def start_from(network: nn.Module, init: str, data: LabelledImages, num_values: int = 1) -> None:
+    """The weights of another expert, but for those that tell values apart, or else what the data tells.
+
+    Args:
+        network: Gets the weights.
+        init: Name or folder of the other expert; "" for none.
+        data: What is learned from.
+        num_values: Outputs of the network.
     Raises:
-        ValueError: If the other expert has nothing in common with the network.
+        ValueError: If there is no such expert, or it is one of other states or another network.
     """
     if not init:
         if isinstance(network, (GaussianSkeleton, RBM)):
@@ -27,9 +36,39 @@ def start_from(network: nn.Module, init: str, data: LabelledImages) -> None:
             x = data.batch(some.to(data.images.device))
             network.fit(rescaled(x, network.data_range) if isinstance(network, RBM) else x)
         return
-    theirs = load_expert(init).network.state_dict()
-    mine = network.state_dict()
+    try:
+        expert = load_expert(init)
+    except (KeyError, CheckpointError) as error:
+        raise ValueError(f"`init`: {error.args[0]}") from error
+    card = expert.card
+    if card.codec or card.event_shape != data.event_shape:
+        raise ValueError(
+            f"`init`: {card.full_name} is an expert of {card.states}, but this training is of images "
+            f"{'×'.join(map(str, data.event_shape))}. {_other_size(card.event_shape)}"
+        )
+    theirs, mine = expert.network.state_dict(), network.state_dict()
     shared = {n: v for n, v in theirs.items() if n in mine and v.shape == mine[n].shape}
-    if not shared:
-        raise ValueError(f"`init`: {init} is another kind of network than a {type(network).__name__}.")
+    outputs = (num_values, len(card.values))
+    left = [n for n, v in mine.items() if n not in shared and not _tells_values(n, v, theirs, outputs)]
+    if left or not shared:
+        name = left[0] if left else next(iter(mine))
+        kind, size = type(network).__name__, tuple(mine[name].shape)
+        other = f"{tuple(theirs[name].shape)} there" if name in theirs else "missing there"
+        raise ValueError(
+            f"`init`: {card.full_name} is another kind of network ({card.network.get('type')}) than this "
+            f"{kind}: {name} has the shape {size} here and is {other}. Give both the same network settings, "
+            'or start without it: --init "".'
+        )
     network.load_state_dict(shared, strict=False)
+
+
+def _other_size(shape: tuple[int, ...]) -> str:
+    return f'Train at its size (--data.size {shape[-1]}), or start without it: --init "".'
+
+
+def _tells_values(name: str, mine: Tensor, theirs: dict[str, Tensor], outputs: tuple[int, int]) -> bool:
+    """Whether a parameter belongs to the values: absent in the other, or with another number of them."""
+    if name not in theirs:
+        return name.startswith(FOR_VALUES)
+    pairs = zip(mine.shape, theirs[name].shape, strict=False)
+    return mine.ndim == theirs[name].ndim and all(a == b or (a, b) == outputs for a, b in pairs)

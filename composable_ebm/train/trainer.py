@@ -7,10 +7,11 @@ for the device: metrics are read every `log_every` iterations.
 
 from __future__ import annotations
 
+import errno
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from accelerate import Accelerator
@@ -20,31 +21,35 @@ from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages
 from composable_ebm.data.ranges import as_states
-from composable_ebm.experts.card import Card
+from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
 from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.experts.store import load_folder, read_card
 from composable_ebm.train.checkpoint import (
-    check_identity,
     flatten_optimiser,
-    latest_checkpoint,
     load_checkpoint,
     restore_optimiser,
     save_checkpoint,
 )
 from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.export import Journal, export
+from composable_ebm.train.export import export
+from composable_ebm.train.identity import PICTURES, identity, run_digest
+from composable_ebm.train.journal import Journal
 from composable_ebm.train.objectives.base import Figures, Setting
 from composable_ebm.train.processes import launch_command
+from composable_ebm.train.run_folder import RunFolder
 from composable_ebm.train.start import start_from
+from composable_ebm.train.stopping import StopSignals, TrainingStoppedError
 
 MAX_ROLLBACKS = 3
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 __all__ = ["Trainer", "TrainingDivergedError", "train"]
 
 
 class TrainingDivergedError(RuntimeError):
-    """A training that diverged again and again; the last good expert was written."""
+    """A training that diverged again and again; the last good expert was written, if there was one."""
 
 
 def train(
@@ -62,6 +67,9 @@ def train(
         arguments: Arguments of `composable-ebm train` that ask for this training, for the card.
     Raises:
         TrainingDivergedError: If it diverged more than three times; the last good expert is written.
+        TrainingStoppedError: If it was interrupted; what it had is saved.
+        ValueError: If the run's folder belongs to another training, or another works in it.
+        OSError: If the disk is full; the message says where it goes on.
     """
     trainer = Trainer(config, accelerator, data, arguments)
     try:
@@ -76,6 +84,10 @@ def _counted(figure: Tensor) -> Tensor:
     """(total, count) of a figure, (2,)."""
     figure = figure.float()
     return figure if figure.ndim else torch.stack([figure, torch.ones_like(figure)])
+
+
+def _finite(network: nn.Module) -> bool:
+    return all(bool(value.isfinite().all()) for value in network.state_dict().values())
 
 
 class Trainer:
@@ -106,7 +118,7 @@ class Trainer:
             gradient_accumulation_steps=config.accumulate,
         )
         self.device = self.accelerator.device
-        train_data, self.held_out = data or (self._load("train"), self._load("validation"))
+        train_data, self.held_out = data = data or (self._load("train"), self._load("validation"))
         self.data = train_data.to(self.device)
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
 
@@ -116,7 +128,9 @@ class Trainer:
         self.network_options = {**sizes, **asdict(config.network), "type": kind}
         self.card = self._card()  # before the training: it refuses names that no recipe could hold
         network = NETWORKS[kind](**sizes, **asdict(config.network))
-        start_from(network, config.init, self.data)
+        start_from(network, config.init, self.data, len(self.values))
+        self.identity = identity(config, data, self.values, self.accelerator.num_processes)
+        self.folder = RunFolder(config, self.identity)
         network = network.to(self.device)
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.optimiser.ema))
         optimiser = torch.optim.Adam(
@@ -158,24 +172,67 @@ class Trainer:
 
     def run(self) -> Expert:
         """Trains to the end and returns the finished expert, which is also written to its folder."""
-        config = self.config
+        first = self.accelerator.is_main_process
+        if first:
+            self.folder.enter()
+        try:
+            self.accelerator.wait_for_everyone()
+            with StopSignals() as stop:
+                return self._run(stop)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise OSError(
+                f"there is no room left to write to ({error}). Nothing is lost but what came after "
+                f"{self._last_saved()}: make room, and the same command goes on from there."
+            ) from error
+        finally:
+            if first:
+                self.folder.leave()
+
+    def _run(self, stop: StopSignals) -> Expert:
+        config, first = self.config, self.accelerator.is_main_process
         self._resume()
-        journal = Journal(config, self.accelerator.is_main_process, resume_at=self.step)
-        good = self._snapshot()
+        if self.step >= config.num_iterations and (expert := self._finished()):
+            if config.push_to_hub and first:
+                self._publish()
+            return expert
+        journal = Journal(config, first, resume_at=self.step)
         progress = tqdm(
             total=config.num_iterations,
             initial=self.step,
             desc=f"{config.family}/{config.name}",
-            disable=not self.accelerator.is_main_process,
+            disable=not first,
             dynamic_ncols=True,
         )
+        try:
+            self._iterate(stop, journal, progress)
+            progress.close()
+            expert = self.expert()
+            if first:
+                expert = export(config, expert, self.facts(), self.held_out)
+        finally:
+            progress.close()
+            journal.close()
+        if config.push_to_hub and first:
+            self._publish()
+        # Where one process ends badly the launcher ends all: none may leave before the expert is written.
+        self.accelerator.wait_for_everyone()
+        return expert
+
+    def _iterate(self, stop: StopSignals, journal: Journal, progress: tqdm) -> None:
+        config = self.config
+        good = self._snapshot()
         start = time.perf_counter() - self.seconds
         while self.step < config.num_iterations:
+            if stop.requested:
+                self._stop(stop.requested)
             self._pending.append(self._iteration())
             self.step += 1
             progress.update()
             self.seconds = time.perf_counter() - start
-            saving = self.step % config.save_every == 0
+            last = self.step == config.num_iterations
+            saving = last or self.step % config.save_every == 0
             if saving or self.step % config.log_every == 0:
                 metrics = self._read_pending()
                 if not self._healthy(metrics):
@@ -185,20 +242,44 @@ class Trainer:
                     continue
                 journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{self._rate():.1e}")
-            if self.step % config.evaluate_every == 0 or self.step == config.num_iterations:
+            if last or self.step % config.evaluate_every == 0:
                 journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
             if saving:
                 good = self._snapshot()
                 self._save(good)
-        progress.close()
-        expert = self.expert()
+
+    def _stop(self, signal_number: int) -> None:
+        """Ends a training that was asked to, after saving what it has."""
+        # Several processes are asked at different iterations, and have no common state to save.
+        alone = self.accelerator.num_processes == 1
+        if alone and self.step and (not self._pending or self._healthy(self._read_pending())):
+            self._save(self._snapshot())
+        raise TrainingStoppedError(
+            f"{self.config.family}/{self.config.name} stopped at iteration {self.step} of "
+            f"{self.config.num_iterations}. The same command goes on from {self._last_saved()}, as if it had "
+            "not been stopped.",
+            signal_number,
+        )
+
+    def _last_saved(self) -> str:
+        newest = self.folder.newest()
+        return f"iteration {newest[1]['step']}" if newest else "the beginning"
+
+    def _finished(self) -> Expert | None:
+        """The expert that this very run has written, if it has come to its end before."""
+        folder = self.config.model_folder
+        try:
+            training = read_card(folder).training
+            if training.get("run") != run_digest(self.identity) or training.get("iterations") != self.step:
+                return None
+            expert = load_folder(folder, self.device)
+        except CheckpointError:
+            return None
         if self.accelerator.is_main_process:
-            expert = export(config, expert, self.facts(), self.held_out)
-        journal.close()
-        if config.push_to_hub and self.accelerator.is_main_process:
-            self._publish()
-        # Where one process ends badly the launcher ends all: none may leave before the expert is written.
-        self.accelerator.wait_for_everyone()
+            tqdm.write(
+                f"this training is finished, after {self.step} iterations: nothing was done. For more give "
+                "a larger --num-iterations; to start anew, --fresh."
+            )
         return expert
 
     def _publish(self) -> None:
@@ -280,16 +361,32 @@ class Trainer:
         what = f"{figure.replace('_', ' ')} {metrics[figure]:.3g}"
         message = f"diverged at iteration {step} ({what}); back to {self.step}"
         if self.rollbacks > MAX_ROLLBACKS:
-            if self.accelerator.is_main_process:
-                export(config, self.expert(), self.facts(), self.held_out)
+            written = "No expert was written, since there is none that is finite."
+            if _finite(self.average.module) and self.step:
+                written = f"The expert of that iteration was written to {config.model_folder}."
+                if self.accelerator.is_main_process:
+                    export(config, self.expert(), self.facts(), self.held_out)
             self.accelerator.wait_for_everyone()
             raise TrainingDivergedError(
-                f"{config.family}/{config.name} {message} for the last time. The expert of that "
-                f"iteration was written to {config.model_folder}. Try a lower optimiser.learning_rate, a "
-                "higher objective.energy_l2 or objective.data_noise, or more cd_steps."
+                f"{config.family}/{config.name} {message} for the last time. {written} {self._advice()}"
             )
         if self.accelerator.is_main_process:
             tqdm.write(f"{message}, at half the learning rate ({self.rollbacks} of {MAX_ROLLBACKS})")
+
+    def _advice(self) -> str:
+        """What to change after a divergence, of what there is to change."""
+        objective = {f.name for f in fields(self.config.objective)}
+        higher = [f"--objective.{n.replace('_', '-')}" for n in ("energy_l2", "data_noise") if n in objective]
+        more = [
+            f"--objective.{n.replace('_', '-')}" for n in ("cd_steps", "langevin_steps") if n in objective
+        ]
+        parts = [
+            f"a lower --optimiser.learning-rate (now {self.config.optimiser.learning_rate:g})",
+            f"a lower --optimiser.grad-clip (now {self.config.optimiser.grad_clip:g})",
+            *([f"a higher {' or '.join(higher)}"] if higher else []),
+            *([f"more {' or '.join(more)}"] if more else []),
+        ]
+        return f"Try {', or '.join(parts)}, with --fresh."
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -325,6 +422,8 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "device": str(self.device),
             "rollbacks": self.rollbacks,
+            "pictures": self.identity[PICTURES],
+            "run": run_digest(self.identity),
             **({"exclude": list(self.config.data.exclude)} if self.config.data.exclude else {}),
         }
 
@@ -344,7 +443,8 @@ class Trainer:
             "seconds": self.seconds,
             "rollbacks": self.rollbacks,
             "rate_factor": self.rate_factor,
-            "identity": self.config.identity,
+            "identity": self.identity,
+            "num_iterations": self.config.num_iterations,
         }
         return {
             "step": self.step,
@@ -369,8 +469,8 @@ class Trainer:
 
     def _save(self, snapshot: dict) -> None:
         save_checkpoint(
-            self.config.run_folder / "checkpoints",
-            self.step,
+            self.folder.checkpoints,
+            int(snapshot["step"]),
             snapshot["tensors"],
             snapshot["facts"],
             self.accelerator.process_index,
@@ -378,15 +478,21 @@ class Trainer:
         )
 
     def _resume(self) -> None:
-        path = latest_checkpoint(self.config.run_folder / "checkpoints")
-        if path is None:
+        newest = self.folder.newest()
+        if newest is None:
             return
-        tensors, facts = load_checkpoint(path, self.accelerator.process_index)
-        check_identity(path, facts.get("identity", {}), self.config.identity)
+        path, facts, damaged = newest
+        tensors = load_checkpoint(path, self.accelerator.process_index)
         self._restore({"step": facts["step"], "facts": facts, "tensors": tensors})
         self.rollbacks, self.rate_factor = facts["rollbacks"], facts["rate_factor"]
-        if self.accelerator.is_main_process:
-            tqdm.write(f"resuming from {path}")
+        if not self.accelerator.is_main_process:
+            return
+        for problem in damaged:
+            tqdm.write(f"passed over a damaged checkpoint: {problem}")
+        planned = facts["num_iterations"]
+        if self.step < self.config.num_iterations:
+            other = f", to {self.config.num_iterations} instead of {planned} iterations"
+            tqdm.write(f"resuming from {path}{other if planned != self.config.num_iterations else ''}")
 
     def _load(self, split: str) -> LabelledImages:
         wanted = self.config.data
