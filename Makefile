@@ -7,7 +7,7 @@ ARGS ?=
 CONFIG ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help mixer test lint train bench demos clean
+.PHONY: help mixer test lint docs train bench demos clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ lint: .venv/.installed  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.installed  ## Build the documentation into site/; warnings are errors
+	$(BIN)/mkdocs build --strict $(ARGS)
 
 train: .venv/.installed  ## Train one expert: make train CONFIG=configs/faces/smile.toml
 	$(if $(CONFIG),,$(error say which expert: make train CONFIG=configs/FAMILY/NAME.toml))
