@@ -116,9 +116,14 @@ def draw(
         for members in groups.values():
             for part in range(0, len(members), MOST_CHAINS // 2):
                 own = members[part : part + MOST_CHAINS // 2]
-                seed = int(torch.randint(2**31, (), generator=generator))
-                options = {"num_chains": len(own), "seed": seed, "on_divergence": "report"}
-                runs.append((own, engine.submit(expressions[own[0]], sampler=sampler, **options)))
+                run = engine.submit(
+                    expressions[own[0]],
+                    num_chains=len(own),
+                    seed=int(torch.randint(2**31, (), generator=generator)),
+                    sampler=sampler,
+                    on_divergence="report",
+                )
+                runs.append((own, run))
         for own, run in runs:
             out = run.result()
             found += zip(own, out.samples, strict=True)
