@@ -93,7 +93,7 @@ def test_error_falls_like_one_over_the_root_of_the_number_of_particles():
 
 
 def test_own_error_estimate_is_that_of_repeated_runs():
-    runs = [run(2, 500, seed) for seed in range(12)]
+    runs = [run(2, 200, seed) for seed in range(10)]
     spread = float(torch.tensor([out.log_probability for out in runs]).std())
     stated = sum(out.weighted.error for out in runs) / len(runs)
     assert 0.5 * spread < stated < 2.5 * spread

@@ -16,7 +16,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy, flat
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
-from composable_ebm.sampling.particles import Population, carried
+from composable_ebm.sampling.particles import Particles, Population, carried
 from composable_ebm.sampling.schedule import Schedule
 
 Sampler = Kernel | Annealed
@@ -149,7 +149,7 @@ class Hold(NamedTuple):
 
     def put(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
         """`x` with the held part in place, at σ () or at no noise at all."""
-        held = self.states if noise_level is None else self.states + noise_level * self.noise
+        held = self.states if noise_level is None else self.states + expand(noise_level, x) * self.noise
         return torch.where(self.mask, x, held)
 
 
@@ -175,6 +175,7 @@ class Block:
         dynamics: Step size, temperature and noise scale, before the schedule's factors.
         num_steps: Steps taken.
         carrier: The density that its rows are particles of, if they are weighed.
+        met: Which of its rows met the composition at the last look, (rows,), where there are looks.
         population: Their weights, once they have any.
         evaluations: Gradients taken of its rows, where potentials are shared by several blocks.
         replayed: Steps that were replayed, see `graphs`.
@@ -209,6 +210,7 @@ class Block:
         self.replayed = 0
         self.plain_because = ""
         self.population: Population | None = None
+        self.met: Tensor | None = None
         self.follow(sampler, x, num_steps, ends, num_warmup)
 
     def follow(
@@ -302,6 +304,27 @@ class Block:
         return self.levels[self.place] != self.levels[self.place - 1]
 
     @property
+    def starts_in_noise(self) -> bool:
+        """Whether it has not taken a step yet, and begins at the first noise level."""
+        return self.num_steps == 0
+
+    def snapshot(self) -> tuple:
+        """What `restore` goes back to; tensors are never written in place."""
+        return (
+            self.num_steps,
+            self.place,
+            self.dynamics,
+            len(self.history),
+            self.evaluations,
+            self.population,
+        )
+
+    def restore(self, snapshot: tuple) -> None:
+        """Goes back to a `snapshot`."""
+        self.num_steps, self.place, self.dynamics, length, self.evaluations, self.population = snapshot
+        del self.history[length:]
+
+    @property
     def left_level(self) -> Tensor | None:
         """σ of the level that chains now leave, (), or None without a curve for it."""
         return None if self._sigma is None else self._sigma[self.place - 1]
@@ -310,6 +333,18 @@ class Block:
     def is_carried(self) -> bool:
         """Whether its chains are particles, on their way from one noise level to the next."""
         return self.population is not None and not self._is_past_the_end()
+
+    def weighed(self, gain: Tensor, u: Tensor) -> Tensor:
+        """Weighs its particles, and which of them now stands in each place, (rows,).
+
+        Args:
+            gain: log of what their weights are multiplied with, (rows,).
+            u: Uniform on [0, 1), ().
+        """
+        assert self.population is not None
+        assert isinstance(self.sampler, Particles)
+        self.population, index = self.population.weighed(gain).resampled(u, self.sampler.threshold)
+        return index
 
     def predicted(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Where chains that leave a noise level start at the next one: moved there, or as they are.

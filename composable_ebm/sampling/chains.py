@@ -33,7 +33,7 @@ from composable_ebm.sampling.graphs import (
     weights_of,
 )
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
-from composable_ebm.sampling.particles import Particles, Population
+from composable_ebm.sampling.particles import Population
 
 Callback = Callable[[int, "Chain"], object]
 
@@ -150,7 +150,7 @@ class Batch(ABC):
         """The rows of a block whose chains stand at `x`, (rows, *event), before any step."""
         with evaluating(block.energy.modules()):
             x = block.placed(x.detach())
-            if block.carrier is not None and block.num_steps == 0:
+            if block.carrier is not None and block.starts_in_noise:
                 x = self._drawn_from_the_carrier(block, x)
             before = x.clone()
             state = block.kernel.init(self.potential_of([block]), x, block.noise)
@@ -158,7 +158,7 @@ class Batch(ABC):
                 raise ValueError(_who_changes(block.energy, before, block.noise_level))
             if block.carrier is not None:
                 # Chains that come from elsewhere stand for the composition at this level as they are.
-                fresh = block.num_steps == 0
+                fresh = block.starts_in_noise
                 log_weights = self._said(block, state, block.noise_level) if fresh else x.new_zeros(len(x))
                 block.population = Population.of(log_weights)
         return Rows.new(state, self.clock)
@@ -206,6 +206,16 @@ class Batch(ABC):
         changed = Rows.cat([parts[i] for i in places])
         rows = self._evaluated(blocks, changed, changed.state.x)
         self._put(parts, places, rows)
+
+    def move(self, block: Block, x: Tensor) -> None:
+        """Sets the chains of a block to `x`, (rows, *event); those that had diverged go on from there."""
+        parts = self.rows.split(self.sizes)
+        i = self.blocks.index(block)
+        state = parts[i].state._replace(x=x)
+        with evaluating(self._modules):
+            energy, gradient = self.potential_of([block])(x)
+        parts[i] = Rows.new(state._replace(energy=energy, gradient=gradient), self.clock)
+        self.rows = Rows.cat(parts)
 
     def advance(self, num_steps: int) -> Tensor:
         """Takes `num_steps` steps with every chain and returns the states, (batch, *event)."""
@@ -281,12 +291,9 @@ class Batch(ABC):
         parts = self.rows.split(self.sizes)
         for block, before in said.items():
             i = self.blocks.index(block)
-            sampler, rows = block.sampler, parts[i]
-            assert block.population is not None
-            assert isinstance(sampler, Particles)
+            rows = parts[i]
             gain = self._said(block, rows.state, block.noise_level) - before
-            weighed = block.population.weighed(torch.where(rows.alive, gain, -torch.inf))
-            block.population, index = weighed.resampled(block.noise.number(gain), sampler.threshold)
+            index = block.weighed(torch.where(rows.alive, gain, -torch.inf), block.noise.number(gain))
             parts[i] = rows.picked(index)
         self.rows = Rows.cat(parts)
 

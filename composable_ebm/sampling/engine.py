@@ -20,6 +20,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy
 from composable_ebm.sampling.block import Block, Held, Sampler
 from composable_ebm.sampling.kernel import Noise
+from composable_ebm.sampling.live import Live, LiveBlock
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.run import OnFrame, Request, Run
 from composable_ebm.sampling.sample import Images, prepare
@@ -76,6 +77,7 @@ class Engine:
         alone: bool = False,
         sampler: Sampler | None = None,
         schedule_steps: int | None = None,
+        live: Live | bool = False,
         init: Tensor | Images | None = None,
         mask: Tensor | None = None,
         held: Held = "clean",
@@ -102,6 +104,9 @@ class Engine:
             schedule_steps: Steps that the schedule of an annealed sampler takes; after them its last
                 values stay. All of the run unless given; where the run has no end, the calibrated
                 number.
+            live: Has an endless run land: chains that do not meet the composition, as after `steer`, are
+                taken up to the noise from which they can change and come down again; those that leave where
+                data can be begin again at their neighbours. Needs a sampler annealed over noise levels.
             init: States to start from, as in `sample`.
             mask: 1 where states may move, 0 where they are held at `init`.
             held: Whether what is held carries the noise of the level, as in `sample`.
@@ -128,21 +133,44 @@ class Engine:
             on_divergence=on_divergence,
             device=self.device,
         )
+        if live and num_steps is not None:
+            raise ValueError("live chains have no end: give num_steps=None.")
+        # Of an endless run all chains are looked at: there is no draw at its end.
+        x = asked.x if num_steps is not None else asked.x[: asked.num_chains]
+        noise = Noise((asked.generator, len(x)))
         total = None if num_steps is None else num_warmup + asked.num_steps
         pace = (frame_every, frames_per_second, steps_per_second)
         request = Request(total, seed, num_warmup, on_divergence, *pace, share, alone)
-        self._check_size(composition, len(asked.x))
-        block = Block(
-            composition,
-            asked.x,
-            asked.sampler,
-            Noise((asked.generator, len(asked.x))),
-            num_steps=schedule_steps or num_warmup + asked.num_steps,
-            ends=total is not None and schedule_steps is None,
-            mask=asked.mask,
-            held=held,
-            num_warmup=num_warmup,
-            record=total is not None,
+        self._check_size(composition, len(x))
+        if live:
+            tended = LiveBlock(
+                composition,
+                x,
+                asked.sampler,
+                noise,
+                Live() if live is True else live,
+                schedule_steps or asked.num_steps,
+                at_rest=init is not None,
+                mask=asked.mask,
+                held=held,
+            )
+            if init is not None:
+                x = x + tended.sigma * noise.normal(x)
+        block = (
+            tended
+            if live
+            else Block(
+                composition,
+                x,
+                asked.sampler,
+                noise,
+                num_steps=schedule_steps or num_warmup + asked.num_steps,
+                ends=total is not None and schedule_steps is None,
+                mask=asked.mask,
+                held=held,
+                num_warmup=num_warmup,
+                record=total is not None,
+            )
         )
         run = Run(
             block,
@@ -151,7 +179,7 @@ class Engine:
             calibrated=sampler is None,
             wake=self._wake,
         )
-        self._accept(run, asked.x, on_frame)
+        self._accept(run, x, on_frame)
         return run
 
     def _check_size(self, composition: Energy, size: int) -> None:

@@ -28,8 +28,6 @@ from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Rows, joined
 from composable_ebm.sampling.chains import Batch
-from composable_ebm.sampling.kernel import Dynamics
-from composable_ebm.sampling.particles import Population
 
 MAX_SUBSETS = 64
 """Sets of blocks whose potential a batch keeps, between changes of its blocks."""
@@ -267,7 +265,8 @@ class JointPotential:
         if self._given_level is not None:
             return self._given_level[0]
         levels = [block.noise_level for block in self.blocks]
-        if len({block.sigma for block in self.blocks}) == 1:
+        apart = any(level is not None and level.ndim for level in levels)
+        if len({block.sigma for block in self.blocks}) == 1 and (len(levels) == 1 or not apart):
             return levels[0]
         return joined(levels, self.sizes)
 
@@ -299,7 +298,7 @@ class Saved(NamedTuple):
 
     rows: Rows
     clock: int
-    blocks: list[tuple[int, int, Dynamics, int, int, Population | None]]
+    blocks: list[tuple]
     generators: list[tuple[torch.Generator, Tensor]]
 
 
@@ -351,22 +350,15 @@ class JointBatch(Batch):
         return Saved(
             self.rows,
             self.clock,
-            [
-                (b.num_steps, b.place, b.dynamics, len(b.history), b.evaluations, b.population)
-                for b in self.blocks
-            ],
+            [block.snapshot() for block in self.blocks],
             [(g, g.get_state()) for block in self.blocks for g, _ in block.noise.sources],
         )
 
     def restore(self, saved: Saved) -> None:
         """Undoes the steps since `saved`."""
         self.rows, self.clock = saved.rows, saved.clock
-        for block, (num_steps, place, dynamics, length, evaluations, population) in zip(
-            self.blocks, saved.blocks, strict=True
-        ):
-            block.num_steps, block.place, block.dynamics = num_steps, place, dynamics
-            block.evaluations, block.population = evaluations, population
-            del block.history[length:]
+        for block, snapshot in zip(self.blocks, saved.blocks, strict=True):
+            block.restore(snapshot)
         for generator, state in saved.generators:
             generator.set_state(state)
 

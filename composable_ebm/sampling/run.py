@@ -12,6 +12,7 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy
 from composable_ebm.sampling.block import Block, Hold, Rows, Sampler
+from composable_ebm.sampling.kernel import expand
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.sample import calibrated_sampler, check_positive_term
 
@@ -31,10 +32,11 @@ class Frame(NamedTuple):
         states: (num_chains, *event).
         energies: In nats, (num_chains,), of the composition that the run follows at this step.
         gradients: ∂E/∂x, (num_chains, *event).
-        noise_level: Noise that the states carry on purpose, (), in data units, or None.
+        noise_level: Noise that the states carry on purpose, () or (num_chains,), in data units, or None.
         alive: False for a chain that diverged and was frozen, (num_chains,).
         composition: What the run follows at this step.
         hold: The part of the states that is held with noise, if any is.
+        met: Of live chains, which met the composition at the last look, (num_chains,); None without one.
     """
 
     step: int
@@ -45,6 +47,7 @@ class Frame(NamedTuple):
     alive: Tensor
     composition: Energy
     hold: Hold | None = None
+    met: Tensor | None = None
 
     @property
     def denoised(self) -> Tensor:
@@ -52,7 +55,7 @@ class Frame(NamedTuple):
         ones is x - σ² ∂E/∂x (Tweedie's formula). What is held is as it was given."""
         if self.noise_level is None:
             return self.states
-        x = self.states - self.noise_level.square() * self.gradients
+        x = self.states - expand(self.noise_level.square(), self.states) * self.gradients
         return x if self.hold is None else self.hold.put(x, None)
 
     @property
@@ -309,6 +312,7 @@ class Run:
             alive[:count].clone(),
             block.energy,
             block.hold,
+            block.met,
         )
         with self._changed:
             self._frame = frame

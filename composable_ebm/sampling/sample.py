@@ -266,7 +266,7 @@ def conclude(
     trace = trace_of(block, rows)
     weighted = None
     with evaluating(block.energy.modules()):
-        if block.population is not None:
+        if block.population is not None and isinstance(block.sampler, Particles):
             weighted = draw_from(block, x, num_chains, potential)
             x, rows, trace = x[weighted.chosen], rows.picked(weighted.chosen), trace.of(weighted.chosen)
             trajectory = None if trajectory is None else trajectory[:, weighted.chosen]

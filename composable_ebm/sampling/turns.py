@@ -24,6 +24,7 @@ from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Rows
 from composable_ebm.sampling.graphs import settings_of
 from composable_ebm.sampling.joint import JointBatch, PotentialPool, Saved
+from composable_ebm.sampling.live import LiveBlock
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.run import Run, Steering
 from composable_ebm.sampling.sample import DEFAULT_STEPS, calibrated_sampler, conclude
@@ -103,6 +104,7 @@ class Turns:
         batch.charged = self._charged + (now - start) / sum(request.share for request in requests)
         if (rate := requests[0].steps_per_second) is not None:
             batch.due = max(batch.due + 1 / rate, now)
+        self._tend(batch)
         self._account(blocks)
 
     # -- joining and leaving -------------------------------------------------------------------------
@@ -147,6 +149,18 @@ class Turns:
     def _end(self, run: Run, result: SampleResult | None, error: BaseException | None = None) -> None:
         self._runs.pop(run.block, None)
         self._ended(run, result, error)
+
+    def _tend(self, batch: JointBatch) -> None:
+        """Looks at live chains whose look is due."""
+        for block in list(batch.blocks):
+            if isinstance(block, LiveBlock) and block.look_is_due:
+                try:
+                    if (x := block.tend(batch.rows_of(block))) is not None:
+                        batch.move(block, x)
+                except Exception as error:
+                    run = self._runs[block]
+                    self._leave(run)
+                    self._end(run, None, error)
 
     # -- between steps -------------------------------------------------------------------------------
 
@@ -194,6 +208,11 @@ class Turns:
         """Has a run follow another composition, in another batch if its kernel asks for that."""
         block, state = run.block, self._leave(run).state
         x, kind = state.x, _kind(run, state.x)
+        if isinstance(block, LiveBlock):
+            suited = steering.sampler or (calibrated_sampler(steering.energy)[0] if run.calibrated else None)
+            block.turn(steering.energy, suited)
+            self._begin(run, x)
+            return
         block.energy = steering.energy
         sampler = steering.sampler
         run.calibrated = run.calibrated and sampler is None
