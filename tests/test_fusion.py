@@ -19,8 +19,8 @@ from composable_ebm.potential.plan import FusedPotential, Group
 from composable_ebm.sampling.schedule import Schedule, geometric
 
 COMPILER = any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")))
-CAN = COMPILER and "avx512f" in native._features().split()
-needs_compiler = pytest.mark.skipif(not CAN, reason="this machine has no C compiler or no AVX-512")
+CAN = COMPILER and {"avx2", "asimd"} & set(native._features().split())
+needs_compiler = pytest.mark.skipif(not CAN, reason="this machine has no C compiler or only short vectors")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -116,13 +116,13 @@ def test_one_pass_over_noise_conditioned_experts_equals_autograd(values, weights
 def in_c(monkeypatch):
     """Passes in C, where this machine can."""
     if not CAN:
-        pytest.skip("this machine has no C compiler or no AVX-512")
+        pytest.skip("this machine has no C compiler or only short vectors")
     monkeypatch.setattr(native, "PATIENCE", 0.0)
 
 
 @pytest.mark.usefixtures("in_c")
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 def test_a_pass_in_c_equals_autograd(data):
     values = data.draw(st.lists(st.sampled_from((1, 2, 3)), min_size=1, max_size=3))
     shape = data.draw(st.sampled_from((SHAPE, (1, 3, 5), (1, 9, 15))))

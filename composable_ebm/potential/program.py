@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composable_ebm.potential.forms.native import Chain, NativeNetwork, chain_of
+from composable_ebm.potential.forms.native import NativeNetwork, part_for_c
+from composable_ebm.potential.native.plan import Part, Unfit
 from composable_ebm.potential.operations import RULES, Pullback, Step
 from composable_ebm.potential.packed import version_of
 from composable_ebm.potential.trace import Node, Trace, Unreadable, Value
 
 __all__ = ["Program"]
+
+IN_C = "in C"
 
 
 class Program:
@@ -25,16 +28,16 @@ class Program:
 
     Args:
         trace: The network; the program serves states of the shape it was traced at.
-        in_c: Whether chains of convolutions may go to the function in C.
+        in_c: Whether convolutions may go to the function in C.
     Raises:
         Unreadable: If an operation is used in a way that its rule does not know.
     """
 
     def __init__(self, trace: Trace, in_c: bool = True) -> None:
         nodes = trace.needed()
-        self.chain = _InC(chain) if in_c and (chain := chain_of(nodes)) is not None else None
-        if self.chain is not None:
-            nodes = self.chain.instead(nodes)
+        self.in_c = _in_c(nodes) if in_c else None
+        if self.in_c is not None:
+            nodes = self.in_c.instead(nodes)
         places = {trace.x: 0} | ({} if trace.noise_level is None else {trace.noise_level: 1})
         for node in nodes:
             places[node.output] = len(places)
@@ -46,6 +49,7 @@ class Program:
             if node.output.of_states:
                 step = _step(node)
                 self.steps.append((step, _plain(node), self._inputs(node), places[node.output]))
+        self.names = [node.operation for node in nodes if node.output.of_states]
         self.result = places[trace.output]
         self._at: list[Tensor] = []
         self.operations = len(self.steps)
@@ -54,7 +58,7 @@ class Program:
     @property
     def path(self) -> str:
         """How the last states were evaluated, in words."""
-        in_c = self.chain is not None and self.chain.ran
+        in_c = self.in_c is not None and self.in_c.ran
         return "traced, its convolutions in C" if in_c else "traced, gradients by hand"
 
     def _inputs(self, node: Node) -> list[int]:
@@ -114,36 +118,37 @@ class Program:
         return values[result], pull_back
 
 
+def _in_c(nodes: Sequence[Node]) -> _InC | None:
+    part = part_for_c(nodes)
+    try:
+        return None if part is None else _InC(part)
+    except Unfit:
+        return None
+
+
 class _InC:
-    """A chain of convolutions as one operation: in C where that can be had now, or by its steps.
+    """A part of a network as one operation: in C where that can be had now, or by its steps."""
 
-    With one output a row, cotangents only scale the gradient, so it comes with the energies.
-    """
-
-    def __init__(self, chain: Chain) -> None:
-        self.network = NativeNetwork(chain)
-        self.steps = Program(Trace(chain.input, None, chain.output, chain.nodes), in_c=False)
-        self.chain = chain
+    def __init__(self, part: Part) -> None:
+        self.network = NativeNetwork(part)
+        self.steps = Program(Trace(part.input, None, part.output, part.nodes), in_c=False)
+        self.part = part
         self.ran = False
 
     def instead(self, nodes: Sequence[Node]) -> list[Node]:
-        """The operations with the chain as one of them."""
-        whole = Node("chain", self.step, {"input": self.chain.input}, self.chain.output)
-        inside = set(self.chain.nodes)
-        last = self.chain.nodes[-1]
+        """The operations with the part as one of them."""
+        whole = Node(IN_C, self.step, {"input": self.part.input}, self.part.output)
+        inside, last = set(self.part.nodes), self.part.nodes[-1]
         return [whole if node is last else node for node in nodes if node is last or node not in inside]
 
     def step(self, input: Tensor) -> tuple[Tensor, Pullback]:
         self.ran = self.network.allowed(len(input))
-        if not self.ran:
-            return self.steps(input, None)
-        energy, gradient = self.network(input)
-        return energy[:, None], lambda g: gradient * g.reshape(-1, *[1] * (input.ndim - 1))
+        return self.network(input) if self.ran else self.steps(input, None)
 
 
 def _step(node: Node) -> Step | None:
     """The step of an operation, from its rule; None where it is to be called as it is."""
-    if node.operation == "chain":
+    if node.operation == IN_C:
         return node.function
     if not node.output.live:
         try:

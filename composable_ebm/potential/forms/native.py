@@ -1,255 +1,228 @@
-"""Chains of convolutions and linear layers as one compiled function of C: energy and input gradient.
+"""Networks of convolutions as one function of C: outputs and input gradient.
 
-An image goes through all layers and back before the next one starts, so nothing leaves the cache.
-The function (`native/convolutions.c`) is one for all networks. In a traced network `chain_of` finds what it
-can do; the rest stays as it is.
+An image goes through all layers, and back, before the next one starts, so nothing leaves the cache.
+The function (`native/convolutions.c`) is one for all networks. In a traced network `part_for_c` finds what
+it can do, from one image to a few numbers; the rest stays as it is.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from composable_ebm.potential.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.native.plan import (
+    ACTIVATIONS,
+    BLOCK,
+    MOST_CHANNELS,
+    Image,
+    Operation,
+    Part,
+    Plan,
+    over_all,
+)
+from composable_ebm.potential.operations import Pullback
 from composable_ebm.potential.trace import Node, Value
 
-__all__ = ["Chain", "NativeNetwork", "chain_of"]
+__all__ = ["NativeNetwork", "part_for_c"]
 
-LANES = 16
-ACTIVATIONS = {"silu": 1, "relu": 2}
-SILENT = {"flatten", "view", "reshape", "_unsafe_view", "contiguous", "clone", "dropout", "alias"}
-MOST_LAYERS = 32
-MOST_STRIDE = 4  # of the first layer
+SILENT = {"flatten", "view", "reshape", "_unsafe_view", "squeeze", "contiguous", "clone", "dropout", "to"}
+MOST_OUTPUTS, MOST_STRIDE = 64, 4
 
 
-@dataclass
-class Layer:
-    """As `Layer` in convolutions.c, field by field."""
+class _Network(ctypes.Structure):
+    """As `Network` in convolutions.c."""
 
-    in_channels: int
-    in_height: int
-    in_width: int
-    out_channels: int
-    out_height: int
-    out_width: int
-    kernel_height: int
-    kernel_width: int
-    stride: int
-    padding: int
-    activation: int = 0
-    forward_weight: int = 0
-    backward_weight: int = 0
-    bias: int = 0
-
-    @property
-    def operations(self) -> int:
-        """Additions and multiplications of energy and gradient, for one image."""
-        taps = self.kernel_height * self.kernel_width * self.in_channels
-        return 4 * taps * self.out_channels * self.out_height * self.out_width
-
-
-@dataclass
-class Chain:
-    """Layers of a traced network that the function in C can do.
-
-    Attributes:
-        input: The images.
-        output: One number for each image.
-        nodes: What leads from the one to the other.
-    """
-
-    input: Value
-    output: Value
-    nodes: list[Node]
-
-
-def chain_of(nodes: Sequence[Node]) -> Chain | None:
-    """The longest chain of layers among operations that starts at images and ends in one number each."""
-    readers: dict[Value, int] = {}
-    for node in nodes:
-        for value in node.inputs:
-            readers[value] = readers.get(value, 0) + 1
-    made = {node.output: node for node in nodes}
-    for last in reversed(nodes):
-        if (
-            last.operation != "linear"
-            or not last.output.live
-            or last.output.shape != (last.output.shape[0], 1)
-        ):
-            continue
-        chain, value = [last], last.inputs[0]
-        while value in made and readers[value] == 1 and _known(made[value]):
-            chain.append(made[value])
-            value = chain[-1].inputs[0]
-        found = _trimmed(chain[::-1])
-        if found:
-            return Chain(found[0].inputs[0], last.output, found)
-    return None
-
-
-def _known(node: Node) -> bool:
-    arguments = node.arguments
-    if node.operation in ACTIVATIONS:
-        return True
-    if node.operation in SILENT:
-        return node.output.shape[0] == node.inputs[0].shape[0]
-    if len(node.inputs) != 1 or node.inputs[0] is not arguments.get("input"):
-        return False
-    if node.operation == "linear":
-        return len(arguments["input"].shape) == 2
-    if node.operation != "conv2d" or isinstance(arguments["padding"], str):
-        return False
-    kernel, stride, padding = arguments["weight"].shape[2:], arguments["stride"], arguments["padding"]
-    return (
-        arguments["groups"] == 1
-        and set(arguments["dilation"]) == {1}
-        and all(len({*each}) == 1 for each in (kernel, stride, padding))
-        and padding[0] < kernel[0]
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("operations", "images", "weights")),
+        *((name, ctypes.c_int) for name in ("count", "channels", "outputs", "result")),
+        *((name, ctypes.c_int) for name in ("kept", "memory", "thin")),
     )
 
 
-def _trimmed(nodes: list[Node]) -> list[Node]:
-    """From the first convolution of few channels on, or nothing if the function cannot do it."""
-    first = next((i for i, node in enumerate(nodes) if node.operation == "conv2d"), len(nodes))
-    nodes = nodes[first:]
-    kinds = [node.operation for node in nodes if node.operation not in SILENT]
-    weighted = [node for node in nodes if "weight" in node.arguments]
-    convolutions = [node for node in weighted if node.operation == "conv2d"]
-    if not wanted() or not convolutions or not 1 < len(weighted) <= MOST_LAYERS:
-        return []
-    image = nodes[0].inputs[0]
-    in_order = weighted[: len(convolutions)] == convolutions
-    flat = [n for n in nodes if n.operation in SILENT and len(n.output.shape) != len(n.inputs[0].shape)]
-    twice = any(a in ACTIVATIONS and b in ACTIVATIONS for a, b in pairwise(kinds))
-    float32 = all(node.arguments["weight"].dtype == torch.float32 for node in weighted)
-    small = image.shape[1] < LANES and nodes[0].arguments["stride"][0] <= MOST_STRIDE
-    fits = in_order and len(flat) == 1 and not twice and float32 and image.dtype == torch.float32 and small
-    return nodes if fits else []
+def part_for_c(nodes: Sequence[Node]) -> Part | None:
+    """The last part of a network that the function in C can do, or None."""
+    if not wanted():
+        return None
+    made = {node.output: node for node in nodes}
+    readers: dict[Value, list[Node]] = {}
+    for node in nodes:
+        for value in node.inputs:
+            readers.setdefault(value, []).append(node)
+    for last in reversed(nodes):
+        shape = last.output.shape
+        flat = len(shape) <= 2 and shape.numel() <= MOST_OUTPUTS * shape[0]
+        if flat and last.operation in ("linear", "sum", "mean") and _can(last):
+            inside: set[Node] = set()
+            outside = _reach(last, made, inside)
+            leaks = any(
+                reader not in inside for node in inside if node is not last for reader in readers[node.output]
+            )
+            image = next(iter(outside), last.output)
+            if len(outside) == 1 and not leaks and _comes_in(image, inside):
+                return Part(image, last.output, [node for node in nodes if node in inside])
+    return None
+
+
+def _reach(last: Node, made: dict[Value, Node], inside: set[Node]) -> set[Value]:
+    """Gathers what leads to an operation as far as C can do it; returns the values that come in."""
+    outside, waiting = set(), [last]
+    while waiting:
+        node = waiting.pop()
+        inside.add(node)
+        for value in node.inputs:
+            before = made.get(value)
+            if before is None or not _can(before):
+                outside.add(value)
+            elif before not in inside:
+                waiting.append(before)
+    return outside
+
+
+def _comes_in(image: Value, inside: Iterable[Node]) -> bool:
+    """Whether the function takes such images, in such a network."""
+    readers = [node for node in inside if image in node.inputs]
+    kinds = [node.operation for node in inside]
+    if len(image.shape) != 4 or not image.live or "conv2d" not in kinds:
+        return False
+    if kinds.count("conv2d") + kinds.count("linear") < 2:
+        return False
+    if image.shape[1] >= BLOCK:
+        return True
+    first = readers[0]
+    return len(readers) == 1 and first.operation == "conv2d" and first.arguments["stride"][0] <= MOST_STRIDE
+
+
+def _can(node: Node) -> bool:
+    """Whether C knows the operation, used like this."""
+    arguments, inputs = node.arguments, node.inputs
+    if not node.output.live or any(v.dtype != torch.float32 for v in (node.output, *inputs)):
+        return False
+    shape = inputs[0].shape
+    if len(shape) not in (2, 4) or len(inputs) > 2 or not all(value.live for value in inputs):
+        return False
+    name = node.operation
+    if name == "add":
+        return len(inputs) == 2 and inputs[1].shape == shape and arguments["alpha"] == 1
+    if len(inputs) != 1:
+        return False
+    known: dict[str, Callable[[], bool]] = {
+        "linear": lambda: len(shape) == 2 and _constant(arguments["weight"]),
+        "conv2d": lambda: _plain_convolution(arguments) and len(shape) == 4,
+        "batch_norm": lambda: not arguments["training"] and arguments["running_mean"] is not None,
+        "group_norm": lambda: shape[1] <= MOST_CHANNELS,
+        "instance_norm": lambda: arguments["use_input_stats"] and shape[1] <= MOST_CHANNELS,
+        "layer_norm": lambda: list(arguments["normalized_shape"]) == [*shape[1:]] and len(shape) == 2,
+        "avg_pool2d": lambda: _windows_side_by_side(node),
+        "adaptive_avg_pool2d": lambda: set(arguments["output_size"]) == {1},
+        "sum": lambda: over_all(node) is not None,
+        "mean": lambda: over_all(node) is not None,
+    }
+    if name in known:
+        return known[name]()
+    if name == "elu":
+        return arguments["scale"] == arguments["input_scale"] == 1
+    if name in SILENT:
+        to = node.output.shape
+        return to == shape or (to[0] == shape[0] and len(to) == 2 and to.numel() == shape.numel())
+    return name in ACTIVATIONS
+
+
+def _constant(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.dtype == torch.float32
+
+
+def _plain_convolution(arguments: dict) -> bool:
+    weight, padding, stride = (arguments[name] for name in ("weight", "padding", "stride"))
+    if isinstance(padding, str) or not _constant(weight):
+        return False
+    sides = (weight.shape[2:], padding, stride)
+    once = arguments["groups"] == 1 and set(arguments["dilation"]) == {1}
+    return once and all(len({*side}) == 1 for side in sides) and padding[0] < weight.shape[2]
+
+
+def _windows_side_by_side(node: Node) -> bool:
+    a = node.arguments
+    same = list(a["stride"] or a["kernel_size"]) == list(a["kernel_size"])
+    covered = all(
+        k * out >= side
+        for k, out, side in zip(
+            a["kernel_size"], node.output.shape[2:], node.inputs[0].shape[2:], strict=True
+        )
+    )
+    return same and covered and set(a["padding"]) == {0} and a["divisor_override"] is None
 
 
 class NativeNetwork:
-    """x -> energies and their gradient, of a chain of layers with one output.
+    """x -> outputs, and the function that pulls their cotangents back, of a part of a network.
 
     Args:
-        chain: The layers.
+        part: What C can do, see `part_for_c`.
     """
 
-    def __init__(self, chain: Chain) -> None:
-        shape = chain.input.shape[1:]
-        plan, weights = _packed(chain.nodes, shape)
-        self.operations = sum(layer.operations for layer in plan)
-        self.weights = torch.cat(weights)
-        self.count = len(plan)
-        numbers = [number for layer in plan for number in astuple(layer)]
-        self.plan = (ctypes.c_int * len(numbers))(*numbers)
-        self.memory: list[Tensor] = []
+    def __init__(self, part: Part) -> None:
+        plan = Plan(part)
+        self.part, self.operations = part, plan.arithmetic
+        self.outputs = part.output.shape.numel() // part.output.shape[0]
+        self.weights = torch.cat([block.reshape(-1) for block in plan.weights])
+        self._operations = (Operation * len(plan.operations))(*plan.operations)
+        self._images = (Image * len(plan.images))(*plan.images)
+        channels, *_ = part.input.shape[1:]
+        self._network = _Network(
+            ctypes.cast(self._operations, ctypes.c_void_p),
+            ctypes.cast(self._images, ctypes.c_void_p),
+            self.weights.data_ptr(),
+            len(plan.operations),
+            channels,
+            self.outputs,
+            plan.result,
+            plan.kept,
+            plan.kept + plan.rest,
+            int(plan.thin),
+        )
+        self._memory: list[Tensor] = []
+        self._kept: list[Tensor] = []
 
     def allowed(self, rows: int) -> bool:
         """Whether to use it now, see `native.allowed`."""
         return allowed(float(self.operations * rows))
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Energies (batch,) and gradient, shape of `x`."""
-        functions = library()
+    def __call__(self, x: Tensor) -> tuple[Tensor, Pullback]:
         x = x.contiguous()
-        energy, gradient = x.new_empty(len(x)), torch.empty_like(x)
-        while len(self.memory) < torch.get_num_threads():
-            self.memory.append(torch.zeros(functions.working_memory(self.plan, self.count)))
+        outputs = x.new_empty(len(x), self.outputs)
+        shape = (len(x), *self.part.output.shape[1:])
+        if self.outputs == 1:  # cotangents only scale the gradient, so it comes with the outputs
+            gradient = torch.empty_like(x)
+            self._run("network_outputs", x, outputs, gradient, None)
+            scaled = (-1, *[1] * (x.ndim - 1))
+            return outputs.reshape(shape), lambda g: gradient * g.reshape(scaled)
+        size = len(x) * self._network.kept
+        kept = self._kept.pop() if self._kept else x.new_zeros(size)
+        kept = kept if len(kept) >= size else x.new_zeros(size)
+        self._run("network_outputs", x, outputs, None, kept)
 
-        def run(part: int, first: int, count: int) -> None:
-            rows = slice(first, first + count)
-            tensors = (self.weights, x[rows], energy[rows], gradient[rows])
-            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-            memory = ctypes.c_void_p(self.memory[part].data_ptr())
-            functions.energy_and_gradient(self.plan, self.count, *pointers, ctypes.c_int(count), memory)
+        def pull(g: Tensor) -> Tensor:
+            gradient = torch.empty_like(x)
+            self._run("network_gradient", g.reshape(len(x), -1).contiguous(), gradient, kept)
+            if not self._kept:
+                self._kept.append(kept)
+            return gradient
 
-        in_parts(len(x), 4, run)
-        return energy, gradient
+        return outputs.reshape(shape), pull
 
+    def _run(self, name: str, *tensors: Tensor | None) -> None:
+        function = getattr(library(), name)
+        while len(self._memory) < torch.get_num_threads():
+            self._memory.append(torch.zeros(self._network.memory))
+        pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
+        given = tensors[0]
+        assert given is not None
 
-class _Weights:
-    """Weights in the layouts of convolutions.c, one after another."""
+        def run(part: int, first: int, rows: int) -> None:
+            memory = ctypes.c_void_p(self._memory[part].data_ptr())
+            function(ctypes.byref(self._network), first, rows, *pointers, memory)
 
-    def __init__(self) -> None:
-        self.blocks: list[Tensor] = []
-        self.size = 0
-
-    def keep(self, block: Tensor) -> int:
-        """Adds a block, and returns its place."""
-        self.blocks.append(block.reshape(-1))
-        self.size += block.numel()
-        return self.size - block.numel()
-
-
-def _packed(nodes: Sequence[Node], shape: Sequence[int]) -> tuple[list[Layer], list[Tensor]]:
-    """The layers as convolutions.c knows them, and their weights."""
-    plan: list[Layer] = []
-    weights = _Weights()
-    image = tuple(shape)  # channels as the network counts them, height, width
-    stored = image[0]  # channels as convolutions.c does
-    for node in nodes:
-        if node.operation in ACTIVATIONS:
-            plan[-1].activation = ACTIVATIONS[node.operation]
-        elif "weight" in node.arguments:
-            given, bias = node.arguments["weight"].detach(), node.arguments["bias"]
-            if node.operation == "linear":
-                # From channels first, as flattened, to channels last, as stored.
-                weight = given.unflatten(1, image).permute(0, 2, 3, 1)
-                weight = _pad(weight, 3, stored).flatten(1)[:, :, None, None]
-                stored, image, stride, padding = weight.shape[1], (weight.shape[1], 1, 1), 1, 0
-            else:
-                weight = _pad(given, 1, stored)
-                stride, padding = node.arguments["stride"][0], node.arguments["padding"][0]
-            outputs = -(-len(weight) // LANES) * LANES
-            bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
-            weight, bias = _pad(weight, 0, outputs), _pad(bias, 0, outputs)
-            rows, columns = weight.shape[2:]
-            high = (image[1] + 2 * padding - rows) // stride + 1
-            wide = (image[2] + 2 * padding - columns) // stride + 1
-            new = Layer(stored, image[1], image[2], outputs, high, wide, rows, columns, stride, padding)
-            new.forward_weight = weights.keep(weight.permute(2, 3, 1, 0))
-            new.backward_weight = weights.keep(
-                _backward_blocks(weight, stride, padding) if plan else _by_blocks(weight, stride, padding)
-            )
-            new.bias = weights.keep(bias)
-            plan.append(new)
-            stored, image = outputs, (len(given), high, wide)
-    return plan, weights.blocks
-
-
-def _backward_blocks(weight: Tensor, stride: int, padding: int) -> Tensor:
-    """For each place of a pixel modulo the stride, the taps that reach it, by rising output."""
-    blocks = []
-    for a in range(stride):
-        for b in range(stride):
-            taps = weight[:, :, (a + padding) % stride :: stride, (b + padding) % stride :: stride].flip(2, 3)
-            blocks.append(taps.permute(2, 3, 0, 1).reshape(-1))
-    return torch.cat(blocks)
-
-
-def _by_blocks(weight: Tensor, stride: int, padding: int) -> Tensor:
-    """(inputs, outputs, y, x, stride, stride): what an output gives to each pixel of a block of stride²
-    pixels, by the output's place relative to the block, zero where it does not reach.
-
-    Output o reads pixel stride · block + a by tap a + padding - stride · (o - block).
-    """
-    kernel = weight.shape[2]
-    low, high = -((kernel - 1 - padding) // stride), (stride - 1 + padding) // stride
-    places = torch.arange(low, high + 1)[:, None]
-    taps = torch.arange(stride) + padding - stride * places  # (places, stride)
-    valid = (taps >= 0) & (taps < kernel)
-    taps = taps.clamp(0, kernel - 1)
-    # (outputs, inputs, y, a, x, b)
-    blocks = weight[:, :, taps][..., taps] * valid[:, :, None, None] * valid
-    return blocks.permute(1, 0, 2, 4, 3, 5)
-
-
-def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[axis] = size - shape[axis]
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+        in_parts(len(given), 4, run)

@@ -1,13 +1,14 @@
 """Functions in C for what a CPU would do much more slowly operator by operator.
 
-They are compiled by the machine's own C compiler, once, into the user's cache folder. Where there is
-no compiler or no AVX-512 (with narrower vectors they were 20 times slower), or the variable
-COMPOSABLE_EBM_NATIVE is 0, other forms do the work.
+They are compiled by the machine's own C compiler, once, into the user's cache folder, for vectors as wide
+as it has: AVX-512, AVX2 or NEON. Where there is no compiler or only SSE, or the variable
+COMPOSABLE_EBM_NATIVE is 0, other forms do the work. COMPOSABLE_EBM_NATIVE_ARCH names another
+architecture than the machine's own, as gcc does (-march): x86-64-v3 holds an AVX-512 machine to AVX2.
 
 Compiling takes a few seconds, which a first small run must not pay: it happens when a process has
 spent `PATIENCE` seconds' worth of arithmetic on networks that would gain from it.
 
-    convolutions.c   chains of convolutions and linear layers, one image at a time
+    convolutions.c   networks of convolutions, one image at a time
     perceptrons.c    several perceptrons over noise levels, weights read as float16
 """
 
@@ -29,7 +30,7 @@ import torch
 
 __all__ = ["NativeUnavailable", "allowed", "build", "in_parts", "library", "wanted"]
 
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC")
+FLAGS = ("-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "convolutions.c", FOLDER / "perceptrons.c")
 PATIENCE = 4.0
@@ -56,8 +57,14 @@ def _features() -> str:
     return next((line for line in lines if line.startswith("flags")), "")
 
 
+def _architecture() -> str:
+    """The option that tells the compiler which processor to compile for."""
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    return f"-m{'cpu' if arm else 'arch'}={os.environ.get('COMPOSABLE_EBM_NATIVE_ARCH', 'native')}"
+
+
 def _compiled_file() -> Path:
-    about = [*FLAGS, platform.machine(), platform.processor(), _features()]
+    about = [*FLAGS, _architecture(), platform.machine(), platform.processor(), _features()]
     digest = hashlib.sha256("\n".join(about).encode())
     for source in (*SOURCES, FOLDER / "vectors.h"):
         digest.update(source.read_bytes())
@@ -68,11 +75,8 @@ def build() -> Path:
     """Compiles the functions unless that was done before, and returns the file.
 
     Raises:
-        NativeUnavailable: If the processor has no AVX-512, there is no C compiler, it fails, or the cache
-            cannot be written.
+        NativeUnavailable: If there is no C compiler, it fails, or the cache cannot be written.
     """
-    if "avx512f" not in _features().split():
-        raise NativeUnavailable("this processor has no AVX-512.")
     path = _compiled_file()
     if path.exists():
         return path
@@ -83,7 +87,7 @@ def build() -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             temporary = Path(folder) / path.name
-            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(temporary)]
+            command = [compiler, *FLAGS, _architecture(), *map(str, SOURCES), "-o", str(temporary)]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             os.replace(temporary, path)
     except (OSError, subprocess.SubprocessError) as error:
@@ -96,15 +100,16 @@ def library() -> ctypes.CDLL:
     """The compiled functions, built if need be.
 
     Raises:
-        NativeUnavailable: If they cannot be had.
+        NativeUnavailable: If they cannot be had, or the processor's vectors are too short for them to gain.
     """
     try:
         functions = ctypes.CDLL(str(build()))
     except OSError as error:
         raise NativeUnavailable(f"the compiled functions do not load: {error}.") from error
-    for function in (functions.working_memory, functions.perceptron_memory):
-        function.restype = ctypes.c_size_t
-    for name in ("energy_and_gradient", "perceptron_outputs", "perceptron_gradient"):
+    if functions.lanes() < 8 and platform.machine().lower() in ("x86_64", "amd64"):
+        raise NativeUnavailable("this processor has neither AVX-512 nor AVX2.")
+    functions.perceptron_memory.restype = ctypes.c_size_t
+    for name in ("network_outputs", "network_gradient", "perceptron_outputs", "perceptron_gradient"):
         getattr(functions, name).restype = None
     return functions
 

@@ -1,33 +1,64 @@
-/* Energy and input gradient of a chain of convolutions, one image at a time, everything in cache.
+/* Energy and input gradient of a network of convolutions, one image at a time, everything in cache.
 
-   Layout is height, width, channels; channels are padded to LANES, the border of every input with
-   zeros. A linear layer is a convolution of a single pixel with many channels. One primitive does nearly all the
-   work, `tile`: a few pixels times a few vectors of output channels, kept in registers,
+   A network is a list of operations on images (convolutions and linear layers, activations, sums,
+   normalisations by groups, average pooling), which run forward and then backward. Images lie as height, width,
+   channels; channels are padded to BLOCK, and borders of zeros stand around what a convolution reads,
+   forward and backward. A linear layer is a convolution of a single pixel with many channels. One primitive
+   does nearly all the work, `tile`: a few pixels times a few vectors of output channels, kept in registers,
 
-       z[p] = bias + sum over rows r, j < length of x[p][r * row_step + j] * w[r, j],
+       z[p] = start + sum over rows r, j < length of x[p][r * row_step + j] * w[r, j],
 
    for the forward pass (rows and j run over the kernel) and, for each place of a pixel modulo the
    stride, for the input gradient (they run over the taps that reach such a pixel). */
 
 #include "vectors.h"
 
-enum { SILU = 1, RELU = 2 };
+enum { CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING };
+enum { IDENTITY, SILU, RELU, TANH, SIGMOID, ELU, GELU, GELU_BY_TANH };
 
 typedef struct {
-    int in_channels, in_height, in_width;       /* channels as stored: padded, but for the first layer */
-    int out_channels, out_height, out_width;    /* channels padded to LANES */
+    int height, width, channels;     /* channels as stored: padded, but for a thin image that comes in */
+    int border, gradient_border;     /* zeros around */
+    int at, gradient_at;             /* places in memory */
+} Image;
+
+typedef struct {
+    int kind, first, second, out;    /* what it is, and its images */
+    int adds;                        /* 1, 2: the gradient of first, second has parts already */
     int kernel_height, kernel_width, stride, padding;
-    int activation;
-    int forward_weight, backward_weight, bias;  /* places in the array of weights */
-} Layer;
+    int weight, backward_weight, bias; /* places in the array of weights */
+    int thin;                        /* whether it reads a thin image, and in which place planes are kept */
+    int kept;                        /* place of what the way back needs: slopes, or values of norm 1 */
+    int function, groups, real;      /* of an activation; of a normalisation, with its channels unpadded */
+    float number;                    /* slope of relu below zero, size of elu, epsilon, factor of a pooling */
+} Operation;
+
+/* Working memory of an image: what is kept until the way back, and what is not. */
+typedef struct {
+    float *kept, *rest;
+    int size; /* of what is kept */
+} Memory;
+
+INLINE float *place(Memory m, int at) { return at < m.size ? m.kept + at : m.rest + (at - m.size); }
+INLINE ptrdiff_t pitch(const Image *i) { return (ptrdiff_t)(i->width + 2 * i->border) * i->channels; }
+INLINE ptrdiff_t gradient_pitch(const Image *i) {
+    return (ptrdiff_t)(i->width + 2 * i->gradient_border) * i->channels;
+}
+INLINE float *values(Memory m, const Image *i) {
+    return place(m, i->at) + i->border * (pitch(i) + i->channels);
+}
+INLINE float *gradient(Memory m, const Image *i) {
+    return place(m, i->gradient_at) + i->gradient_border * (gradient_pitch(i) + i->channels);
+}
 
 INLINE void tile(const int pixels, const int vectors, const float **x, int rows, ptrdiff_t row_step,
-                 int length, const float *w, ptrdiff_t w_step, const float *bias, float **z) {
+                 int length, const float *w, ptrdiff_t w_step, const float *bias, int adds, float **z) {
     vec sum[8][4];
 #pragma GCC unroll 8
     for (int p = 0; p < pixels; p++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sum[p][v] = bias ? LOAD(bias + v * LANES) : SPLAT(0.0f);
+        for (int v = 0; v < vectors; v++)
+            sum[p][v] = bias ? LOAD(bias + v * LANES) : adds ? LOAD(z[p] + v * LANES) : SPLAT(0.0f);
     for (int r = 0; r < rows; r++) {
         const float *source[8];
 #pragma GCC unroll 8
@@ -51,24 +82,28 @@ INLINE void tile(const int pixels, const int vectors, const float **x, int rows,
         for (int v = 0; v < vectors; v++) STORE(z[p] + v * LANES, sum[p][v]);
 }
 
-#define TILE(P, V) tile(P, V, x, rows, row_step, length, w + c, channels, bias ? bias + c : NULL, z)
+#define TILE(P, V) tile(P, V, x, rows, row_step, length, w + c, channels, bias ? bias + c : NULL, adds, z)
 
 /* `count` pixels (at most 8; the arrays are filled up with repetitions), all output channels. */
 static void pixels_times_weights(int count, const float **x, int rows, ptrdiff_t row_step, int length,
-                                 const float *w, int channels, const float *bias, float **z0) {
+                                 const float *w, int channels, const float *bias, int adds, float **z0) {
     float *z[8];
     for (int c = 0; c < channels;) {
+#if LANES == 16
         int vectors = channels - c >= 4 * LANES ? 4 : channels - c >= 2 * LANES ? 2 : 1;
+#else
+        enum { vectors = BLOCK / LANES }; /* all that registers hold beside four or more pixels */
+#endif
         for (int p = 0; p < 8; p++) z[p] = z0[p] + c;
         if (count == 1) {
             if (vectors == 4) TILE(1, 4); else if (vectors == 2) TILE(1, 2); else TILE(1, 1);
-        } else if (vectors == 4) {
-            TILE(4, 4);
+        } else if (vectors == 4 || LANES == 8) {
+            TILE(4, LANES == 8 ? 2 : 4);
             if (count > 4) {
                 const float **all = x;
                 x = all + 4;
                 memmove(z, z + 4, 4 * sizeof *z);
-                TILE(4, 4);
+                TILE(4, LANES == 8 ? 2 : 4);
                 x = all;
             }
         } else if (vectors == 2) {
@@ -80,10 +115,11 @@ static void pixels_times_weights(int count, const float **x, int rows, ptrdiff_t
     }
 }
 
-static void forward(const Layer *l, const float *weights, const float *x, float *z) {
-    int width = l->in_width + 2 * l->padding, total = l->out_height * l->out_width;
-    const float *source[8];
-    float *target[8];
+static void convolve(const Operation *o, const Image *in, const Image *out, const float *weights, Memory m) {
+    int total = out->height * out->width;
+    ptrdiff_t step = pitch(in);
+    const float *source[8], *x = values(m, in) - o->padding * (step + in->channels);
+    float *target[8], *z = values(m, out);
     for (int first = 0, row = 0, column = 0; first < total; first += 8) {
         int count = total - first < 8 ? total - first : 8;
         for (int p = 0; p < 8; p++) {
@@ -91,40 +127,14 @@ static void forward(const Layer *l, const float *weights, const float *x, float 
                 source[p] = source[p - 1], target[p] = target[p - 1];
                 continue;
             }
-            source[p] = x + (ptrdiff_t)(row * width + column) * l->stride * l->in_channels;
-            target[p] = z + (ptrdiff_t)(first + p) * l->out_channels;
-            if (++column == l->out_width) column = 0, row++;
+            source[p] = x + row * o->stride * step + (ptrdiff_t)column * o->stride * in->channels;
+            target[p] = z + row * pitch(out) + (ptrdiff_t)column * out->channels;
+            if (++column == out->width) column = 0, row++;
         }
-        pixels_times_weights(count, source, l->kernel_height, (ptrdiff_t)width * l->in_channels,
-                             l->kernel_width * l->in_channels, weights + l->forward_weight,
-                             l->out_channels, weights + l->bias, target);
+        pixels_times_weights(count, source, o->kernel_height, step, o->kernel_width * in->channels,
+                             weights + o->weight, out->channels, weights + o->bias, 0, target);
     }
 }
-
-/* h = act(z) into the interior of a padded image; act'(z) over z. */
-static void activate(const Layer *l, float *z, float *h, int padding) {
-    int width = l->out_width + 2 * padding;
-    for (int row = 0; row < l->out_height; row++) {
-        float *source = z + (ptrdiff_t)row * l->out_width * l->out_channels;
-        float *target = h + (ptrdiff_t)((row + padding) * width + padding) * l->out_channels;
-        for (int j = 0; j < l->out_width * l->out_channels; j += LANES) {
-            vec a = LOAD(source + j), value = a, slope = SPLAT(1.0f);
-            if (l->activation == SILU) {
-                vec gate = sigmoid(a);
-                value = a * gate;
-                slope = gate + value * (1.0f - gate);
-            } else if (l->activation == RELU) {
-                slope = WHERE(a > 0.0f, SPLAT(1.0f), SPLAT(0.0f));
-                value = a * slope;
-            }
-            STORE(target + j, value);
-            STORE(source + j, slope);
-        }
-    }
-}
-
-/* The border around output gradients, wide enough for every tap that reaches an input pixel. */
-static int border(int kernel, int stride) { return (kernel - 1) / stride + 1; }
 
 /* Taps of the kernel that reach pixels at place `a` modulo the stride: how many, and the output
    (relative to the pixel's own block) that the first of them belongs to. */
@@ -135,20 +145,19 @@ static int taps(int a, int kernel, int stride, int padding, int *first) {
     return count;
 }
 
-/* dz, with its border, to dx without one. Weights lie by place modulo the stride, then by tap. */
-static void backward(const Layer *l, const float *weights, const float *dz, float *dx) {
-    int s = l->stride, by = border(l->kernel_height, s), bx = border(l->kernel_width, s);
-    int width = l->out_width + 2 * bx, depth = l->out_channels, channels = l->in_channels;
-    const float *w = weights + l->backward_weight;
-    const float *source[8];
-    float *target[8];
+/* The gradient by what a convolution reads. Weights lie by place modulo the stride, then by tap. */
+static void convolve_back(const Operation *o, const Image *in, const Image *out, const float *weights, Memory m) {
+    int s = o->stride, depth = out->channels, channels = in->channels;
+    ptrdiff_t step = gradient_pitch(out), width = gradient_pitch(in);
+    const float *w = weights + o->backward_weight, *dz = gradient(m, out), *source[8];
+    float *target[8], *dx = gradient(m, in);
     for (int a = 0; a < s; a++)
         for (int b = 0; b < s; b++) {
             int first_y, first_x;
-            int rows = taps(a, l->kernel_height, s, l->padding, &first_y);
-            int columns = taps(b, l->kernel_width, s, l->padding, &first_x);
+            int rows = taps(a, o->kernel_height, s, o->padding, &first_y);
+            int columns = taps(b, o->kernel_width, s, o->padding, &first_x);
             int length = columns * depth;
-            int high = (l->in_height - a + s - 1) / s, wide = (l->in_width - b + s - 1) / s;
+            int high = (in->height - a + s - 1) / s, wide = (in->width - b + s - 1) / s;
             int total = high * wide;
             for (int first = 0, row = 0, column = 0; first < total; first += 8) {
                 int count = total - first < 8 ? total - first : 8;
@@ -157,18 +166,17 @@ static void backward(const Layer *l, const float *weights, const float *dz, floa
                         source[p] = source[p - 1], target[p] = target[p - 1];
                         continue;
                     }
-                    source[p] = dz + (ptrdiff_t)((row + first_y + by) * width + column + first_x + bx) * depth;
-                    target[p] = dx + (ptrdiff_t)((row * s + a) * l->in_width + column * s + b) * channels;
+                    source[p] = dz + (row + first_y) * step + (ptrdiff_t)(column + first_x) * depth;
+                    target[p] = dx + (row * s + a) * width + (ptrdiff_t)(column * s + b) * channels;
                     if (++column == wide) column = 0, row++;
                 }
-                pixels_times_weights(count, source, rows, (ptrdiff_t)width * depth, length, w, channels, NULL,
-                                     target);
+                pixels_times_weights(count, source, rows, step, length, w, channels, NULL, o->adds & 1, target);
             }
             w += (ptrdiff_t)rows * length * channels;
         }
 }
 
-/* The first layer has fewer input channels than lanes, so there lanes run along a row of its output:
+/* A first layer with fewer input channels than a block: there lanes run along a row of its output:
    dz lies channel by channel, and a vector of it meets all pixels of the image that its outputs read,
    stride² of them for each. */
 typedef struct {
@@ -178,27 +186,26 @@ typedef struct {
     ptrdiff_t pitch, size; /* floats of a row of outputs with its border, and of a channel */
 } Planes;
 
-static Planes planes_of(const Layer *l) {
+static Planes planes_of(const Operation *o, const Image *in) {
     Planes p;
-    int s = l->stride;
-    p.low_y = -((l->kernel_height - 1 - l->padding) / s), p.low_x = -((l->kernel_width - 1 - l->padding) / s);
-    p.reach_y = (s - 1 + l->padding) / s - p.low_y + 1, p.reach_x = (s - 1 + l->padding) / s - p.low_x + 1;
-    p.high = (l->in_height + s - 1) / s, p.wide = (l->in_width + s - 1) / s;
+    int s = o->stride;
+    p.low_y = -((o->kernel_height - 1 - o->padding) / s), p.low_x = -((o->kernel_width - 1 - o->padding) / s);
+    p.reach_y = (s - 1 + o->padding) / s - p.low_y + 1, p.reach_x = (s - 1 + o->padding) / s - p.low_x + 1;
+    p.high = (in->height + s - 1) / s, p.wide = (in->width + s - 1) / s;
     p.pitch = p.wide + p.reach_x;
-    p.size = (p.high + p.reach_y) * p.pitch + 2 * LANES;
+    p.size = (p.high + p.reach_y) * p.pitch + 2 * BLOCK;
     return p;
 }
 
-/* d times slope, (pixels, channels), to planes (channels, rows, columns). */
-static void to_planes(const Layer *l, const Planes *p, const float *d, const float *slope, float *planes) {
-    int depth = l->out_channels;
-    for (int row = 0; row < l->out_height; row++)
-        for (int first = 0; first < l->out_width; first += LANES)
-            for (int c = 0; c < depth; c += LANES) {
+/* dz, pixel by pixel, to planes (channels, rows, columns). */
+static void to_planes(const Image *out, const Planes *p, const float *dz, float *planes) {
+    for (int row = 0; row < out->height; row++)
+        for (int first = 0; first < out->width; first += LANES)
+            for (int c = 0; c < out->channels; c += LANES) {
                 vec v[LANES];
-                ptrdiff_t at = (ptrdiff_t)(row * l->out_width + first) * depth + c;
-                for (int i = 0; i < LANES; i++, at += depth)
-                    v[i] = first + i < l->out_width ? LOAD(d + at) * LOAD(slope + at) : SPLAT(0.0f);
+                const float *at = dz + row * gradient_pitch(out) + (ptrdiff_t)first * out->channels + c;
+                for (int i = 0; i < LANES; i++, at += out->channels)
+                    v[i] = first + i < out->width ? LOAD(at) : SPLAT(0.0f);
                 transpose(v);
                 float *target = planes + c * p->size + (row - p->low_y) * p->pitch + first - p->low_x;
                 for (int i = 0; i < LANES; i++) STORE(target + i * p->size, v[i]);
@@ -206,14 +213,14 @@ static void to_planes(const Layer *l, const Planes *p, const float *d, const flo
 }
 
 /* A few rows of blocks at once, so that a weight is read once for all of them. */
-INLINE void thin_tile(const int s, const int together, const Layer *l, const Planes *p, const float *w,
-                      const float *planes, float *dx, int row, int column) {
+INLINE void thin_tile(const int s, const int together, int depth, const Image *in, const Planes *p,
+                      const float *w, const float *planes, float *dx, int row, int column) {
     vec sum[16];
     const float *source[8];
     int squares = s * s;
 #pragma GCC unroll 16
     for (int i = 0; i < together * s * s; i++) sum[i] = SPLAT(0.0f);
-    for (int c = 0; c < l->out_channels; c++, planes += p->size)
+    for (int c = 0; c < depth; c++, planes += p->size)
         for (int y = 0; y < p->reach_y; y++) {
 #pragma GCC unroll 8
             for (int r = 0; r < together; r++) {
@@ -231,103 +238,323 @@ INLINE void thin_tile(const int s, const int together, const Layer *l, const Pla
         }
     int count = p->wide - column < LANES ? p->wide - column : LANES;
     for (int r = 0; r < together && row + r < p->high; r++)
-        for (int a = 0; a < s && (row + r) * s + a < l->in_height; a++) {
+        for (int a = 0; a < s && (row + r) * s + a < in->height; a++) {
             float line[4 * LANES];
             for (int b = 0; b < s; b++)
                 for (int i = 0; i < LANES; i++) line[i * s + b] = sum[(r * s + a) * s + b][i];
-            int length = l->in_width - column * s < count * s ? l->in_width - column * s : count * s;
-            memcpy(dx + (ptrdiff_t)((row + r) * s + a) * l->in_width + column * s, line, length * sizeof(float));
+            int length = in->width - column * s < count * s ? in->width - column * s : count * s;
+            memcpy(dx + (ptrdiff_t)((row + r) * s + a) * in->width + column * s, line, length * sizeof(float));
         }
 }
 
 /* dz in planes to dx, channels first. Weights: (input channels, outputs, reach_y, reach_x, stride²). */
-static void thin_backward(const Layer *l, const Planes *p, const float *w, const float *planes, float *dx) {
-    int s = l->stride, together = s == 1 ? 8 : s == 2 ? 4 : 1;
-    ptrdiff_t weights = (ptrdiff_t)l->out_channels * p->reach_y * p->reach_x * s * s;
-    for (int c = 0; c < l->in_channels; c++, w += weights, dx += (ptrdiff_t)l->in_height * l->in_width)
+static void thin_back(const Operation *o, const Image *in, int depth, const Planes *p, const float *w,
+                      const float *planes, float *dx) {
+    int s = o->stride, together = LANES == 8 ? (s == 1 ? 8 : s == 2 ? 2 : 1) : s == 1 ? 8 : s == 2 ? 4 : 1;
+    ptrdiff_t weights = (ptrdiff_t)depth * p->reach_y * p->reach_x * s * s;
+    for (int c = 0; c < in->channels; c++, w += weights, dx += (ptrdiff_t)in->height * in->width)
         for (int row = 0; row < p->high; row += together)
             for (int column = 0; column < p->wide; column += LANES) {
-                if (s == 1) thin_tile(1, 8, l, p, w, planes, dx, row, column);
-                else if (s == 2) thin_tile(2, 4, l, p, w, planes, dx, row, column);
-                else if (s == 3) thin_tile(3, 1, l, p, w, planes, dx, row, column);
-                else thin_tile(4, 1, l, p, w, planes, dx, row, column);
+                if (s == 1) thin_tile(1, 8, depth, in, p, w, planes, dx, row, column);
+                else if (s == 2) thin_tile(2, LANES == 8 ? 2 : 4, depth, in, p, w, planes, dx, row, column);
+                else if (s == 3) thin_tile(3, 1, depth, in, p, w, planes, dx, row, column);
+                else thin_tile(4, 1, depth, in, p, w, planes, dx, row, column);
             }
 }
 
-/* Rounded up, so that what comes next starts on a cache line. */
-static size_t image_size(const Layer *l) {
-    size_t area = (size_t)(l->in_height + 2 * l->padding) * (l->in_width + 2 * l->padding);
-    return (area * l->in_channels + LANES - 1) / LANES * LANES;
-}
-
-static size_t output_size(const Layer *l) {
-    return (size_t)l->out_height * l->out_width * l->out_channels;
-}
-
-static size_t bordered_size(const Layer *l) {
-    return (size_t)(l->out_height + 2 * border(l->kernel_height, l->stride)) *
-           (l->out_width + 2 * border(l->kernel_width, l->stride)) * l->out_channels;
-}
-
-static size_t planes_size(const Layer *l) { return (size_t)l->out_channels * planes_of(l).size; }
-
-/* Floats of working memory: padded inputs, slopes, gradients with borders, one plain gradient. */
-size_t working_memory(const Layer *layers, int count) {
-    size_t total = 0, largest = 0;
-    for (int i = 0; i < count; i++) {
-        const Layer *l = layers + i;
-        size_t plain = (size_t)l->in_height * l->in_width * l->in_channels;
-        largest = plain > largest ? plain : largest;
-        total += image_size(l) + output_size(l) + (i ? bordered_size(l) : planes_size(l));
+/* Value and slope of an activation. */
+INLINE vec activation(const Operation *o, vec a, vec *slope) {
+    vec one = SPLAT(1.0f), gate, value;
+    ivec above = a > 0.0f;
+    switch (o->function) {
+    case SILU:
+        gate = sigmoid(a), value = a * gate;
+        *slope = gate + value * (1.0f - gate);
+        return value;
+    case RELU:
+        *slope = WHERE(above, one, SPLAT(o->number));
+        return a * *slope;
+    case TANH:
+        value = 2.0f * sigmoid(2.0f * a) - 1.0f;
+        *slope = 1.0f - value * value;
+        return value;
+    case SIGMOID:
+        value = sigmoid(a);
+        *slope = value * (1.0f - value);
+        return value;
+    case ELU:
+        value = o->number * power_of_two(a * 1.44269504f);
+        *slope = WHERE(above, one, value);
+        return WHERE(above, a, value - o->number);
+    case GELU: { /* erf by Abramowitz and Stegun 7.1.26, right to 1.5e-7 */
+        vec size = WHERE(above, a, -a) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * size);
+        vec p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+        vec bell = power_of_two(a * a * -0.72134752f);
+        gate = 0.5f * p * bell, gate = WHERE(above, 1.0f - gate, gate);
+        *slope = gate + 0.39894228f * a * bell;
+        return a * gate;
     }
-    return total + largest + LANES;
+    case GELU_BY_TANH: {
+        vec square = a * a;
+        gate = sigmoid(a * (1.5957691f + 0.071354816f * square)), value = a * gate;
+        *slope = gate + value * (1.0f - gate) * (1.5957691f + 0.21406445f * square);
+        return value;
+    }
+    default:
+        *slope = one;
+        return a;
+    }
 }
 
-/* energy[i] and gradient[i] of image[i], channels first. The last layer has one output. `memory`
-   is zero where it was never written, and may be used again by the same layers. */
-void energy_and_gradient(const Layer *layers, int count, const float *weights, const float *images,
-                         float *energy, float *gradient, int batch, float *memory) {
-    const Layer *first = layers, *last = layers + count - 1;
-    const Planes planes = planes_of(first);
-    float *input[32], *slope[32], *bordered[32], *next = memory;
-    for (int i = 0; i < count; i++) {
-        input[i] = next, next += image_size(layers + i);
-        slope[i] = next, next += output_size(layers + i);
-        bordered[i] = next, next += i ? bordered_size(layers + i) : planes_size(first);
+static void activate(const Operation *o, const Image *in, const Image *out, Memory m) {
+    float *slopes = place(m, o->kept);
+    int line = in->width * in->channels;
+    for (int row = 0; row < in->height; row++, slopes += line) {
+        const float *source = values(m, in) + row * pitch(in);
+        float *target = values(m, out) + row * pitch(out);
+        for (int j = 0; j < line; j += LANES) {
+            vec slope, value = activation(o, LOAD(source + j), &slope);
+            STORE(target + j, value);
+            STORE(slopes + j, slope);
+        }
     }
-    int area = first->in_height * first->in_width, channels = first->in_channels;
-    for (int image = 0; image < batch; image++) {
-        const float *x = images + (ptrdiff_t)image * area * channels;
-        for (int row = 0; row < first->in_height; row++) {
-            int width = first->in_width + 2 * first->padding;
-            float *target = input[0] + (ptrdiff_t)((row + first->padding) * width + first->padding) * channels;
-            for (int column = 0; column < first->in_width; column++)
-                for (int c = 0; c < channels; c++)
-                    target[column * channels + c] = x[c * area + row * first->in_width + column];
+}
+
+/* target (+)= source, times `factors` if there are any, row by row. */
+INLINE void pass_back(const Image *from, const Image *to, const float *factors, int adds, Memory m) {
+    int line = to->width * to->channels;
+    for (int row = 0; row < to->height; row++) {
+        const float *source = gradient(m, from) + row * gradient_pitch(from);
+        float *target = gradient(m, to) + row * gradient_pitch(to);
+        for (int j = 0; j < line; j += LANES) {
+            vec value = LOAD(source + j);
+            if (factors) value *= LOAD(factors + (ptrdiff_t)row * line + j);
+            STORE(target + j, adds ? value + LOAD(target + j) : value);
         }
-        for (int i = 0; i < count; i++) {
-            forward(layers + i, weights, input[i], slope[i]);
-            if (layers + i != last) activate(layers + i, slope[i], input[i + 1], layers[i + 1].padding);
-        }
-        energy[image] = slope[count - 1][0];
-        memset(slope[count - 1], 0, LANES * sizeof(float));
-        slope[count - 1][0] = 1.0f;
-        float *d = slope[count - 1];
-        for (int i = count - 1; i > 0; i--) {
-            const Layer *l = layers + i;
-            int by = border(l->kernel_height, l->stride), bx = border(l->kernel_width, l->stride);
-            int width = (l->out_width + 2 * bx) * l->out_channels, line = l->out_width * l->out_channels;
-            for (int row = 0; row < l->out_height; row++) {
-                float *target = bordered[i] + (ptrdiff_t)(row + by) * width + bx * l->out_channels;
-                const float *a = d + (ptrdiff_t)row * line, *b = slope[i] + (ptrdiff_t)row * line;
-                for (int j = 0; j < line; j += LANES)
-                    STORE(target + j, l == last ? LOAD(a + j) : LOAD(a + j) * LOAD(b + j));
+    }
+}
+
+static void add(const Image *first, const Image *second, const Image *out, Memory m) {
+    int line = out->width * out->channels;
+    for (int row = 0; row < out->height; row++) {
+        const float *a = values(m, first) + row * pitch(first), *b = values(m, second) + row * pitch(second);
+        float *target = values(m, out) + row * pitch(out);
+        for (int j = 0; j < line; j += LANES) STORE(target + j, LOAD(a + j) + LOAD(b + j));
+    }
+}
+
+/* Means over the pixels and the channels of each group, for every channel; zero for padded ones. */
+static void of_groups(const Operation *o, int area, float *sums) {
+    int size = o->real / o->groups;
+    for (int g = 0; g < o->groups; g++) {
+        double total = 0.0;
+        for (int c = 0; c < size; c++) total += sums[g * size + c];
+        for (int c = 0; c < size; c++) sums[g * size + c] = (float)(total / ((double)area * size));
+    }
+}
+
+enum { MOST_CHANNELS = 1024 };
+
+static void normalise(const Operation *o, const Image *in, const Image *out, const float *weights, Memory m) {
+    float mean[MOST_CHANNELS], inverse[MOST_CHANNELS], *unit = place(m, o->kept);
+    int channels = in->channels, area = in->height * in->width;
+    const float *scale = weights + o->weight, *shift = weights + o->bias;
+    memset(mean, 0, sizeof mean), memset(inverse, 0, sizeof inverse);
+    for (int second = 0; second < 2; second++) {
+        float *sums = second ? inverse : mean;
+        for (int c = 0; c < channels; c += LANES) {
+            vec total = SPLAT(0.0f), middle = LOAD(mean + c);
+            for (int row = 0; row < in->height; row++) {
+                const float *source = values(m, in) + row * pitch(in) + c;
+                for (int column = 0; column < in->width; column++, source += channels) {
+                    vec value = LOAD(source);
+                    total += second ? (value - middle) * (value - middle) : value;
+                }
             }
-            backward(l, weights, bordered[i], next);
-            d = next;
+            STORE(sums + c, total);
         }
-        to_planes(first, &planes, d, slope[0], bordered[0]);
-        thin_backward(first, &planes, weights + first->backward_weight, bordered[0],
-                      gradient + (ptrdiff_t)image * area * channels);
+        of_groups(o, area, sums);
     }
+    for (int c = 0; c < channels; c++)
+        inverse[c] = c < o->real ? 1.0f / __builtin_sqrtf(inverse[c] + o->number) : 0.0f;
+    memcpy(unit + (ptrdiff_t)area * channels, inverse, channels * sizeof(float));
+    for (int row = 0; row < in->height; row++) {
+        const float *source = values(m, in) + row * pitch(in);
+        float *target = values(m, out) + row * pitch(out);
+        for (int column = 0; column < in->width; column++)
+            for (int c = 0; c < channels; c += LANES, source += LANES, target += LANES, unit += LANES) {
+                vec value = (LOAD(source) - LOAD(mean + c)) * LOAD(inverse + c);
+                STORE(unit, value);
+                STORE(target, value * LOAD(scale + c) + LOAD(shift + c));
+            }
+    }
+}
+
+static void normalise_back(const Operation *o, const Image *in, const Image *out, const float *weights, Memory m) {
+    float plain[MOST_CHANNELS], along[MOST_CHANNELS];
+    int channels = in->channels, area = in->height * in->width;
+    const float *scale = weights + o->weight, *unit = place(m, o->kept), *inverse = unit + (ptrdiff_t)area * channels;
+    for (int c = 0; c < channels; c += LANES) {
+        vec sum = SPLAT(0.0f), product = SPLAT(0.0f);
+        const float *u = unit + c;
+        for (int row = 0; row < in->height; row++) {
+            const float *source = gradient(m, out) + row * gradient_pitch(out) + c;
+            for (int column = 0; column < in->width; column++, source += channels, u += channels) {
+                sum += LOAD(source);
+                product += LOAD(source) * LOAD(u);
+            }
+        }
+        STORE(plain + c, sum * LOAD(scale + c));
+        STORE(along + c, product * LOAD(scale + c));
+    }
+    of_groups(o, area, plain), of_groups(o, area, along);
+    for (int row = 0; row < in->height; row++) {
+        const float *source = gradient(m, out) + row * gradient_pitch(out);
+        float *target = gradient(m, in) + row * gradient_pitch(in);
+        for (int column = 0; column < in->width; column++)
+            for (int c = 0; c < channels; c += LANES, source += LANES, target += LANES, unit += LANES) {
+                vec value = LOAD(source) * LOAD(scale + c) - LOAD(plain + c) - LOAD(unit) * LOAD(along + c);
+                value *= LOAD(inverse + c);
+                STORE(target, o->adds & 1 ? value + LOAD(target) : value);
+            }
+    }
+}
+
+/* Means (or sums, by the factor) of windows side by side; those at the end are cut off. */
+INLINE void windows(const Operation *o, const Image *in, const Image *out, Memory m, const int back) {
+    for (int row = 0; row < out->height; row++)
+        for (int column = 0; column < out->width; column++) {
+            int y0 = row * o->kernel_height, x0 = column * o->kernel_width;
+            int y1 = y0 + o->kernel_height < in->height ? y0 + o->kernel_height : in->height;
+            int x1 = x0 + o->kernel_width < in->width ? x0 + o->kernel_width : in->width;
+            float factor = o->number > 0 ? o->number : 1.0f / ((y1 - y0) * (x1 - x0));
+            for (int c = 0; c < in->channels; c += LANES) {
+                vec total = SPLAT(0.0f);
+                float *one = back ? gradient(m, out) + row * gradient_pitch(out) : values(m, out) + row * pitch(out);
+                one += (ptrdiff_t)column * in->channels + c;
+                if (back) total = LOAD(one) * factor;
+                for (int y = y0; y < y1; y++) {
+                    float *many = back ? gradient(m, in) + y * gradient_pitch(in) : values(m, in) + y * pitch(in);
+                    many += (ptrdiff_t)x0 * in->channels + c;
+                    for (int x = x0; x < x1; x++, many += in->channels) {
+                        if (!back) total += LOAD(many);
+                        else STORE(many, o->adds & 1 ? total + LOAD(many) : total);
+                    }
+                }
+                if (!back) STORE(one, total * factor);
+            }
+        }
+}
+
+static void forward(const Operation *ops, int count, const Image *images, const float *weights, Memory m) {
+    for (const Operation *o = ops; o < ops + count; o++) {
+        const Image *in = images + o->first, *out = images + o->out;
+        switch (o->kind) {
+        case CONVOLUTION: convolve(o, in, out, weights, m); break;
+        case ACTIVATION: activate(o, in, out, m); break;
+        case SUM: add(in, images + o->second, out, m); break;
+        case NORMALISATION: normalise(o, in, out, weights, m); break;
+        default: windows(o, in, out, m, 0);
+        }
+    }
+}
+
+static void backward(const Operation *ops, int count, const Image *images, const float *weights, Memory m,
+                     float *dx) {
+    for (const Operation *o = ops + count - 1; o >= ops; o--) {
+        const Image *in = images + o->first, *out = images + o->out;
+        switch (o->kind) {
+        case CONVOLUTION:
+            if (o->thin) {
+                Planes planes = planes_of(o, in);
+                to_planes(out, &planes, gradient(m, out), place(m, o->thin));
+                thin_back(o, in, out->channels, &planes, weights + o->backward_weight, place(m, o->thin), dx);
+            } else {
+                convolve_back(o, in, out, weights, m);
+            }
+            break;
+        case ACTIVATION: pass_back(out, in, place(m, o->kept), o->adds & 1, m); break;
+        case SUM:
+            pass_back(out, in, NULL, o->adds & 1, m);
+            pass_back(out, images + o->second, NULL, o->adds & 2, m);
+            break;
+        case NORMALISATION: normalise_back(o, in, out, weights, m); break;
+        default: windows(o, in, out, m, 1);
+        }
+    }
+}
+
+/* An image, channels first, into memory. */
+static void take(const Image *in, int channels, const float *x, Memory m) {
+    int area = in->height * in->width;
+    for (int row = 0; row < in->height; row++) {
+        float *target = values(m, in) + row * pitch(in);
+        for (int column = 0; column < in->width; column++)
+            for (int c = 0; c < channels; c++)
+                target[column * in->channels + c] = x[c * area + row * in->width + column];
+    }
+}
+
+static void give(const Image *in, int channels, float *dx, Memory m) {
+    int area = in->height * in->width;
+    for (int row = 0; row < in->height; row++) {
+        const float *source = gradient(m, in) + row * gradient_pitch(in);
+        for (int column = 0; column < in->width; column++)
+            for (int c = 0; c < channels; c++)
+                dx[c * area + row * in->width + column] = source[column * in->channels + c];
+    }
+}
+
+/* How many floats a vector has on this processor. */
+int lanes(void) { return LANES; }
+
+typedef struct {
+    const Operation *operations;
+    const Image *images; /* the first comes in */
+    const float *weights;
+    int count, channels, outputs, result; /* result: the image with the outputs, of one pixel */
+    int kept, memory;                     /* floats that are kept of each image, and working memory */
+    int thin;                             /* whether the image that comes in is thin: then dx comes from planes */
+} Network;
+
+static void outputs_of(const Network *n, const float *x, float *outputs, Memory m) {
+    take(n->images, n->channels, x, m);
+    forward(n->operations, n->count, n->images, n->weights, m);
+    memcpy(outputs, values(m, n->images + n->result), n->outputs * sizeof(float));
+}
+
+static void gradient_of(const Network *n, const float *cotangents, float *dx, Memory m) {
+    float *last = gradient(m, n->images + n->result);
+    memset(last, 0, n->images[n->result].channels * sizeof(float));
+    memcpy(last, cotangents, n->outputs * sizeof(float));
+    backward(n->operations, n->count, n->images, n->weights, m, dx);
+    if (!n->thin) give(n->images, n->channels, dx, m);
+}
+
+/* Outputs of images first .. first + rows, (images, outputs). `kept` has n->kept floats for each image, and
+   `memory` n->memory, zero where it was never written. With gradients (images, ...) not NULL, those of the first
+   output come at once, and nothing is kept. */
+void network_outputs(const Network *n, int first, int rows, const float *images, float *outputs,
+                     float *gradients, float *kept, float *memory) {
+    mode before = without_denormals();
+    ptrdiff_t size = (ptrdiff_t)n->channels * n->images->height * n->images->width;
+    const float one = 1.0f;
+    for (int i = first; i < first + rows; i++) {
+        Memory m = {gradients ? memory : kept + (ptrdiff_t)i * n->kept, memory + n->kept, n->kept};
+        outputs_of(n, images + i * size, outputs + (ptrdiff_t)i * n->outputs, m);
+        if (gradients) gradient_of(n, &one, gradients + i * size, m);
+    }
+    back_to(before);
+}
+
+/* Gradients of Σ cotangent · output, of the images whose outputs were taken last. */
+void network_gradient(const Network *n, int first, int rows, const float *cotangents, float *gradients,
+                      float *kept, float *memory) {
+    mode before = without_denormals();
+    ptrdiff_t size = (ptrdiff_t)n->channels * n->images->height * n->images->width;
+    for (int i = first; i < first + rows; i++) {
+        Memory m = {kept + (ptrdiff_t)i * n->kept, memory + n->kept, n->kept};
+        gradient_of(n, cotangents + (ptrdiff_t)i * n->outputs, gradients + i * size, m);
+    }
+    back_to(before);
 }

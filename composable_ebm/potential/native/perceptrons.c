@@ -1,20 +1,25 @@
-/* Networks over noise levels (`experts/diffused.py`) at one state: outputs, then the input gradient.
+/* Networks over noise levels (`experts/networks/diffused.py`) at one state: outputs, then the input gradient.
 
    A matrix is kept once, transposed, as float16: (inputs, outputs), one row for each input. The product with it
    reads a row as lanes of outputs; the product with its transpose sums over the lanes of a row. So both
    ways share one copy of half the size, and several networks fit the cache. Numbers widen to
    float32 in registers, which costs nothing beside the multiplications.
 
-   Symbols as in `experts/diffused_pass.py`. Rows are chains. A buffer of rows has a stride that is no multiple
+   Symbols as in `experts/networks/diffused_pass.py`. Rows are chains. A buffer of rows has a stride that is no multiple
    of a page, or neighbouring rows would fight for the same places in the cache. */
 
 #include "vectors.h"
 
-enum { ROWS = 4, VECTORS = 4, LINE = 32, TOGETHER = 32, INPUT_BLOCK = 128, OUTPUT_BLOCK = 64 };
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+/* Eight lanes come with sixteen registers, of which VECTORS * ROWS are sums. */
+enum { ROWS = 4, VECTORS = LANES == 8 ? 2 : 4, LINE = 32, TOGETHER = 32, INPUT_BLOCK = 128, OUTPUT_BLOCK = 64 };
 
 typedef struct {
-    const uint16_t *values; /* inputs rounded up to LANES rows */
-    int inputs, outputs;    /* outputs rounded up to VECTORS * LANES, with zeros */
+    const uint16_t *values; /* inputs rounded up to BLOCK rows */
+    int inputs, outputs;    /* outputs rounded up to 4 * BLOCK, with zeros */
 } Matrix;
 
 typedef struct {
@@ -38,7 +43,18 @@ typedef struct {
 } Product;
 
 INLINE vec widened(const uint16_t *values) {
+#if LANES == 16
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values));
+#elif LANES == 8
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)values));
+#elif defined(__aarch64__)
+    return (vec)vcvt_f32_f16(vld1_f16((const __fp16 *)values));
+#else
+    ivec bits;
+    for (int i = 0; i < LANES; i++) bits[i] = values[i];
+    vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (vec)((ivec)size | ((bits & 0x8000) << 16));
+#endif
 }
 
 /* y[r] += x[r] Wᵀ for a block of inputs and VECTORS vectors of outputs. */
@@ -57,10 +73,10 @@ INLINE void forward_tile(const int rows, const float *x, ptrdiff_t x_step, const
             STAY_IN_REGISTER(column[v]);
         }
 #pragma GCC unroll 2
-        for (int i = 0; i < lines; i++) _mm_prefetch((const char *)(w + ahead + i * LINE), _MM_HINT_T1);
+        for (int i = 0; i < lines; i++) __builtin_prefetch(w + ahead + i * LINE, 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            vec value = (vec)_mm512_set1_ps(x[r * x_step + k]);
+            vec value = SPLAT(x[r * x_step + k]);
             STAY_IN_REGISTER(value);
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) sum[r][v] += value * column[v];
@@ -74,6 +90,7 @@ INLINE void forward_tile(const int rows, const float *x, ptrdiff_t x_step, const
 
 /* Lane i: the sum over the lanes of v[i]. At each level a blend and one shuffle bring together what
    is added, where sums of neighbours would need two shuffles. */
+#if LANES == 16
 INLINE vec totals(vec v[LANES]) {
 #define MERGE(A, B, MASK, ...) (_mm512_mask_blend_ps(MASK, A, B) + _mm512_permutex2var_ps(A, _mm512_setr_epi32(__VA_ARGS__), B))
 #pragma GCC unroll 8
@@ -88,8 +105,16 @@ INLINE vec totals(vec v[LANES]) {
     return (vec)MERGE((__m512)v[0], (__m512)v[1], 0xAAAA, 1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
 #undef MERGE
 }
+#else
+INLINE vec totals(vec v[LANES]) {
+    transpose(v);
+    vec sum = v[0];
+    for (int i = 1; i < LANES; i++) sum += v[i];
+    return sum;
+}
+#endif
 
-/* dx[r] += dy[r] W for 16 / rows inputs. */
+/* dx[r] += dy[r] W for LANES / rows inputs. */
 INLINE void backward_tile(const int rows, const float *dy, ptrdiff_t y_step, const uint16_t *w,
                           int outputs, float *dx, ptrdiff_t x_step, ptrdiff_t ahead, const int lines) {
     const int inputs = LANES / rows;
@@ -105,7 +130,7 @@ INLINE void backward_tile(const int rows, const float *dy, ptrdiff_t y_step, con
         }
 #pragma GCC unroll 8
         for (int i = 0; i < lines; i++)
-            _mm_prefetch((const char *)(w + ahead + (ptrdiff_t)inputs * o + i * LINE), _MM_HINT_T1);
+            __builtin_prefetch(w + ahead + (ptrdiff_t)inputs * o + i * LINE, 0, 2);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             vec value = LOAD(dy + r * y_step + o);
@@ -166,13 +191,7 @@ static void backward(const Matrix *m, int rows, const float *dy, ptrdiff_t y_ste
         }
 }
 
-static float sum_of(vec v) {
-    float total = 0.0f;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
-}
-
-static ptrdiff_t padded(int size) { return (size + LANES - 1) / LANES * LANES + LANES; }
+static ptrdiff_t padded(int size) { return (size + BLOCK - 1) / BLOCK * BLOCK + BLOCK; }
 
 /* Buffers of all rows, one after another. */
 typedef struct {
@@ -337,8 +356,6 @@ static void gradient_of(const Product *p, const Level *l, const Memory *m, int f
     }
 }
 
-#define DENORMALS_ARE_ZERO 0x8040 /* both ways; silu's derivative far out is ten times as slow with them */
-
 /* Floats of working memory for so many chains. */
 size_t perceptron_memory(const Product *p, int total) {
     float none;
@@ -348,25 +365,23 @@ size_t perceptron_memory(const Product *p, int total) {
 /* outputs (networks, total, values) at x (total, pixels), for rows first .. first + rows. */
 void perceptron_outputs(const Product *p, const Level *l, int first, int rows, int total, const float *x,
                         float *outputs, float *memory) {
-    unsigned before = _mm_getcsr();
-    _mm_setcsr(before | DENORMALS_ARE_ZERO);
+    mode before = without_denormals();
     Memory m = divided(p, total, memory);
     for (int r = 0; r < rows; r += TOGETHER) {
         int count = rows - r < TOGETHER ? rows - r : TOGETHER;
         outputs_of(p, l, &m, first + r, count, total, x, outputs);
     }
-    _mm_setcsr(before);
+    back_to(before);
 }
 
 /* gradient (total, pixels) of Σ cotangent · output, of the outputs last computed in `memory`. */
 void perceptron_gradient(const Product *p, const Level *l, int first, int rows, int total,
                          const float *cotangents, float *gradient, float *memory) {
-    unsigned before = _mm_getcsr();
-    _mm_setcsr(before | DENORMALS_ARE_ZERO);
+    mode before = without_denormals();
     Memory m = divided(p, total, memory);
     for (int r = 0; r < rows; r += TOGETHER) {
         int count = rows - r < TOGETHER ? rows - r : TOGETHER;
         gradient_of(p, l, &m, first + r, count, total, cotangents, gradient);
     }
-    _mm_setcsr(before);
+    back_to(before);
 }

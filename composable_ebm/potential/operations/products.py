@@ -58,11 +58,15 @@ def _matmul(self: Any, other: Any) -> Step:
         return one(lambda x: x @ other, lambda g, x, y: g[..., None] * other)
     if min(shapes) < 2:
         raise NotImplementedError("of a vector")
-    return sides(self, other, _product)
+    live = [isinstance(side, Value) and side.live for side in (self, other)]
 
+    def product(a: Tensor, b: Tensor) -> tuple[Tensor, Pullback]:
+        return a @ b, lambda g: (
+            fitted(g @ b.mT, a.shape) if live[0] else None,
+            fitted(a.mT @ g, b.shape) if live[1] else None,
+        )
 
-def _product(a: Tensor, b: Tensor) -> tuple[Tensor, Pullback]:
-    return a @ b, lambda g: (fitted(g @ b.mT, a.shape), fitted(a.mT @ g, b.shape))
+    return sides(self, other, product)
 
 
 def _add_product(self: Any, mat1: Any, mat2: Any, beta: float = 1, alpha: float = 1) -> Step:

@@ -1,0 +1,380 @@
+"""Networks of convolutions as the function in C knows them: operations, images, weights, places."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from composable_ebm.potential.operations.normalisations import affine_of
+from composable_ebm.potential.operations.rule import axes_of
+from composable_ebm.potential.trace import Node, Value
+
+__all__ = ["ACTIVATIONS", "BLOCK", "MOST_CHANNELS", "Image", "Operation", "Part", "Plan", "Unfit", "over_all"]
+
+BLOCK = 16
+CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING = range(5)
+IDENTITY = 0
+ACTIVATIONS = {"silu": 1, "relu": 2, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "elu": 5, "gelu": 6}
+MOST_CHANNELS = 1024
+
+
+class Image(ctypes.Structure):
+    """As `Image` in convolutions.c."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int)
+        for name in ("height", "width", "channels", "border", "gradient_border", "at", "gradient_at")
+    )
+
+
+class Operation(ctypes.Structure):
+    """As `Operation` in convolutions.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("kind", "first", "second", "out", "adds")),
+        *((name, ctypes.c_int) for name in ("kernel_height", "kernel_width", "stride", "padding")),
+        *((name, ctypes.c_int) for name in ("weight", "backward_weight", "bias", "thin", "kept")),
+        *((name, ctypes.c_int) for name in ("function", "groups", "real")),
+        ("number", ctypes.c_float),
+    )
+
+
+class Unfit(Exception):
+    """Images and operations that look as if C could do them, and do not fit."""
+
+
+@dataclass
+class Part:
+    """Operations of a traced network that the function in C can do.
+
+    Attributes:
+        input: The images.
+        output: A few numbers for each.
+        nodes: What leads from the one to the other.
+    """
+
+    input: Value
+    output: Value
+    nodes: list[Node]
+
+
+def over_all(node: Node) -> str | None:
+    """Whether a sum goes over the pixels, or over all of a state; None for other axes."""
+    if node.arguments.get("dtype") is not None or node.arguments.get("keepdim"):
+        return None
+    ndim = len(node.inputs[0].shape)
+    axes = set(axes_of(node.arguments.get("dim"), ndim))
+    return "pixels" if axes == {2, 3} else "state" if axes == set(range(1, ndim)) else None
+
+
+@dataclass
+class Plan:
+    """The operations and images of a part as convolutions.c knows them."""
+
+    part: Part
+    images: list[Image] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    size: int = 0  # of the weights
+    kept: int = 0
+    rest: int = 0
+    arithmetic: int = 0
+    thin: bool = False
+    result: int = 0
+
+    def __post_init__(self) -> None:
+        nodes, image = self.part.nodes, self.part.input
+        self.readers: dict[Value, list[Node]] = {}
+        for node in nodes:
+            for value in node.inputs:
+                self.readers.setdefault(value, []).append(node)
+        self.paddings: dict[int, int] = {}  # of the images that convolutions read
+        self.real: dict[int, int] = {}  # channels of an image that are not padding
+        self.producers: dict[int, Operation] = {}
+        self.folded: set[Value] = set()
+        self.shared: dict[int, int] = {}  # flat images, and whose place they share
+        channels, height, width = image.shape[1:]
+        self.thin = channels < BLOCK
+        self.place = {image: self._image((height, width), channels, padded=not self.thin)}
+        for node in nodes:
+            self._add(node)
+        self.result = self.place[self.part.output]
+        self._lay_out()
+
+    def _image(self, sides: Sequence[int], channels: int, padded: bool = True) -> int:
+        height, width = sides
+        stored = -(-channels // BLOCK) * BLOCK if padded else channels
+        self.images.append(Image(height, width, stored, 0, 0, 0, 0))
+        self.real[len(self.images) - 1] = channels
+        return len(self.images) - 1
+
+    def _sides(self, number: int) -> tuple[int, int]:
+        return self.images[number].height, self.images[number].width
+
+    def _operation(self, kind: int, first: int, out: int, **options: float) -> Operation:
+        self.operations.append(Operation(kind=kind, first=first, out=out, **options))
+        self.producers[out] = self.operations[-1]
+        return self.operations[-1]
+
+    def _keep(self, block: Tensor) -> int:
+        self.weights.append(block.detach())
+        self.size += block.numel()
+        return self.size - block.numel()
+
+    def _add(self, node: Node) -> None:
+        name, arguments, first = node.operation, node.arguments, self.place[node.inputs[0]]
+        shape = node.inputs[0].shape
+        if name == "conv2d":
+            out = self._convolution(first, arguments["weight"], arguments["bias"], arguments, node.output)
+        elif name == "linear":
+            out = self._linear(first, arguments["weight"], arguments["bias"])
+        elif name == "batch_norm":
+            out = self._batch_norm(first, node)
+        elif name in ("group_norm", "instance_norm", "layer_norm"):
+            count = {"group_norm": arguments.get("num_groups"), "instance_norm": shape[1], "layer_norm": 1}[
+                name
+            ]
+            out = self._normalisation(first, arguments, count or 1)
+        elif name in ("avg_pool2d", "adaptive_avg_pool2d"):
+            kernel = arguments.get("kernel_size") or list(shape[2:])
+            out = self._pooling(first, kernel, node.output.shape[2:], 0.0)
+        elif name in ("sum", "mean"):
+            out = self._reduction(first, node)
+        elif name == "add":
+            other = self.place[node.inputs[1]]
+            sizes = [(self._sides(i), self.real[i]) for i in (first, other)]
+            if sizes[0] != sizes[1]:
+                raise Unfit
+            out = self._image(*sizes[0])
+            self._operation(SUM, first, out, second=other)
+        elif name in ACTIVATIONS:
+            number = {"leaky_relu": "negative_slope", "elu": "alpha"}.get(name)
+            by_tanh = arguments.get("approximate") == "tanh"  # the next one
+            out = self._activation(first, ACTIVATIONS[name] + by_tanh, arguments[number] if number else 0.0)
+        else:  # a flattened image is one still, until a linear layer reads it
+            out = first
+        self.place[node.output] = out
+
+    def _activation(self, first: int, function: int, number: float = 0.0) -> int:
+        out = self._image(self._sides(first), self.real[first])
+        self._operation(ACTIVATION, first, out, function=function, number=number)
+        return out
+
+    def _flat(self, first: int) -> int:
+        """An image as one pixel of many channels, in the same place."""
+        image = self.images[first]
+        if image.height == image.width == 1:
+            return first
+        copied = self._activation(first, IDENTITY) if self._needs_borders(first) else first
+        flat = self._image((1, 1), image.height * image.width * image.channels)
+        self.shared[flat] = copied
+        return flat
+
+    def _needs_borders(self, image: int) -> bool:
+        """Whether zeros stand around it: convolutions read it, or it comes from one, or comes in."""
+        producer = self.producers.get(image)
+        values = [value for value, place in self.place.items() if place == image]
+        read = any(node.operation == "conv2d" for value in values for node in self.readers.get(value, []))
+        return producer is None or producer.kind == CONVOLUTION or read
+
+    def _weighted(
+        self, first: int, weight: Tensor, bias: Tensor | None, stride: int, padding: int, sides: Sequence[int]
+    ) -> int:
+        """A convolution with a weight whose input channels are those stored."""
+        thin = self.thin and first == 0
+        out = self._image(sides, len(weight))
+        outputs = self.images[out].channels
+        bias = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        weight, bias = _pad(weight, 0, outputs), _pad(bias, 0, outputs)
+        rows, columns = weight.shape[2:]
+        back = _by_blocks(weight, stride, padding) if thin else _backward_blocks(weight, stride, padding)
+        self._operation(
+            CONVOLUTION,
+            first,
+            out,
+            kernel_height=rows,
+            kernel_width=columns,
+            stride=stride,
+            padding=padding,
+            weight=self._keep(weight.permute(2, 3, 1, 0)),
+            backward_weight=self._keep(back),
+            bias=self._keep(bias),
+            thin=int(thin),
+        )
+        self.paddings[first] = max(self.paddings.get(first, 0), padding)
+        self.arithmetic += 4 * weight[0].numel() * self.real[out] * sides[0] * sides[1]
+        return out
+
+    def _convolution(
+        self, first: int, weight: Tensor, bias: Tensor | None, arguments: dict, output: Value
+    ) -> int:
+        weight = weight.detach()
+        readers = self.readers.get(output, [])
+        if len(readers) == 1 and readers[0].operation == "batch_norm":
+            a = readers[0].arguments
+            scale, shift = affine_of(
+                *(a[k] for k in ("weight", "bias", "running_mean", "running_var", "eps"))
+            )
+            weight = weight * scale.detach()[:, None, None, None]
+            bias = shift if bias is None else shift + bias * scale
+            self.folded.add(output)
+        stored = self.images[first].channels
+        sides, stride = output.shape[2:], arguments["stride"][0]
+        return self._weighted(first, _pad(weight, 1, stored), bias, stride, arguments["padding"][0], sides)
+
+    def _linear(self, first: int, weight: Tensor, bias: Tensor | None) -> int:
+        """From channels first, as flattened, to channels last, as stored."""
+        image, channels = self.images[first], self.real[first]
+        weight = weight.detach().unflatten(1, (channels, image.height, image.width)).permute(0, 2, 3, 1)
+        weight = _pad(weight, 3, image.channels).flatten(1)[:, :, None, None]
+        return self._weighted(self._flat(first), weight, bias, 1, 0, (1, 1))
+
+    def _batch_norm(self, first: int, node: Node) -> int:
+        if node.inputs[0] in self.folded:
+            return first
+        a = node.arguments
+        scale, shift = affine_of(*(a[k] for k in ("weight", "bias", "running_mean", "running_var", "eps")))
+        image = self.images[first]
+        weight = _pad(torch.diag(scale.detach()), 1, image.channels)[:, :, None, None]
+        return self._weighted(first, weight, shift, 1, 0, (image.height, image.width))
+
+    def _normalisation(self, first: int, arguments: dict, groups: int) -> int:
+        image, real = self.images[first], self.real[first]
+        weight, bias = arguments["weight"], arguments["bias"]
+        if (weight is not None and len(weight) != real) or real > MOST_CHANNELS:
+            raise Unfit
+        weight = torch.ones(real) if weight is None else weight
+        bias = torch.zeros(real) if bias is None else bias
+        out = self._image((image.height, image.width), real)
+        self._operation(
+            NORMALISATION,
+            first,
+            out,
+            weight=self._keep(_pad(weight.detach(), 0, image.channels)),
+            bias=self._keep(_pad(bias.detach(), 0, image.channels)),
+            groups=groups,
+            real=real,
+            number=arguments["eps"],
+        )
+        return out
+
+    def _pooling(self, first: int, kernel: Sequence[int], sides: Sequence[int], factor: float) -> int:
+        out = self._image(sides, self.real[first])
+        self._operation(POOLING, first, out, kernel_height=kernel[0], kernel_width=kernel[1], number=factor)
+        return out
+
+    def _reduction(self, first: int, node: Node) -> int:
+        image, real = self.images[first], self.real[first]
+        factor = 1.0 if node.operation == "sum" else 0.0
+        out = first
+        if (image.height, image.width) != (1, 1):
+            out = self._pooling(first, (image.height, image.width), (1, 1), factor)
+        if over_all(node) == "pixels":
+            return out
+        weight = torch.full((1, real), 1.0 if factor else 1.0 / real)
+        return self._linear(out, weight, None)
+
+    def _lay_out(self) -> None:
+        """Gives images and operations their places, and says which gradients have parts already."""
+        shared = self.shared
+        users: dict[int, int] = {}
+        for operation in self.operations:
+            for read in (operation.first, operation.second) if operation.kind == SUM else (operation.first,):
+                users[read] = users.get(read, 0) + 1
+        for number, image in enumerate(self.images):
+            image.border = self.paddings.get(number, 0)
+            producer = self.producers.get(number)
+            if producer is not None and producer.kind == CONVOLUTION and not producer.thin:
+                sides = (producer.kernel_height, producer.kernel_width)
+                image.gradient_border = max((side - 1) // producer.stride + 1 for side in sides)
+        slopes_over: dict[int, int] = {}
+        for operation in self.operations:
+            image = self.images[operation.first]
+            area = image.height * image.width * image.channels
+            if operation.kind in (ACTIVATION, NORMALISATION):
+                operation.kept = self.kept
+                self.kept += _up(area + (image.channels if operation.kind == NORMALISATION else 0))
+                only = users[operation.first] == 1 and operation.first not in shared.values()
+                if operation.kind == ACTIVATION and only and not image.border and operation.first:
+                    slopes_over[operation.first] = operation.kept
+        place = self.kept
+        for number, image in enumerate(self.images):
+            if number in shared:
+                continue
+            for border, name in ((image.border, "at"), (image.gradient_border, "gradient_at")):
+                if name == "at" and number in slopes_over:
+                    image.at = slopes_over[number]
+                    continue
+                setattr(image, name, place)
+                place += _up((image.height + 2 * border) * (image.width + 2 * border) * image.channels)
+        for flat, source in shared.items():
+            if self.images[source].border or self.images[source].gradient_border:
+                raise Unfit
+            self.images[flat].at = self.images[source].at
+            self.images[flat].gradient_at = self.images[source].gradient_at
+        for operation in self.operations:
+            if operation.thin:
+                operation.thin = place
+                place += _up(
+                    self.images[operation.out].channels * _planes(operation, self.images[operation.first])
+                )
+        self.rest = place - self.kept + BLOCK
+        written: set[int] = set()
+        for operation in reversed(self.operations):
+            reads = (operation.first, operation.second) if operation.kind == SUM else (operation.first,)
+            for bit, read in enumerate(reads):
+                whole = shared.get(read, read)
+                operation.adds |= (whole in written) << bit
+                written.add(whole)
+
+
+def _planes(operation: Operation, image: Image) -> int:
+    """Floats of a channel in planes, as `planes_of` in convolutions.c has it, and some to spare."""
+    s, border = operation.stride, operation.padding
+    sides = []
+    for side, kernel in ((image.height, operation.kernel_height), (image.width, operation.kernel_width)):
+        low = -((kernel - 1 - border) // s)
+        sides.append(-(-side // s) + (s - 1 + border) // s - low + 1)
+    return sides[0] * sides[1] + 2 * BLOCK
+
+
+def _backward_blocks(weight: Tensor, stride: int, padding: int) -> Tensor:
+    """For each place of a pixel modulo the stride, the taps that reach it, by rising output."""
+    blocks = []
+    for a in range(stride):
+        for b in range(stride):
+            taps = weight[:, :, (a + padding) % stride :: stride, (b + padding) % stride :: stride].flip(2, 3)
+            blocks.append(taps.permute(2, 3, 0, 1).reshape(-1))
+    return torch.cat(blocks)
+
+
+def _by_blocks(weight: Tensor, stride: int, padding: int) -> Tensor:
+    """(inputs, outputs, y, x, stride, stride): what an output gives to each pixel of a block of stride²
+    pixels, by the output's place relative to the block, zero where it does not reach.
+
+    Output o reads pixel stride · block + a by tap a + padding - stride · (o - block).
+    """
+    kernel = weight.shape[2]
+    low, high = -((kernel - 1 - padding) // stride), (stride - 1 + padding) // stride
+    places = torch.arange(low, high + 1)[:, None]
+    taps = torch.arange(stride) + padding - stride * places  # (places, stride)
+    valid = (taps >= 0) & (taps < kernel)
+    taps = taps.clamp(0, kernel - 1)
+    # (outputs, inputs, y, a, x, b)
+    blocks = weight[:, :, taps][..., taps] * valid[:, :, None, None] * valid
+    return blocks.permute(1, 0, 2, 4, 3, 5)
+
+
+def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+
+
+def _up(size: int) -> int:
+    """Rounded up, so that what comes next starts on a cache line."""
+    return -(-size // BLOCK) * BLOCK
