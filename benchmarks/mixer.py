@@ -60,19 +60,17 @@ class Visitor:
         self.page, self.server = page, server
         page.set_default_timeout(60_000)
         start = time.perf_counter()
-        page.goto(address)
-        self._button("Play").wait_for()
+        page.goto(f"{address}?still")  # it would open playing
+        page.locator("body[data-ready]").wait_for()
         self.load_seconds = time.perf_counter() - start
         page.evaluate(WATCH)
-        page.wait_for_timeout(1500)  # the server still looks for experts that have come or gone
         for name in experts:
             page.get_by_role("checkbox", name=name).check()
-        page.get_by_role("spinbutton", name="number input for Samples").fill(str(num_chains))
-        page.keyboard.press("Tab")
+        page.locator("#chains").fill(str(num_chains))
 
     def play(self) -> float:
         """Seconds from pressing Play to the first frame."""
-        self.page.wait_for_function("document.querySelector('button:disabled')?.innerText.trim() === 'Stop'")
+        self.page.wait_for_function("document.getElementById('stop').disabled")
         pressed = self._after("pressed")
         frames = self._after("frames")
         self._button("Play").click()
@@ -100,7 +98,7 @@ class Visitor:
         """Ends the run; what was running."""
         running = self.page.evaluate("window.seen.frames.at(-1)[1]")
         self._button("Stop").click()
-        self.page.get_by_role("link", name="Save picture").wait_for()
+        self.page.locator("#caption").get_by_text("stopped at step").wait_for()
         return running
 
     def _cpu_seconds(self) -> float:

@@ -1,6 +1,6 @@
 """Several visitors of the mixer who play the same experts: frames a second for each of them.
 
-Measured without a browser, by what the page's generators give to threads such as Gradio's workers; so
+Measured without a browser, by what the page's generators give to threads such as the server's; so
 the pictures are made, but not sent: python benchmarks/visitors.py
 """
 
@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,15 +43,14 @@ def measure(counts: Sequence[int], seconds: float, num_chains: int, device: str)
 
 def _played(runs: Runs, count: int, seconds: float, num_chains: int) -> dict[str, float]:
     times: list[list[float]] = [[] for _ in range(count)]
-    pages = [SimpleNamespace(session_hash=f"visitor {i}") for i in range(count)]
+    names = [f"visitor {i}" for i in range(count)]
 
     def watch(i: int) -> None:
-        for _ in runs.play(Request(RECIPE, num_chains, 80, i), pages[i].session_hash):
+        for _ in runs.play(Request(RECIPE, num_chains, 80, i), names[i]):
             times[i].append(time.perf_counter())
 
     threads = [threading.Thread(target=watch, args=(i,)) for i in range(count)]
-    for page, thread in zip(pages, threads, strict=True):
-        runs.begin(page)  # type: ignore[arg-type]
+    for thread in threads:
         thread.start()
     while min(map(len, times)) < 12:  # the chains come down from noise
         time.sleep(0.01)
@@ -60,8 +58,8 @@ def _played(runs: Runs, count: int, seconds: float, num_chains: int) -> dict[str
     time.sleep(seconds)
     end, used = time.perf_counter(), time.process_time() - used
     frames = [sum(start < t <= end for t in each) for each in times]
-    for page, thread in zip(pages, threads, strict=True):
-        runs.stop(page)  # type: ignore[arg-type]
+    for name, thread in zip(names, threads, strict=True):
+        runs.stop(name)
         thread.join()
     return {
         "frames_per_second": round(sum(frames) / count / (end - start), 2),

@@ -220,6 +220,7 @@ class Mixer:
         max_chains: Most samples that a visitor may ask for at once.
         device: Where to run, such as cpu or cuda.
         num_threads: Threads of the CPU.
+        root_path: Where a proxy shows the page, such as /mixer.
     """
 
     host: str = "127.0.0.1"
@@ -228,6 +229,7 @@ class Mixer:
     max_chains: int = 64
     device: str = "cpu"
     num_threads: int | None = None
+    root_path: str = ""
 
     def run(self) -> int:
         user, colon, password = (self.auth or "").partition(":")
@@ -244,12 +246,14 @@ class Mixer:
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
         device = _device(self.device)
+        print("Loading the mixer.", flush=True)
         _mixer_page().serve(
             host=self.host,
             port=self.port,
             auth=None if self.auth is None else (user, password),
             max_chains=self.max_chains,
             device=device,
+            root_path=self.root_path,
         )
         return 0
 

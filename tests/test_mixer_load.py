@@ -28,6 +28,7 @@ from demos.mixer.served import served
 from demos.mixer.state import Limits, Request
 
 httpx = pytest.importorskip("httpx")
+TestClient = pytest.importorskip("fastapi.testclient").TestClient
 
 USERS = 20
 FRAMES = 5  # that everyone must get, however busy the machine is
@@ -53,12 +54,11 @@ def models(tmp_path_factory):
 
 
 class Server:
-    """A page with a temporary folder of its own, and what its description says."""
+    """A page with a temporary folder of its own."""
 
     def __init__(self, mixer):
         self.process, self.temporary = mixer.process, mixer.temporary
         self.url = mixer.address.rstrip("/")
-        self.page = Page(httpx.get(f"{self.url}/config", timeout=60).json())
 
     @property
     def memory(self):
@@ -88,121 +88,59 @@ class Server:
             raise Refused(data)
         return json.loads(data)
 
+    def ask(self, path, **content):
+        """What the page is answered."""
+        headers = {"content-type": "application/json", "x-visitor": "visitor-of-a-test"}
+        return httpx.post(
+            f"{self.url}/mixer/{path}", content=json.dumps(content), headers=headers, timeout=60
+        ).json()
+
 
 class Refused(Exception):
     """What the server says that is wrong with a request."""
-
-
-class Page:
-    """The page's description of itself: which function a button starts, and what goes into it."""
-
-    def __init__(self, config):
-        self.components = {each["id"]: each for each in config["components"]}
-        self.functions = config["dependencies"]
-
-    def pressed(self, button):
-        """The functions that a button starts, one after the other."""
-        (first,) = (
-            function
-            for function in self.functions
-            for component, event in function["targets"]
-            if event == "click" and self.components[component]["props"].get("value") == button
-        )
-        chain = [first]
-        while following := [each for each in self.functions if each["trigger_after"] == chain[-1]["id"]]:
-            chain.append(following[0])
-        return [each for each in chain if each["backend_fn"]]
-
-    def changed(self, element):
-        """The functions that run when the content of an element changes."""
-        return [
-            function
-            for function in self.functions
-            for component, event in function["targets"]
-            if event == "change" and self.components[component]["props"].get("elem_id") == element
-        ]
-
-    def values(self, function, **changes):
-        """What is in the inputs of a function: what they began with, unless changed, by id or label."""
-        values = []
-        for component in function["inputs"]:
-            props = self.components[component]["props"]
-            values.append(
-                changes.get(props.get("elem_id"), changes.get(props.get("label"), props.get("value")))
-            )
-        return values
 
 
 class Visitor:
     """A browser's tab, open on the page."""
 
     def __init__(self, server, client):
-        self.server, self.page, self.client = server, server.page, client
-        self.session = secrets.token_hex(6)
+        self.url, self.client = server.url, client
+        self.headers = {"x-visitor": secrets.token_hex(8)}
         self.frames = 0
         self.ended = False
         self.problems = []
 
-    async def call(self, function, **changes):
-        """Runs a function that does not wait in the queue."""
-        answer = await self.client.post(
-            f"{self.server.url}/gradio_api/run/predict", json=self._asked(function, changes)
-        )
+    async def ask(self, path, **content):
+        """What the page is answered."""
+        answer = await self.client.post(f"{self.url}/mixer/{path}", json=content, headers=self.headers)
         assert answer.status_code == 200, answer.text
-        return answer.json()["data"]
+        return answer.json()
 
     async def play(self, seconds, recipe=RECIPE, chains=4, steer=None, leave=False, until=None):
         """Plays for some seconds, or longer, until something holds; then stops, or closes the tab."""
-        heartbeat = asyncio.create_task(self._stay())
-        begin, *rest = self.page.pressed("Play")
-        await self.call(begin)
-        join = await self.client.post(
-            f"{self.server.url}/gradio_api/queue/join",
-            json=self._asked(rest[-1], {"recipe": recipe, "Samples": chains}),
-        )
-        assert join.status_code == 200, join.text
-        reading = asyncio.create_task(self._read())
+        reading = asyncio.create_task(self._read({"kind": "play", "recipe": recipe, "chains": chains}))
         await asyncio.sleep(seconds / 2)
         if steer:
-            for function in self.page.changed("recipe"):
-                await self.call(function, recipe=steer)
+            assert (await self.ask("read", recipe=steer))["recipe"] == steer
         await asyncio.sleep(seconds / 2)
         while until and not until():
             await asyncio.sleep(0.1)
         if not leave:
-            await self.call(self.page.pressed("Stop")[0])
+            await self.ask("stop")
             await asyncio.wait_for(reading, 60)
             assert self.ended
-        for task in (reading, heartbeat):
-            task.cancel()
-        await asyncio.gather(reading, heartbeat, return_exceptions=True)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
-    def _asked(self, function, changes):
-        return {
-            "data": self.page.values(function, **changes),
-            "fn_index": function["id"],
-            "session_hash": self.session,
-        }
-
-    async def _stay(self):
-        url = f"{self.server.url}/gradio_api/heartbeat/{self.session}"
-        async with self.client.stream("GET", url) as beats:
-            async for _ in beats.aiter_bytes():
-                pass
-
-    async def _read(self):
-        url = f"{self.server.url}/gradio_api/queue/data?session_hash={self.session}"
-        async with self.client.stream("GET", url) as stream:
+    async def _read(self, asked):
+        asking = self.client.stream("POST", f"{self.url}/mixer/run", json=asked, headers=self.headers)
+        async with asking as stream:
             async for line in stream.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                message = json.loads(line[5:])
-                self.frames += message["msg"] == "process_generating"
-                if message["msg"] == "process_completed":
-                    self.ended = True
-                    if not message["success"]:
-                        self.problems.append(message["output"])
-                    return
+                message = json.loads(line)
+                self.frames += message["kind"] == "frame"
+                if message["kind"] == "error":
+                    self.problems.append(message["problem"])
+                self.ended = message["kind"] in ("end", "error")
 
 
 def visit(server, count, seconds, until=None):
@@ -322,19 +260,39 @@ def test_guard_closes_paths():
 @pytest.mark.parametrize("auth", [None, ("me", "secret")])
 def test_what_is_served_is_closed_to_strangers(monkeypatch, auth):
     asked = {}
-    page = SimpleNamespace(queue=asked.update, launch=asked.update, block_thread=lambda: None)
-    monkeypatch.setattr(app, "build", lambda limits, device: page)
+
+    def launch(**options):
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    found = SimpleNamespace(offer=SimpleNamespace(cards={}), close=lambda: None)
+    monkeypatch.setattr(app, "build", lambda *options, **more: (SimpleNamespace(launch=launch), found))
     monkeypatch.setattr(app.importlib.util, "find_spec", lambda name: name)  # with the extra installed
-    app.serve(auth=auth)
+    with pytest.raises(KeyboardInterrupt):
+        app.serve(auth=auth, root_path="/mixer")
     assert asked["server_name"] == "127.0.0.1"
     assert asked["auth"] == auth
+    assert asked["root_path"] == "/mixer"
     assert asked["mcp_server"] is (auth is None)  # its tools would answer without the password
     assert not asked["share"]
-    assert not asked["api_open"]  # nothing starts past the queue
-    assert asked["max_size"] <= 100
     assert asked["state_session_capacity"] <= 1000  # a quarter of a megabyte each
-    assert [each.cls for each in asked["app_kwargs"]["middleware"]] == [Guard]
     assert "allowed_paths" not in asked
+
+
+def test_a_password_stands_before_all_that_the_page_does():
+    server, runs = app.build(Limits())
+    with TestClient(server) as client:
+        server.auth, server.tokens, server.cookie_id = {"me": "secret"}, {"good": "me"}, "x"
+        headers = {"x-visitor": "visitor-of-a-test"}
+        assert "Log in" in client.get("/").text
+        for path in ("world", "read", "run", "keep"):
+            assert client.post(f"/mixer/{path}", json={}, headers=headers).status_code == 401
+        assert client.get("/mixer/thumb/0").status_code == 401
+        client.cookies.set("access-token-x", "good")
+        assert "One-click starts" in client.get("/").text
+        assert client.post("/mixer/world", json={}, headers=headers).status_code == 200
+        assert client.post("/mixer/world", json={}).status_code == 400  # other sites cannot name a visitor
+    runs.close()
 
 
 # -- frames without end -------------------------------------------------------------------------------------
@@ -348,7 +306,6 @@ def play_frames(models, monkeypatch, tmp_path, count):
     monkeypatch.setattr(runs_module, "MAX_PLAY_SECONDS", INFINITY)
     process = psutil.Process()
     runs = Runs(Library(), Limits())
-    runs.begin(SimpleNamespace(session_hash="visitor"))
     frames = runs.play(Request("toys/hat", 1, 10, 0), "visitor")
     recipe = "toys/hat"
     for step in range(count):
@@ -381,7 +338,8 @@ def test_an_hour_of_frames_leaves_no_file_and_no_memory(models, monkeypatch, tmp
 def undisturbed(server):
     """A visitor who plays all the while, to whom nothing happens."""
     visit(server, 2, 1)  # threads and arenas are made once
-    server.call("sample", RECIPE, 16, 5, 0)
+    server.call("sample", RECIPE, 64, 5, 0)
+    server.ask("read", recipe="x" * 25 * MEGABYTE)
     before, over = server.memory, threading.Event()
     visitors = []
     thread = threading.Thread(target=lambda: visitors.extend(visit(server, 1, 2, until=over.is_set)))
@@ -444,8 +402,8 @@ def test_numbers_of_the_page_are_not_trusted_either(server):
             return visitors
 
     many, heavy = asyncio.run(run())
-    assert "maximum value" in json.dumps(many.problems)
-    assert heavy.frames == many.frames == 0
+    assert many.problems == []  # as many as there may be
+    assert "a weight may be 1000 here at most" in heavy.problems[0]
     assert heavy.ended
     assert many.ended
 
@@ -463,17 +421,30 @@ def test_numbers_of_the_page_are_not_trusted_either(server):
         {},
     ],
 )
-def test_hostile_pictures_are_explained_and_change_nothing(server, texts):
-    (restore,) = server.page.changed("dropped")
+def test_hostile_pictures_are_explained(server, texts):
+    said = server.ask("read", texts=texts)
+    assert said["problem"]
+    assert "words" not in said
 
-    async def run():
-        async with httpx.AsyncClient(timeout=60) as client:
-            return await Visitor(server, client).call(restore, dropped=json.dumps(texts))
 
-    said, *others = asyncio.run(run())
-    assert 'role="alert"' in json.dumps(said).replace('\\"', '"')
-    assert "<script>" not in json.dumps(said)
-    assert all(other["__type__"] == "update" and "value" not in other for other in others)
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("read", {"mix": {"family": "toys", "picks": {"toys/hat": {"values": [1]}}}}),
+        ("read", {"mix": 3}),
+        ("read", {}),
+        ("heat", {"recipe": RECIPE, "picture": "file:///etc/passwd"}),
+        ("heat", {"recipe": RECIPE}),
+        ("example", {"recipe": RECIPE}),
+        ("film", {"chain": 3}),
+        ("pack", {"pictures": ["data:image/png;base64,!!"]}),
+        ("pack", {"pictures": [{"a": 1}]}),
+        ("keep", {"name": "../../etc/passwd"}),
+    ],
+)
+def test_nonsense_of_the_page_is_answered_with_a_sentence(server, path, content):
+    assert server.ask(path, **content)["problem"]
 
 
 @pytest.mark.usefixtures("undisturbed")
@@ -491,11 +462,11 @@ def test_an_upload_of_a_hundred_megabytes_is_refused(server):
     # With a length, and then in chunks, where the length only shows as they come.
     for path, headers in (
         ("upload", {**form, **declared}),
-        ("call/sample", {**as_json, **declared}),
         ("call/sample", as_json),
+        ("../mixer/read", {**as_json, "x-visitor": "visitor-of-a-test"}),
     ):
         try:
-            url = f"{server.url}/gradio_api/{path}"
+            url = f"{server.url}/gradio_api/{path}".replace("/gradio_api/..", "")
             status = httpx.post(url, content=content(100), headers=headers, timeout=60).status_code
         except httpx.TransportError:
             continue  # the server has hung up
@@ -518,17 +489,15 @@ def test_an_upload_of_a_hundred_megabytes_is_refused(server):
         "assets/..%2f..%2f..%2f..%2fetc%2fpasswd",
         "svelte/..%2f..%2f..%2f..%2fetc%2fpasswd",
         "../etc/passwd",
+        "page/..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "page/..%2fapp.py",
+        "page/starts.toml",
+        "mixer/thumb/999",
+        "docs",
+        "openapi.json",
     ],
 )
 def test_no_path_leads_to_a_file(server, path):
     answer = httpx.get(f"{server.url}/{path}", timeout=20)
     assert answer.status_code >= 400
     assert "root:" not in answer.text
-
-
-@pytest.mark.usefixtures("undisturbed")
-def test_generators_cannot_be_started_past_the_queue(server):
-    play = server.page.pressed("Play")[-1]
-    asked = {"data": server.page.values(play), "fn_index": play["id"], "session_hash": "x"}
-    answer = httpx.post(f"{server.url}/gradio_api/run/predict", json=asked, timeout=20)
-    assert answer.status_code == 404

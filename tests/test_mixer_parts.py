@@ -14,10 +14,9 @@ from PIL import Image, ImageColor, ImageSequence
 
 import composable_ebm as ceb
 from composable_ebm.energy.analytic import Gaussian
-from demos.mixer import animate, explore, heat, labelled, starts
+from demos.mixer import animate, explore, heat, labelled, mix, starts, terms
 from demos.mixer.animate import Recorder
 from demos.mixer.explore import Axis
-from demos.mixer.factors import alone, factors, find, with_weights
 
 SHAPE = (1, 8, 8)
 SAMPLER = {"kernel": "Langevin", "step_size": 0.1, "num_steps": 6}
@@ -41,57 +40,51 @@ def engine():
         yield engine
 
 
-# -- the experts of a recipe ----------------------------------------------------------------------------
+# -- the parts of a composition -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (MIX, [("toys/body", 1, False), ("toys/hat", 4, False), ("toys/hue[red]", 2, True)]),
-        ("0.5*a - 1e-3*~ b", [("a", 0.5, False), ("b", 0.001, True)]),
+        (MIX, [("toys/body", 1, 0), ("toys/hat", 4, 0), ("~toys/hue[red]", 2, 0)]),
         (
-            "a + (b | 2*ratio(c[x], c[any]) | ~d)",
-            [("a", 1, False), ("b", 1, False), ("c[x]", 2, False), ("d", 1, True)],
+            f"toys/body + (2*{HAT} | ratio(toys/hue[blue], toys/hue[any]))",
+            [("toys/body", 1, 0), ("toys/hat", 2, 1), ("toys/hue[blue]", 1, 1)],
         ),
-        ("negate(2*a, threshold=-3)", [("a", 2, False)]),
-        ("mixture([a, 3*b], weights=[1, 2], log_z=[0, 1])", [("a", 1, False), ("b", 3, False)]),
+        (
+            "toys/body + 2*ratio(toys/hue[red], toys/hue[any]) + ratio(toys/hue[blue], toys/hue[any])",
+            [("toys/body", 1, 0), ("toys/hue[red]", 2, 0), ("toys/hue[blue]", 1, 0)],
+        ),
+        ("toys/hat - 0.25*toys/tree", [("toys/hat", 1, 0), ("toys/tree", -0.25, 0)]),
     ],
 )
-def test_factors_are_the_experts_of_a_recipe_with_their_weights(recipe, expected):
-    assert [(each.expert, each.weight, each.negated) for each in factors(recipe)] == expected
+def test_parts_are_the_experts_of_a_composition_with_their_weights(recipe, expected):
+    assert [(part.name, part.weight, part.group) for part in terms.parts(parse(recipe))] == expected
 
 
-@pytest.mark.parametrize("recipe", [MIX, "toys/hat | 3*toys/hue[blue]", "toys/tree - 0.25*toys/hat"])
-def test_a_recipe_with_its_own_weights_is_the_same_composition(recipe):
-    again = with_weights(recipe, {each: each.weight for each in factors(recipe)})
+@pytest.mark.parametrize("recipe", [MIX, f"toys/body + ({HAT} | 3*{HUE})", "toys/tree - 0.25*toys/hat"])
+def test_a_composition_with_its_own_weights_is_the_same(recipe):
+    energy = parse(recipe)
+    again = terms.reweighted(energy, {part.name: part.weight for part in terms.parts(energy)})
     x = points(3, SHAPE)
-    assert torch.equal(parse(again)(x), parse(recipe)(x))
+    torch.testing.assert_close(again(x), energy(x))
 
 
-def test_weights_below_zero_are_written_so_that_they_parse():
-    text = with_weights(MIX, {find(MIX, "toys/hat"): -2.5})
-    hat = NAMES["toys/hat"]
-    same = parse(f"toys/body + 2*{HUE}") - 2.5 * (hat - hat["any"])
+def test_a_weight_below_zero_asks_for_the_other_value():
     x = points(3, SHAPE)
-    assert torch.allclose(parse(text)(x), same(x), atol=1e-5)
-
-
-def test_an_expert_that_the_recipe_does_not_name_once_is_refused():
-    with pytest.raises(
-        ValueError, match=r"does not name the expert 'toys/hut'; it names: toys/body, toys/hat"
-    ):
-        find(MIX, "toys/hut")
-    twice = "toys/hue[red] | toys/hue[blue]"
-    with pytest.raises(
-        ValueError, match=r"names toys/hue 2 times; say which: toys/hue\[red\], toys/hue\[blue\]"
-    ):
-        find(twice, "toys/hue")
-    assert find(twice, "toys/hue[blue]").label == "hue blue"
+    other = parse(f"toys/body + 2.5*ratio(~toys/hat, toys/hat[any]) + 2*{HUE}")
+    torch.testing.assert_close(terms.reweighted(parse(MIX), {"toys/hat": -2.5})(x), other(x))
 
 
 def test_each_expert_stands_alone_beside_the_base():
-    assert alone(MIX, NAMES) == [("hat", f"toys/body + 4*{HAT}"), ("not hue red", f"toys/body + 2*{HUE}")]
-    assert alone("2*toys/hat + toys/tree", NAMES) == [("hat", "2*toys/hat"), ("tree", "toys/tree")]
+    x = points(3, SHAPE)
+
+    def is_base(energy):
+        return str(energy) == "toys/body"
+
+    found = terms.alone(parse(MIX), is_base)
+    assert [name for name, _ in found] == ["toys/hat", "~toys/hue[red]"]
+    torch.testing.assert_close(found[0][1](x), parse(f"toys/body + 4*{HAT}")(x))
 
 
 # -- grids ----------------------------------------------------------------------------------------------
@@ -105,18 +98,22 @@ def undrawn(monkeypatch):
     return drawn
 
 
+def is_base(energy):
+    return isinstance(energy, ceb.Expert) and mix.is_base(energy.card)
+
+
 @pytest.mark.parametrize("recipe", [MIX, f"toys/body + (2*{HAT} | {HUE})"])
 def test_a_cell_of_a_grid_is_what_sample_gives_for_its_recipe(monkeypatch, engine, recipe):
     drawn = undrawn(monkeypatch)
-    across, up = Axis("toys/hat", -2, 4, 3), Axis("toys/hue", 1, 9, 2)
-    *_, last = explore.weight_grid(recipe, across, up, NAMES, engine.submit, num_chains_per_cell=2, seed=5)
+    across, up = Axis("toys/hat", -2, 4, 3), Axis("~toys/hue[red]", 1, 9, 2)
+    *_, last = explore.weight_grid(parse(recipe), across, up, engine.submit, num_chains_per_cell=2, seed=5)
     assert last.done
     assert last.step == 6
     cells = drawn[-1].split(2)
     for i, (u, v) in enumerate([(u, v) for v in (9.0, 1.0) for u in (-2.0, 1.0, 4.0)]):
-        text = with_weights(recipe, {find(recipe, "toys/hat"): u, find(recipe, "toys/hue"): v})
-        alone = ceb.sample(parse(text), num_chains=2, seed=5)
-        assert torch.allclose(cells[i], alone.samples, atol=1e-4), text
+        energy = terms.reweighted(parse(recipe), {"toys/hat": u, "~toys/hue[red]": v})
+        alone = ceb.sample(energy, num_chains=2, seed=5)
+        assert torch.allclose(cells[i], alone.images, atol=1e-4), str(energy)
 
 
 def test_cells_of_a_grid_are_evaluated_together_and_count_as_one_visitor(engine):
@@ -126,8 +123,8 @@ def test_cells_of_a_grid_are_evaluated_together_and_count_as_one_visitor(engine)
         asked.append(options["share"])
         return engine.submit(*arguments, **options)
 
-    across, up = Axis("toys/hat", 1, 4, 3), Axis("toys/hue", 1, 9, 2)
-    list(explore.weight_grid(MIX, across, up, NAMES, submit))
+    across, up = Axis("toys/hat", 1, 4, 3), Axis("~toys/hue[red]", 1, 9, 2)
+    list(explore.weight_grid(parse(MIX), across, up, submit))
     assert sum(asked) == pytest.approx(1)
     assert engine.potentials_made == 1
 
@@ -140,25 +137,24 @@ def test_a_grid_of_noise_conditioned_experts_is_what_sample_gives(monkeypatch, e
     }
     drawn = undrawn(monkeypatch)
     recipe = "base + 2*ratio(hat, hat[any]) + ratio(cat, cat[any])"
-    list(
-        explore.weight_grid(recipe, Axis("hat", 0, 4, 2), Axis("cat", 3, 5, 2), names, engine.submit, seed=2)
-    )
+    axes = Axis("toys/hat", 0, 4, 2), Axis("toys/cat", 3, 5, 2)
+    list(explore.weight_grid(ceb.parse(recipe, names), *axes, engine.submit, seed=2))
     text = "base + 4*ratio(hat, hat[any]) + 5*ratio(cat, cat[any])"
-    expected = ceb.sample(ceb.parse(text, names), num_chains=1, seed=2).samples
+    expected = ceb.sample(ceb.parse(text, names), num_chains=1, seed=2).images
     assert torch.allclose(drawn[-1][1:2], expected, atol=1e-4)
 
 
 def test_cells_of_equal_weights_show_equal_pictures(engine):
-    across, up = Axis("toys/hat", 4, 4, 1), Axis("toys/hue", 0, 2, 2)
-    frames = list(explore.weight_grid(MIX, across, up, NAMES, engine.submit, num_steps=3))
+    across, up = Axis("toys/hat", 4, 4, 1), Axis("~toys/hue[red]", 0, 2, 2)
+    frames = list(explore.weight_grid(parse(MIX), across, up, engine.submit, num_steps=3))
     picture = frames[-1].picture
     assert [frame.done for frame in frames] == [False] * (len(frames) - 1) + [True]
     assert picture.width < picture.height  # one column, two rows
 
 
 def test_a_grid_ends_early_when_told_to(engine):
-    across, up = Axis("toys/hat", 0, 4, 2), Axis("toys/hue", 0, 2, 2)
-    frames = explore.weight_grid(MIX, across, up, NAMES, engine.submit, num_steps=10**6)
+    across, up = Axis("toys/hat", 0, 4, 2), Axis("~toys/hue[red]", 0, 2, 2)
+    frames = explore.weight_grid(parse(MIX), across, up, engine.submit, num_steps=10**6)
     assert not next(frames).done
     for run in engine.runs:
         run.cancel()
@@ -196,18 +192,17 @@ def test_axes_that_make_no_sense_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"horizontal": Axis("toys/hue", 0, 1, 2)}, "must name two different experts"),
+        ({"horizontal": Axis("~toys/hue[red]", 0, 1, 2)}, "must name two different experts"),
         ({"horizontal": Axis("toys/cap", 0, 1, 2)}, "does not name the expert 'toys/cap'"),
         ({"num_chains_per_cell": 0}, "a grid holds 1 to 256 pictures"),
         ({"num_chains_per_cell": 10**6}, "a grid holds 1 to 256 pictures"),
         ({"num_steps": -1}, "`num_steps` of a grid must be at least 1, got -1"),
-        ({"recipe": "toys/hat - toys/hue[red]"}, "no term with a positive weight"),
     ],
 )
 def test_grids_that_make_no_sense_are_refused(engine, options, message):
-    asked = {"horizontal": Axis("toys/hat", 0, 1, 2), "vertical": Axis("toys/hue", 0, 1, 2)}
+    asked = {"horizontal": Axis("toys/hat", 0, 1, 2), "vertical": Axis("~toys/hue[red]", 0, 1, 2)}
     with pytest.raises(ValueError, match=message):
-        next(explore.weight_grid(library=NAMES, submit=engine.submit, **{"recipe": MIX, **asked, **options}))
+        next(explore.weight_grid(parse(MIX), submit=engine.submit, **{**asked, **options}))
     assert all(run.cancelled for run in engine.runs)
 
 
@@ -215,12 +210,11 @@ def test_grids_that_make_no_sense_are_refused(engine, options, message):
 
 
 def test_a_strip_is_the_mix_and_each_expert_alone_from_the_same_noise(engine):
-    strip = explore.strip(MIX, NAMES, engine.submit, seed=3)
+    strip = explore.strip(parse(MIX), is_base, engine.submit, seed=3)
     assert strip.labels == ["mix", "hat", "not hue red"]
-    for text, shown in zip(strip.recipes, strip.samples, strict=True):
-        alone = ceb.sample(parse(text), num_chains=1, seed=3).samples[0]
+    for energy, shown in zip(strip.energies, strip.images, strict=True):
+        alone = ceb.sample(energy, num_chains=1, seed=3).images[0]
         torch.testing.assert_close(shown, alone, rtol=1e-4, atol=1e-4)
-    assert strip.recipes[0] == MIX
 
 
 def test_a_stopped_strip_keeps_what_was_reached(engine):
@@ -229,9 +223,9 @@ def test_a_stopped_strip_keeps_what_was_reached(engine):
         run.cancel()
         return run
 
-    strip = explore.strip(MIX, NAMES, submit, num_steps=10**6)
+    strip = explore.strip(parse(MIX), is_base, submit, num_steps=10**6)
     assert strip.labels == ["mix", "hat", "not hue red"]
-    assert strip.samples.shape == (3, *SHAPE)
+    assert strip.images.shape == (3, *SHAPE)
 
 
 # -- heat maps --------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Several visitors of the mixer on one engine: what they share, and what one of them cannot do to another."""
 
-import json
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +12,12 @@ from PIL import Image
 import composable_ebm as ceb
 from composable_ebm.experts import catalogue
 from composable_ebm.experts.library import Library
-from demos.mixer import render
+from demos.mixer import pictures
 from demos.mixer import runs as runs_module
 from demos.mixer.explore import Axis
 from demos.mixer.runs import Runs
 from demos.mixer.state import Limits, Request
+from demos.mixer.visitors import MAX_VISITORS, Visitors
 
 RECIPE = "Toys/digit[3] + 0.5*Toys/slanted"
 OTHER = "Toys/digit[3] + 2*~Toys/slanted"
@@ -46,31 +45,39 @@ def soon(condition):
 
 
 class Visitor:
-    """A page that takes its frames in a thread of its own, as Gradio's workers do."""
+    """A page that takes its messages in a thread of its own, as the server does."""
 
-    def __init__(self, runs, name, recipe=RECIPE, num_chains=2, does="play", given=(), **options):
-        self.runs, self.request = runs, SimpleNamespace(session_hash=name)
-        runs.begin(self.request)
+    def __init__(self, runs, name, recipe=RECIPE, num_chains=2, does="play", given=()):
+        self.runs, self.name = runs, name
         asked = Request(recipe, num_chains, 10, 0)
-        self.updates = getattr(runs, does)(asked, *given, name, **options)
+        axes, sent = given if does == "grid" else (), given if does != "grid" else ()
+        self.updates = getattr(runs, does)(asked, *axes, name, *sent)
         self.shown = []
         self.thread = threading.Thread(target=lambda: self.shown.extend(self.updates))
         self.thread.start()
 
     @property
     def run(self):
-        session = self.runs._sessions.get(self.request.session_hash)
+        session = self.runs.visitors[self.name].session
         return session.live.run if session and session.live else None
 
     def steer(self, recipe):
-        self.runs.steer(recipe, self.request.session_hash)
+        self.runs.steer(recipe, self.name)
 
     def end(self):
         """What the page is left with after Stop."""
-        self.runs.stop(self.request)
+        self.runs.stop(self.name)
         self.thread.join(TIMEOUT)
         assert not self.thread.is_alive()
         return self.shown[-1]
+
+    def said(self):
+        return " ".join(str(each.get("problem", "")) + str(each.get("said", "")) for each in self.shown)
+
+
+def stopped(message):
+    """Whether a message is the end of a run that was stopped, with a picture."""
+    return message["kind"] == "end" and message["stopped"] and message["picture"].startswith("data:image/png")
 
 
 def playing(*visitors):
@@ -85,7 +92,7 @@ def test_visitors_with_the_same_experts_share_a_batch_and_its_potential(runs):
     assert runs.engine.potentials_made == 1
     assert runs.running() == 3
     for visitor in visitors:
-        assert "stopped at step" in visitor.end().picture
+        assert stopped(visitor.end())
     assert runs.running() == 0
     soon(lambda: runs.engine.runs == ())
 
@@ -93,17 +100,16 @@ def test_visitors_with_the_same_experts_share_a_batch_and_its_potential(runs):
 def test_a_visitor_who_leaves_does_not_disturb_the_others(runs):
     stays, leaves = Visitor(runs, "stays"), Visitor(runs, "leaves")
     run, gone = playing(stays, leaves)
-    runs.leave(leaves.request)  # the tab is closed
+    runs.stop(leaves.name)
     leaves.thread.join(TIMEOUT)
     assert gone.done
     before = run.num_steps
     soon(lambda: run.num_steps > before + 3)
     assert run.frame.alive.all()
-    assert "stopped at step" in stays.end().picture
+    assert stopped(stays.end())
 
 
 def test_closing_the_stream_of_frames_ends_the_run(runs):
-    runs.begin(SimpleNamespace(session_hash="a"))
     updates = runs.play(Request(RECIPE, 2, 10, 0), "a")
     next(updates)
     updates.close()
@@ -147,11 +153,12 @@ def test_an_error_of_one_visitor_is_told_to_that_visitor_alone(runs, monkeypatch
     scripted(monkeypatch, fail)
     fine, wrong = Visitor(runs, "fine"), Visitor(runs, "wrong", "scripted")
     wrong.thread.join(TIMEOUT)
-    assert "the network is broken" in wrong.shown[-1].problem
+    assert wrong.shown[-1]["kind"] == "error"
+    assert wrong.shown[-1]["problem"].startswith("the network is broken")
     before = playing(fine)[0].num_steps
     soon(lambda: fine.run.num_steps > before + 3)
-    assert all("broken" not in str(update.problem) for update in fine.shown)
-    assert "stopped at step" in fine.end().picture
+    assert "broken" not in fine.said()
+    assert stopped(fine.end())
 
 
 def test_stop_ends_a_run_with_the_step_that_is_being_taken(runs, monkeypatch):
@@ -166,21 +173,58 @@ def test_stop_ends_a_run_with_the_step_that_is_being_taken(runs, monkeypatch):
     visitor = Visitor(runs, "a", "scripted")
     assert reached.wait(TIMEOUT)
     run = visitor.run
-    runs.stop(visitor.request)
+    runs.stop(visitor.name)
     opened.set()
     assert run.result(TIMEOUT).num_steps == 5  # the first call was for the states that it began with
-    assert "stopped at step 5" in visitor.end().picture
+    assert visitor.end()["step"] == 5
 
 
-def test_stop_reaches_a_run_that_still_waits_in_the_queue(runs):
-    request = SimpleNamespace(session_hash="a")
-    for does in ("play", "watch", "strip"):
-        runs.begin(request)
-        runs.stop(request)
-        *_, last = getattr(runs, does)(Request(RECIPE, 2, 10**6, 0), "a")
-        assert last.halt is not None
-        assert runs.engine.runs == ()
+def test_stop_reaches_a_run_that_waits_in_the_queue_which_says_its_place(runs):
+    first = runs.sample(Request(RECIPE, 2, 10**6, 0), "a")
+    next(first)
+    for does in ("sample", "alone"):
+        waiting = getattr(runs, does)(Request(RECIPE, 2, 10**6, 0), "b")
+        assert next(waiting) == {"kind": "wait", "place": 1}
+        runs.stop("b")
+        assert [message["said"] for message in waiting] == ["Stopped before it began."]
+    assert len(runs.engine.runs) == 1
+    first.close()
     assert runs.running() == 0
+
+
+def test_nothing_on_is_said_and_no_defect(runs):
+    (message,) = runs.play(Request("", 2, 10, 0), "a")
+    assert message["problem"].startswith("Nothing is on")
+
+
+def test_an_early_stop_is_unfinished_and_not_unsatisfied(runs):
+    visitor = Visitor(runs, "a", "Toys/digit[3] + 12*Toys/slanted", does="sample")
+    visitor.thread.join(TIMEOUT)
+    early = runs.sample(Request(RECIPE, 2, 10**6, 0), "b")
+    next(early)
+    runs.stop("b")
+    *_, last = early
+    assert last["said"].startswith("Stopped at step")
+    assert "satisf" not in last["said"]
+    assert last["misses"] is None
+
+
+def test_a_second_run_of_a_visitor_takes_the_place_of_the_first(runs):
+    first = runs.play(Request(RECIPE, 2, 10, 0), "a")
+    next(first)
+    second = Visitor(runs, "a", OTHER)
+    playing(second)
+    assert [message for message in first if message["kind"] == "end"] == []
+    assert runs.running() == 1
+    second.end()
+
+
+def test_shaken_chains_go_back_to_noise_and_others_cannot_be_shaken(runs):
+    assert not runs.shake("a")  # nothing runs
+    visitor = Visitor(runs, "a")
+    playing(visitor)
+    assert not runs.shake("a")  # the toys know no noise
+    visitor.end()
 
 
 def test_chains_follow_the_recipe_and_where_they_cannot_others_begin(runs):
@@ -200,13 +244,12 @@ def test_chains_follow_the_recipe_and_where_they_cannot_others_begin(runs):
     visitor.steer("Yard/body")  # of its own sampler, but of the same states
     soon(lambda: "Yard/body" in str(run.frame.composition))
     assert visitor.run is run
-    described = [update.picture for update in visitor.shown]
+    described = [message["recipe"] for message in visitor.shown if message["kind"] == "frame"]
     last = visitor.end()
-    said = " ".join(str(update.problem) for update in visitor.shown)
-    assert "did you mean Toys/slanted" in said
-    assert "no term with a positive weight" in said
-    assert "samples of Yard/body" in last.picture
-    assert any(f"running chains of {OTHER}" in picture for picture in described)
+    assert "did you mean Toys/slanted" in visitor.said()
+    assert "no term with a positive weight" in visitor.said()
+    assert last["recipe"] == "Yard/body"
+    assert OTHER in described
 
 
 def test_states_of_another_shape_are_begun_anew(runs, models):
@@ -219,14 +262,15 @@ def test_states_of_another_shape_are_begun_anew(runs, models):
     assert run.done
     playing(visitor)
     assert visitor.run.frame.states.shape == (2, 1, 8, 8)
-    assert "samples of Tiny/tiny" in visitor.end().picture
+    assert visitor.end()["recipe"] == "Tiny/tiny"
 
 
 def test_sampling_from_a_start_ends_by_itself(runs):
-    uri = render.data_uri(Image.new("L", (16, 16), 255))
-    visitor = Visitor(runs, "a", does="watch", start=json.dumps({"picture": uri, "mask": ""}))
+    uri = pictures.data_uri(Image.new("L", (16, 16), 255))
+    visitor = Visitor(runs, "a", does="sample", given=({"pictures": [uri]},))
     visitor.thread.join(TIMEOUT)
-    assert "step 10" in visitor.shown[-1].picture
+    assert visitor.shown[-1]["step"] == 10
+    assert not visitor.shown[-1]["stopped"]
     assert runs.engine.runs == ()
 
 
@@ -235,13 +279,23 @@ def test_a_grid_and_a_strip_run_beside_chains_that_play(runs):
     (run,) = playing(player)
     axes = (Axis("Toys/digit[3]", 1, 2, 2), Axis("Toys/slanted", 1, 2, 2))
     drawn = Visitor(runs, "drawn", does="grid", given=(lambda: axes,))
-    alone = Visitor(runs, "alone", does="strip")
+    alone = Visitor(runs, "alone", does="alone")
     for visitor in (drawn, alone):
         visitor.thread.join(TIMEOUT)
-    assert "<img" in drawn.shown[-1].grid
-    assert "<img" in alone.shown[-1].strip
+    assert drawn.shown[-1]["done"]
+    assert [each["label"] for each in alone.shown[-1]["pictures"]] == ["mix", "digit 3", "slanted"]
     assert not run.done
     player.end()
+
+
+def test_visitors_are_forgotten_but_never_while_something_runs():
+    known = Visitors()
+    known["busy"].session = object()
+    known["taught"].taught["a/b"] = object()
+    for i in range(2 * MAX_VISITORS):
+        known[f"visitor {i}"].film.add(torch.zeros(1, 1, 4, 4))
+    assert known.running == 1
+    assert known["taught"].taught == {}  # somebody else by now
 
 
 def test_warming_up_makes_all_that_the_first_visitor_needs(runs):
@@ -258,7 +312,7 @@ def test_chains_that_nobody_moves_end_by_themselves(runs, monkeypatch):
     monkeypatch.setattr(runs_module, "MAX_PLAY_SECONDS", 0)
     visitor = Visitor(runs, "a")
     visitor.thread.join(TIMEOUT)
-    assert "nothing was moved for a while" in visitor.shown[-1].problem
+    assert "nothing was moved for a while" in visitor.shown[-1]["said"]
     assert runs.engine.runs == ()
 
 
@@ -268,7 +322,7 @@ def test_chains_that_diverge_are_told_of_and_start_over_with_another_recipe(runs
     visitor = Visitor(runs, "a", "scripted")
     (run,) = playing(visitor)
     soon(lambda: not run.frame.alive.any())
-    soon(lambda: any("2 of 2 chains diverged" in str(update.problem) for update in visitor.shown))
+    soon(lambda: "2 of 2 chains diverged" in visitor.said())
     visitor.steer(RECIPE)
     soon(lambda: bool(run.frame.alive.all()))
     visitor.end()

@@ -1,190 +1,236 @@
-"""What the page answers when something is moved or pressed; `app` says which control asks what."""
+"""What the page is answered when it asks: what a mix means, and all that does not run on."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
-import gradio as gr
+from fastapi.responses import Response
 
-from composable_ebm.experts.card import Card
-from composable_ebm.experts.catalogue import cards
-from composable_ebm.experts.library import Library
+from composable_ebm import Energy
+from composable_ebm.experts import Card
 
-from . import factors, look, render, starts, state
+from . import mix, pictures, starts, state
 from .explore import Axis
-from .palette import cannot, palette
-from .runs import FAILURES, Runs, sentences, understood
-from .state import Limits, Request
+from .heat import pushes
+from .runs import FAILURES, Message, Runs, sentences, understood
+from .state import Request
+from .terms import parts
 from .trust import doubts
 
-_NOTHING_ON = "Turn on at least one expert."
-_NO_EXPERTS = "There are no experts here. Train one, or name a folder of them in COMPOSABLE_EBM_MODELS."
+THUMB_SEED, THUMB_SHARE = 11, 0.25
+THUMB_PATIENCE = 120.0  # seconds
 
-__all__ = ["Answers", "about", "axes_of", "first_recipe", "opening", "steps_of"]
+Sent = dict[str, Any]
+
+__all__ = ["Answers"]
 
 
 class Answers:
-    """The functions behind the controls of one page.
+    """The answers to one server's pages. Each takes what was sent, and who sent it.
 
     Args:
         runs: The runs of all visitors.
-        library: Loads experts.
-        limits: What a visitor may ask for.
+        keeps: Whether visitors may save the experts that they taught.
     """
 
-    def __init__(self, runs: Runs, library: Library, limits: Limits) -> None:
-        self.runs, self.library, self.limits = runs, library, limits
-        self.offered = cards()  # what the page was built with
+    def __init__(self, runs: Runs, keeps: bool) -> None:
+        self.runs, self.keeps = runs, keeps
+        self._thumbs: dict[str, bytes] = {}
+        self._drawn = threading.Condition()
 
-    def asked(self, chosen: Any, answered: Any, recipe: Any, *counts: Any) -> Request:
-        """What the controls ask for, within the limits."""
-        wanted = state.wanted(state.rows(cards()[0]), chosen, answered, recipe)
-        return state.clamped(wanted, *counts, self.limits)
+    def prepare(self) -> None:
+        """Loads the experts of the first mix and draws a picture of every start."""
+        self.runs.warm_up(self.runs.offer.first)
+        for start in self.runs.offer.starts:
+            with suppress(*FAILURES):
+                energy = understood(start.recipe, self.runs.library)
+                run = self.runs.engine.submit(
+                    energy, 1, seed=THUMB_SEED, share=THUMB_SHARE, on_divergence="report"
+                )
+                content = pictures.png(pictures.montage(run.result().images))
+                with self._drawn:
+                    self._thumbs[start.recipe] = content
+                    self._drawn.notify_all()
+        with self._drawn:
+            self._thumbs.setdefault("", b"")  # no more will come
+            self._drawn.notify_all()
 
-    def open_page(self) -> tuple:
-        known, damaged = now = cards()
-        axes = axes_of(first_recipe(known))
-        if now == self.offered:  # nothing came or went: what a quick visitor has moved already stays
-            return *[gr.skip()] * 4, *axes
-        return opening(known), first_recipe(known), about(known, damaged), cannot(known), *axes
+    def thumb(self, index: int) -> bytes | None:
+        """The picture of a start, when it is drawn."""
+        if not 0 <= index < len(self.runs.offer.starts):
+            return None
+        recipe = self.runs.offer.starts[index].recipe
+        with self._drawn:
+            self._drawn.wait_for(lambda: recipe in self._thumbs or "" in self._thumbs, THUMB_PATIENCE)
+            return self._thumbs.get(recipe)
 
-    def compose(self, chosen: str, recipe: str, request: gr.Request) -> tuple:
-        known = cards()[0]
-        rows = state.rows(known)
+    # -- what there is, and what a mix means ------------------------------------------------------------
+
+    def world(self, sent: Sent, by: str) -> Message:
+        """All that can be mixed; looks for experts that have come or gone."""
+        offer = self.runs.offer
+        offer.reload()
+        return {
+            "families": offer.families(self._taught(by)),
+            "starts": [
+                {"title": each.title, "recipe": each.recipe, "photo": each.photo, "family": each.mix.family}
+                for each in offer.starts
+            ],
+            "problems": offer.problems,
+            "cannot": offer.cannot(),
+            "limits": {"chains": self.runs.limits.max_chains, "steps": self.runs.limits.max_steps},
+            "most": mix.MAX_WEIGHT,
+            "keeps": self.keeps,
+        }
+
+    def read(self, sent: Sent, by: str) -> Message:
+        """What a mix or a recipe means; running chains follow it.
+
+        Of `texts` of a saved picture, its numbers too.
+        """
+        offer, known = self.runs.offer, self.runs.offer.controls(self._taught(by))
+        found, numbers = None, {}
+        if "texts" in sent:
+            asked = state.restored(sent["texts"], self.runs.limits)
+            recipe, numbers = asked.recipe, vars(asked)
+        elif "mix" in sent:
+            found = mix.shown(known, sent["mix"])
+            recipe = mix.compose(known, found)
+        else:
+            recipe = str(sent.get("recipe", ""))
         try:
-            family, choices = state.chosen(rows, chosen)
-        except ValueError as error:
-            return gr.skip(), chosen, gr.skip(), render.note(sentences(error))
-        made = state.compose(rows, choices, family)
-        steps = state.moved_to(chosen)
-        self.runs.steer(made, request.session_hash or "")
-        said = gr.skip() if made != recipe else self.read(made, request)
-        return made, chosen, (steps_of(known, made, self.limits) if steps else gr.skip()), said
-
-    def read(self, recipe: str, request: gr.Request) -> str:
-        if not recipe:
-            return render.note(_NOTHING_ON)
-        try:
-            energy = understood(recipe, self.library)
+            energy = self.runs.understood(recipe, by)
             said = doubts(energy)
         except FAILURES as error:
-            return render.note(sentences(error))
-        self.runs.steer(recipe, request.session_hash or "")
-        return render.note(" ".join(said), problem=False)
+            shown = found.as_json() if found else None
+            return {"recipe": recipe, "problem": sentences(error), "mix": shown}
+        self.runs.steer(recipe, by)
+        found = found or mix.read(known, energy, self.runs.names(by))
+        if found is not None and (lone := mix.lone(known, found)):
+            said.append(lone)
+        family = found.family if found else _family(energy)
+        return {
+            **{key: value for key, value in numbers.items() if key != "recipe"},
+            "recipe": recipe,
+            "family": family,
+            "mix": found and found.as_json(),
+            "words": mix.words(known, found) if found else recipe,
+            "said": " ".join(said),
+            "parts": self._weighable(energy),
+            "steps": min(offer.steps(family), self.runs.limits.max_steps),
+        }
 
-    def watch(
-        self, chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any
-    ) -> Iterator[tuple]:
-        *counts, start, level = rest
-        yield from self.runs.watch(
-            self.asked(chosen, answered, recipe, *counts), request.session_hash or "", start, level
+    def _weighable(self, energy: Energy) -> list[Message]:
+        """The parts whose weights a grid may run over, and from where to where shows most."""
+        found = []
+        for part in parts(energy):
+            if self.runs.offer.is_base(part.asked) or part.group:
+                continue
+            low = -part.weight if _is_binary(part.asked) else 0.0
+            low = low if part.against is not None else 0.25  # without a base, it holds the density together
+            found.append({"name": part.name, "low": low, "high": max(part.weight, 1.0)})
+        return found
+
+    def _taught(self, by: str) -> dict[str, Card]:
+        return self.runs.visitors[by].cards()
+
+    # -- what runs --------------------------------------------------------------------------------------
+
+    def run(self, sent: Sent, by: str) -> Iterator[Message]:
+        """The messages of a run: "play", "sample", "grid" or "alone"."""
+        counts = (sent.get("chains"), sent.get("steps"), sent.get("seed"))
+        asked = state.clamped(sent.get("recipe"), *counts, self.runs.limits)
+        kind = sent.get("kind")
+        if kind == "grid":
+            return self.runs.grid(asked, lambda: (_axis(sent.get("across")), _axis(sent.get("up"))), by)
+        if kind == "alone":
+            return self.runs.alone(asked, by)
+        begin = self.runs.play if kind == "play" else self.runs.sample
+        return begin(asked, by, sent.get("start"))
+
+    def stop(self, sent: Sent, by: str) -> Message:
+        self.runs.stop(by)
+        return {}
+
+    def shake(self, sent: Sent, by: str) -> Message:
+        return {"shaken": self.runs.shake(by)}
+
+    # -- pictures ---------------------------------------------------------------------------------------
+
+    def heat(self, sent: Sent, by: str) -> Message:
+        """Where each part pushes one picture."""
+        energy = self.runs.understood(str(sent.get("recipe", "")), by)
+        if energy.codec is not None:
+            raise ValueError("These pictures are drawn by a decoder: pushes on its latents are no picture.")
+        x = starts.state_of(pictures.from_uri(sent.get("picture")), energy)
+        device = next((p.device for p in energy.parameters()), None)
+        found = pushes(energy, x[None].to(device))
+        total = sum(push.strength for push in found) or 1.0
+        return {
+            "pushes": [
+                {
+                    "name": push.name,
+                    "picture": pictures.data_uri(push.picture),
+                    "share": push.strength / total,
+                }
+                for push in found
+            ]
+        }
+
+    def example(self, sent: Sent, by: str) -> Message:
+        """A picture of the data that a family was tested on."""
+        energy = self.runs.understood(str(sent.get("recipe", "")), by)
+        image, described = starts.from_data(
+            _family(energy), secrets.randbelow(10**6), starts.image_shape(energy)
         )
+        return {"picture": pictures.data_uri(pictures.montage(image[None])), "described": described}
 
-    def play(
-        self, chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any
-    ) -> Iterator[tuple]:
-        *counts, start, level = rest
-        yield from self.runs.play(
-            self.asked(chosen, answered, recipe, *counts), request.session_hash or "", start, level
-        )
+    def film(self, sent: Sent, by: str) -> Response:
+        """The last run as an animation."""
+        chain = sent.get("chain")
+        chain = None if chain is None else int(mix.clamp(chain, 0, 10**6, 0))
+        kind = "webp" if sent.get("kind") == "webp" else "gif"
+        return Response(self.runs.film(chain, kind, by), media_type=f"image/{kind}")
 
-    def alone(
-        self, chosen: Any, answered: Any, recipe: Any, request: gr.Request, *counts: Any
-    ) -> Iterator[tuple]:
-        yield from self.runs.strip(self.asked(chosen, answered, recipe, *counts), request.session_hash or "")
+    def pack(self, sent: Sent, by: str) -> Response:
+        """Pictures as one archive."""
+        uris = list(sent.get("pictures") or ())[: self.runs.limits.max_chains]
+        files = {f"sample-{i + 1:02}.png": pictures.from_uri(uri) for i, uri in enumerate(uris)}
+        return Response(pictures.packed(files), media_type="application/zip")
 
-    def draw(
-        self, chosen: Any, answered: Any, recipe: Any, request: gr.Request, *rest: Any
-    ) -> Iterator[tuple]:
-        *counts, across, low, high, up, lowest, highest, cells = rest
-        yield from self.runs.grid(
-            self.asked(chosen, answered, recipe, *counts),
-            lambda: (axis_of(across, low, high, cells), axis_of(up, lowest, highest, cells)),
-            request.session_hash or "",
-        )
+    def code(self, sent: Sent, by: str) -> Message:
+        """A program and a command that make the same pictures."""
+        counts = (sent.get("chains"), sent.get("steps"), sent.get("seed"))
+        asked: Request = state.clamped(sent.get("recipe"), *counts, self.runs.limits)
+        return {"python": state.as_python(asked), "command": state.as_command(asked)}
 
-    def follow(self, recipe: str) -> Any:
-        """The palette that describes a recipe, if any does."""
-        rows = state.rows(cards()[0])
-        found = state.decompose(rows, recipe)
-        if found is None:
-            return gr.skip()
-        return palette(rows, found[1], found[0], secrets.token_hex(4))
+    # -- what visitors taught ---------------------------------------------------------------------------
 
-    def restore(self, texts: str) -> list:
-        try:
-            found = state.restored(texts, self.limits)
-            understood(found.recipe, self.library)
-        except FAILURES as error:
-            return [render.note(sentences(error)), *[gr.skip()] * 5]
-        counts = [found.num_chains, found.num_steps, found.seed]
-        return ["", self.follow(found.recipe), found.recipe, *counts]
+    def forget(self, sent: Sent, by: str) -> Message:
+        """Forgets an expert that the visitor taught."""
+        self.runs.visitors[by].taught.pop(str(sent.get("name")), None)
+        return {}
 
-    def heat(self, sent: str, chosen: Any, answered: Any, recipe: Any) -> str:
-        if not sent:
-            return ""
-        try:
-            wanted = state.wanted(state.rows(cards()[0]), chosen, answered, recipe)
-            return look.heat_map(sent, understood(wanted, self.library))
-        except FAILURES as error:
-            return render.note(sentences(error))
-
-    def example(self, recipe: str) -> tuple:
-        try:
-            energy = understood(recipe, self.library)
-            family = factors.factors(recipe)[0].name.split("/")[0]
-            index = secrets.randbelow(10**6)
-            picture, described = starts.from_data(family, index, energy.event_shape)
-        except FAILURES as error:
-            return gr.skip(), render.note(sentences(error))
-        return render.example(picture, described), ""
-
-    def film(self, kind: str) -> Callable:
-        def save(looked: str, request: gr.Request) -> str:
-            try:
-                return self.runs.film(look.chain_of(looked), kind, request.session_hash or "")
-            except FAILURES as error:
-                return render.note(sentences(error))
-
-        return save
+    def keep(self, sent: Sent, by: str) -> Message:
+        """Saves an expert that the visitor taught among the models."""
+        raise ValueError("Nothing can be saved yet.")
 
 
-def first_recipe(known: dict[str, Card]) -> str:
-    """What a visitor finds in the recipe's box."""
-    rows = state.rows(known)
-    return state.compose(rows, state.defaults(rows), rows[0].family) if rows else ""
-
-
-def opening(known: dict[str, Card]) -> str:
-    """The palette as a visitor finds it."""
-    rows = state.rows(known)
-    return palette(rows, state.defaults(rows), rows[0].family) if rows else ""
-
-
-def steps_of(known: dict[str, Card], recipe: str, limits: Limits) -> int:
-    """The steps that the experts of a recipe were calibrated with."""
-    named = [each.name.split("/")[0] for each in factors.factors(recipe)]
-    steps = state.steps(known).get(named[0] if named else "", state.DEFAULT_STEPS)
-    return min(steps, limits.max_steps)
-
-
-def axes_of(recipe: str) -> tuple:
-    """The experts whose weights a grid may run over: two choices of axis."""
-    named = list(dict.fromkeys(each.expert for each in factors.factors(recipe)))
-    movable = named[1:] if len(named) > 2 else named
-    across, up = (movable[i] if i < len(movable) else None for i in range(2))
-    return gr.Dropdown(named, value=across), gr.Dropdown(named, value=up)
-
-
-def axis_of(expert: Any, low: Any, high: Any, count: Any) -> Axis:
+def _axis(sent: Any) -> Axis:
     """An axis that makes sense, whatever came."""
-    low, high = (state.clamp(value, -state.MAX_WEIGHT, state.MAX_WEIGHT, 0.0) for value in (low, high))
-    return Axis(str(expert or ""), low, high, int(state.clamp(count, 2, 8, 5)))
+    sent = sent if isinstance(sent, dict) else {}
+    low, high = (mix.clamp(sent.get(end), -mix.MAX_WEIGHT, mix.MAX_WEIGHT, 0.0) for end in ("low", "high"))
+    return Axis(str(sent.get("name") or ""), low, high, int(mix.clamp(sent.get("count"), 2, 8, 5)))
 
 
-def about(known: dict[str, Card], damaged: dict[str, str]) -> str:
-    """What is wrong with the experts there are."""
-    problems = [*([] if known else [_NO_EXPERTS]), *(f"{n} is damaged: {why}" for n, why in damaged.items())]
-    return render.note("\n".join(problems))
+def _family(energy: Energy) -> str:
+    return parts(energy)[0].name.lstrip("~").partition("/")[0]
+
+
+def _is_binary(energy: Energy) -> bool:
+    card = getattr(energy, "card", None)
+    return card is not None and len(card.values) == 2

@@ -6,7 +6,7 @@ between two pictures is what was asked for, and not chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composable_ebm import Energy, Frame, Run, parse
+from composable_ebm import Energy, Frame, Run
 
-from .factors import alone, find, with_weights
 from .labelled import labelled_grid
 from .live import Submit
-from .state import MAX_WEIGHT
+from .mix import MAX_WEIGHT
+from .terms import alone, parts, reweighted
 
 MAX_VALUES = 12  # along an axis
 MAX_CHAINS = 256
@@ -34,8 +34,7 @@ class Axis:
     """A range of weights of one expert.
 
     Args:
-        expert: Its name as in the recipe, `faces/smile`, with its value where the recipe names it
-            more than once: `digits/digit[3]`.
+        expert: Its name as in the recipe, with its value: `faces/smile`, `~faces/beard`, `digits/digit[3]`.
         low: First weight.
         high: Last weight.
         count: How many weights, evenly spaced.
@@ -83,20 +82,19 @@ class Strip(NamedTuple):
 
     Attributes:
         labels: What each picture shows, the mix first.
-        samples: The pictures, (1 + experts, *event).
-        recipes: What each was made of; `sample` makes the same picture of it.
+        images: The pictures in [-1, 1], (1 + experts, channels, height, width).
+        energies: What each was made of; `sample` makes the same picture of it.
     """
 
     labels: list[str]
-    samples: Tensor
-    recipes: list[str]
+    images: Tensor
+    energies: list[Energy]
 
 
 def weight_grid(
-    recipe: str,
+    energy: Energy,
     horizontal: Axis,
     vertical: Axis,
-    library: Mapping[str, Energy],
     submit: Submit,
     *,
     num_chains_per_cell: int = 1,
@@ -106,13 +104,13 @@ def weight_grid(
     """Samples at all pairs of two weights, as one labelled picture that fills while one looks on.
 
     Each cell is a run from the same noise, so that it shows what `sample` gives for its recipe; they
-    run as one batch, and share the time of one run.
+    run as one batch, and share the time of one run. Below zero a binary expert is asked for its other
+    value.
 
     Args:
-        recipe: A recipe that names both experts.
+        energy: A composition that has both experts.
         horizontal: Weights from left to right.
         vertical: Weights from the bottom up.
-        library: What names mean, as in `parse`.
         submit: Begins the runs. When they are cancelled, the last frame shows what was reached.
         num_chains_per_cell: Pictures in each cell.
         num_steps: Steps of the sampler; what the experts were calibrated with unless given.
@@ -123,9 +121,9 @@ def weight_grid(
         ValueError: If an axis names no expert of the recipe or both name one, if it is too large,
             or a cell cannot be sampled.
     """
-    factors = tuple(find(recipe, axis.expert) for axis in (horizontal, vertical))
-    if factors[0] == factors[1]:
-        raise ValueError(f"the axes must name two different experts, got {factors[0].expert} twice.")
+    names = [_found(energy, axis.expert) for axis in (horizontal, vertical)]
+    if names[0] == names[1]:
+        raise ValueError(f"the axes must name two different experts, got {names[0]} twice.")
     cells = [(across, up) for up in vertical.values[::-1] for across in horizontal.values]
     if not 1 <= num_chains_per_cell * len(cells) <= MAX_CHAINS:
         raise ValueError(
@@ -133,30 +131,48 @@ def weight_grid(
         )
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"`num_steps` of a grid must be at least 1, got {num_steps}.")
-    recipes = [with_weights(recipe, dict(zip(factors, cell, strict=True))) for cell in cells]
-    energies = [parse(text, library) for text in recipes]
-    names = [factor.label for factor in factors]
+    energies = [reweighted(energy, dict(zip(names, cell, strict=True))) for cell in cells]
+    labels = [_label(name) for name in names]
     axes = (horizontal.values, vertical.values)
 
-    def drawn(frames: Sequence[Frame], done: bool) -> GridFrame:
-        states = torch.cat([frame.denoised for frame in frames])
+    def drawn(images: Sequence[Tensor], frames: Sequence[Frame], done: bool) -> GridFrame:
         lost = torch.cat([~frame.alive for frame in frames])
-        picture = labelled_grid(states, lost, energies[0].data_range, names, axes)
+        picture = labelled_grid(torch.cat([*images]), lost, (-1.0, 1.0), labels, axes)
         return GridFrame(picture, done, frames[0].step)
 
     with _together(submit, energies, num_chains_per_cell, num_steps, seed) as runs:
         for _ in runs[0].frames():
             frames = [run.frame for run in runs if run.frame is not None]
             if len(frames) == len(runs):
-                yield drawn(frames, done=False)
-        for run in runs:
-            run.result()
-        yield drawn([run.frame for run in runs if run.frame is not None], done=True)
+                yield drawn([frame.images for frame in frames], frames, done=False)
+        images = [run.result().images for run in runs]
+        yield drawn(images, [run.frame for run in runs if run.frame is not None], done=True)
+
+
+def _found(energy: Energy, expert: str) -> str:
+    """The name of the one part that an axis names.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    names = [part.name for part in parts(energy)]
+    if names.count(expert) == 1:
+        return expert
+    known = ", ".join(dict.fromkeys(names)) or "none"
+    if expert not in names:
+        raise ValueError(f"the recipe does not name the expert {expert!r}; it names: {known}.")
+    raise ValueError(f"the recipe names {expert} {names.count(expert)} times; each weight needs one place.")
+
+
+def _label(name: str) -> str:
+    """What to call a part in a picture: without its family."""
+    negated, text = name.startswith("~"), name.rpartition("/")[2]
+    return ("not " if negated else "") + text.replace("[", " ").rstrip("]").replace("_", " ")
 
 
 def strip(
-    recipe: str,
-    library: Mapping[str, Energy],
+    energy: Energy,
+    is_base: Callable[[Energy], bool],
     submit: Submit,
     seed: int = 0,
     num_steps: int | None = None,
@@ -164,20 +180,19 @@ def strip(
     """The mix and each of its experts alone, from the same noise, beside p(x) where the recipe has it.
 
     Args:
-        recipe: A recipe.
-        library: What names mean, as in `parse`.
+        energy: A composition.
+        is_base: Whether an energy is the p(x) that all share.
         submit: Begins the runs. When they are cancelled, the strip shows what was reached.
         seed: Seeds the noise of each.
         num_steps: Steps of the sampler; what the experts were calibrated with unless given.
     Raises:
-        ValueError: If the recipe cannot be read or sampled.
+        ValueError: If the recipe cannot be sampled.
     """
-    parse(recipe, library)
-    wanted = [("mix", recipe), *alone(recipe, library)]
-    energies = [parse(text, library) for _, text in wanted]
+    wanted = [("mix", energy), *((_label(name), each) for name, each in alone(energy, is_base))]
+    energies = [each for _, each in wanted]
     with _together(submit, energies, 1, num_steps, seed) as runs:
-        samples = torch.cat([run.result().samples for run in runs])
-    return Strip([label for label, _ in wanted], samples, [text for _, text in wanted])
+        images = torch.cat([run.result().images for run in runs])
+    return Strip([label for label, _ in wanted], images, energies)
 
 
 @contextmanager

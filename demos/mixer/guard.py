@@ -46,7 +46,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        if scope["path"].startswith(self.closed):
+        if scope["path"].removeprefix(scope.get("root_path", "")).startswith(self.closed):
             await _answer(send, 404, "There is nothing here.")
             return
         lengths = [value for name, value in scope["headers"] if name == b"content-length"]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Sum
+from composable_ebm.energy import Energy
 from composable_ebm.plotting import image_grid
 from composable_ebm.potential.plan import LeafPlan, fuse
 
@@ -67,16 +67,14 @@ def pushes(
     """
     if x.ndim != 4 or len(x) != 1 or x.shape[1] not in (1, 3):
         raise ValueError(f"`x` must be one picture, (1, 1 or 3, height, width), got {tuple(x.shape)}.")
-    whole = Sum([energy])
-    found = parts(whole)
+    found = parts(energy)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         level = x.new_full((), UNDECIDED) if noise_level is None else noise_level
         leaves = (plan or fuse(energy, stack=False))(x, level)
         gradients: list[Tensor] = []
         for part in found:
-            share = sum(weight * term.combine(leaves, term.coefficients.to(x)) for term, weight in part)
-            assert isinstance(share, Tensor)
+            share = part.whole.combine(leaves, part.whole.coefficients.to(x))
             gradients += torch.autograd.grad(share.sum(), x, retain_graph=True, materialize_grads=True)
     moves = -torch.cat(gradients).detach().nan_to_num(0.0, 0.0, 0.0)
     brightness = moves.mean(1).cpu()
@@ -84,7 +82,7 @@ def pushes(
     low, high = energy.data_range or (-1.0, 1.0)
     behind = (x.detach().mean(1).cpu()[0] - low) / (high - low)
     return [
-        Push(str(part[0][0]), _overlay(behind, push / scale), float(move.square().mean().sqrt()))
+        Push(part.name, _overlay(behind, push / scale), float(move.square().mean().sqrt()))
         for part, push, move in zip(found, brightness, moves, strict=True)
     ]
 

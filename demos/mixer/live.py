@@ -16,8 +16,9 @@ from composable_ebm.sampling.schedule import Curve, Schedule
 
 # Noise levels in data units, for energies that know them. At HOLD details move and things keep their
 # place. From STIR down glasses come and go in a dozen steps, while hair and skin mostly stay; from 0.8
-# they do not. NUDGE is for the same experts with other weights.
-HOLD, NUDGE, STIR = 0.2, 1.0, 2.0
+# they do not. NUDGE is for the same experts with other weights, SHAKE for chains that still miss something:
+# from there on hair changes too.
+HOLD, NUDGE, STIR, SHAKE = 0.2, 1.0, 2.0, 4.0
 START_STEPS, STIR_STEPS = 24, 16
 
 Submit = Callable[..., Run]
@@ -30,8 +31,8 @@ class Start(NamedTuple):
     """What chains start from other than noise.
 
     Attributes:
-        picture: A state, of the event's shape.
-        mask: 1 where it may change and 0 where it is held, broadcasting over it; None where all may.
+        picture: A state, of the event's shape, or one for each chain.
+        mask: 1 where it may change and 0 where it is held, broadcasting over states; None where all may.
         level: How much noise is put on the picture, in data units: little keeps it, much forgets it.
             What a mask lets change starts from noise alone.
     """
@@ -115,6 +116,14 @@ class Live:
             level = max(NUDGE if _parts(self.energy) == _parts(energy) else STIR, self._carried())
         self.run.steer(energy, _sampler(energy, level), STIR_STEPS + 1)
         self.energy, self._level = energy, level
+
+    def shake(self) -> bool:
+        """Goes on towards the same recipe from much more noise; whether it knows noise at all."""
+        if _start_level(self.energy) is None:
+            return False
+        self._level = max(SHAKE, self._carried())
+        self.run.steer(self.energy, _sampler(self.energy, self._level), STIR_STEPS + 1)
+        return True
 
     def _carried(self) -> float:
         """As much noise as the states carry, or more: levels only fall until a new recipe comes."""

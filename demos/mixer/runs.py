@@ -1,65 +1,47 @@
-"""What visitors have running: begun by Sample or over the API, ended by themselves or by Stop."""
+"""What visitors have running, as messages to their pages: frames, and what there is to say of them."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
-import gradio as gr
+from torch import Tensor
 
 from composable_ebm import Energy, Engine, Frame, Mixture, Not, SampleResult, Sum, parse
-from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.library import Library
+from composable_ebm.potential.plan import LeafPlan, fuse
 
-from . import look, render, shown, state
-from .animate import Recorder
+from . import pictures, starts
 from .clock import FrameClock
 from .explore import Axis, strip, weight_grid
-from .live import STIR, Live
+from .line import Queue
+from .live import Live
+from .offer import Offer
 from .session import FAILURES, Session, sentences
-from .shown import History, Shown
 from .state import Limits, Request
 from .stream import stream
-from .trust import doubts
+from .terms import Term, asked_of, satisfied, terms
+from .visitors import Visitors
 
-FILM_FRAMES = 96
-MAX_FILMS = 24
 MAX_PLAY_SECONDS = 600.0  # without a change, as for a forgotten tab
 MAX_RECIPE_WEIGHT = 1000.0  # far beyond what the controls give
 MAX_BATCH = 64  # chains that step together on a CPU, where larger batches are slower and no cheaper
 MAX_ACCELERATED_BATCH = 1024
+TERMS_EVERY = 8  # frames
+WAIT = 0.5  # seconds between two words on the place in the queue
 
 _UNEXPECTED = "Something went wrong on the server; its log has the details."
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["FAILURES", "Runs", "sentences", "understood"]
+Message = dict[str, Any]
+"""What a page is told: "kind" is wait, frame, end, grid, alone or error, and says what else there is."""
 
-
-class Films:
-    """The frames of each visitor's last run, those of the latest visitors."""
-
-    def __init__(self) -> None:
-        self._films: OrderedDict[str, Recorder] = OrderedDict()
-
-    def begin(self, visitor: str, data_range: tuple[float, float]) -> Recorder:
-        """An empty film in place of the visitor's last one."""
-        self.drop(visitor)
-        film = self._films[visitor] = Recorder(FILM_FRAMES, data_range)
-        while len(self._films) > MAX_FILMS:
-            self._films.popitem(last=False)
-        return film
-
-    def of(self, visitor: str) -> Recorder:
-        """The visitor's film, which may be empty."""
-        return self._films.get(visitor) or Recorder()
-
-    def drop(self, visitor: str) -> None:
-        """Forgets a visitor's film."""
-        self._films.pop(visitor, None)
+__all__ = ["FAILURES", "Message", "Runs", "sentences", "understood"]
 
 
 class Runs:
@@ -70,6 +52,8 @@ class Runs:
         limits: The most that may be asked for.
     Attributes:
         engine: Takes the steps of them all.
+        offer: What can be mixed.
+        visitors: Those who are there, with the experts that they taught.
     """
 
     def __init__(self, library: Library, limits: Limits) -> None:
@@ -77,259 +61,321 @@ class Runs:
         self.limits = limits
         most = MAX_BATCH if library.device.type == "cpu" else MAX_ACCELERATED_BATCH
         self.engine = Engine(library.device, max(most, limits.max_chains))
-        self._sessions: dict[str, Session] = {}
-        self._films = Films()
+        self.offer = Offer()
+        self.visitors = Visitors()
+        self._players, self._samplers = Queue(limits.max_players), Queue(1)
 
     def warm_up(self, recipe: str) -> None:
         """Loads the experts of `recipe` and all that first frames need, so that no visitor waits for it."""
         with suppress(*FAILURES):
             energy = understood(recipe, self.library)
             for frame in Live(self.engine.submit, energy, 4, 0, num_steps=3).run.frames():
-                shown.framed(frame.denoised, energy, "", "")
-                shown.term_table(frame, History())
-            doubts(energy)
+                pictures.data_uri(pictures.montage(frame.images))
+                terms(energy, frame.states, frame.noise_level)
 
     def close(self) -> None:
         """Ends all runs, and the engine."""
         self.engine.close()
 
-    # -- the page -----------------------------------------------------------------------------------
+    def running(self) -> int:
+        """How many visitors have chains running, or waiting to."""
+        return self.visitors.running
 
-    def begin(self, request: gr.Request) -> tuple:
-        """Makes a run that Stop can reach while it still waits in the queue: (Play, Sample, Stop)."""
-        self.stop(request)
-        self._sessions[request.session_hash or ""] = Session(self.engine)
-        return shown.buttons(running=True)
+    def understood(self, recipe: str, visitor: str) -> Energy:
+        """What a visitor's recipe describes, their own experts included."""
+        if not recipe:
+            raise ValueError("Nothing is on: switch on at least one expert.")
+        return understood(recipe, self.names(visitor))
 
-    def stop(self, request: gr.Request) -> None:
+    def names(self, visitor: str) -> Mapping[str, Energy]:
+        """What names mean to a visitor."""
+        return self.visitors[visitor].names(self.library)
+
+    # -- what a visitor does ----------------------------------------------------------------------------
+
+    def stop(self, visitor: str) -> None:
         """Ends the visitor's run before its next step; what it has reached stays on the page."""
-        if (session := self._sessions.get(request.session_hash or "")) is not None:
+        if (session := self.visitors[visitor].session) is not None:
             session.stop()
-
-    def leave(self, request: gr.Request) -> None:
-        """Ends the run of a visitor who has closed the page, one that still waits in the queue too."""
-        self.stop(request)
-        self._sessions.pop(request.session_hash or "", None)
-        self._films.drop(request.session_hash or "")
 
     def steer(self, recipe: str, visitor: str) -> None:
         """Has the visitor's chains, if they play, follow another recipe."""
-        if (session := self._sessions.get(visitor)) is not None:
+        if (session := self.visitors[visitor].session) is not None:
             session.recipe = recipe
-            self._follow(session)
+            self._follow(session, visitor)
 
-    def watch(self, asked: Request, visitor: str, start: str = "", level: float = STIR) -> Iterator[Shown]:
-        """What the page shows while `sample` runs, and after it; from a start, while live chains run for
-        as many steps.
+    def shake(self, visitor: str) -> bool:
+        """Stirs the visitor's chains, if they play; whether they do."""
+        session = self.visitors[visitor].session
+        return session is not None and session.shake()
 
-        Args:
-            asked: What to sample.
-            visitor: Whose page it is.
-            start: What to start from, as `look.started` reads it.
-            level: How much noise is put on it.
-        """
-        session = self._session(visitor)
-        updates = self._sampled(asked, session, visitor)
-        if start:
-            updates = self._played(asked, session, visitor, (start, level), asked.num_steps)
-        yield from self._guarded(updates, session, visitor)
-
-    def play(self, asked: Request, visitor: str, start: str = "", level: float = STIR) -> Iterator[Shown]:
-        """What the page shows while chains run on and on, following the recipe, until Stop."""
-        session = self._session(visitor)
-        yield from self._guarded(self._played(asked, session, visitor, (start, level)), session, visitor)
-
-    def grid(self, asked: Request, axes: Callable[[], tuple[Axis, Axis]], visitor: str) -> Iterator[Shown]:
-        """What the page shows while a grid over two weights fills."""
-        session = self._session(visitor)
-        yield from self._guarded(self._gridded(asked, axes, session), session, visitor)
-
-    def strip(self, asked: Request, visitor: str) -> Iterator[Shown]:
-        """The mix and every expert alone, from the same noise."""
-        session = self._session(visitor)
-        yield from self._guarded(self._stripped(asked, session), session, visitor)
-
-    def film(self, chain: int | None, kind: str, visitor: str) -> str:
-        """A link that saves the frames of the visitor's last run; of one chain or of all.
+    def film(self, chain: int | None, kind: str, visitor: str) -> bytes:
+        """The frames of the visitor's last run as an animation; of one chain or of all.
 
         Raises:
             ValueError: If there are none, or no such chain.
         """
-        content = self._films.of(visitor).save(chain, "webp" if kind == "webp" else "gif")
-        return render.film_link(content, "webp" if kind == "webp" else "gif")
+        return self.visitors[visitor].film.save(chain, "webp" if kind == "webp" else "gif")
 
-    def _session(self, visitor: str) -> Session:
-        return self._sessions.get(visitor) or Session(self.engine)
+    def play(self, asked: Request, visitor: str, sent: Any = None) -> Iterator[Message]:
+        """Chains that run on and on, following the recipe, until Stop."""
+        return self._run(visitor, self._players, lambda session: self._played(asked, session, visitor, sent))
 
-    def _guarded(self, updates: Iterator[Shown], session: Session, visitor: str) -> Iterator[Shown]:
-        # `begin` has set the buttons, but a busy browser merges updates that it has not drawn yet, and
-        # in that the last one counts: each says anew which buttons a running visitor has.
-        running = dict(zip(("play", "start", "halt"), shown.buttons(running=True), strict=True))
+    def sample(self, asked: Request, visitor: str, sent: Any = None) -> Iterator[Message]:
+        """`sample` while it runs, and after it; from a start, live chains of as many steps."""
+
+        def made(session: Session) -> Iterator[Message]:
+            if sent:
+                return self._played(asked, session, visitor, sent, asked.num_steps)
+            return self._sampled(asked, session, visitor)
+
+        return self._run(visitor, self._samplers, made)
+
+    def grid(self, asked: Request, axes: Callable[[], tuple[Axis, Axis]], visitor: str) -> Iterator[Message]:
+        """A grid over two weights while it fills."""
+        return self._run(
+            visitor, self._samplers, lambda session: self._gridded(asked, axes, session, visitor)
+        )
+
+    def alone(self, asked: Request, visitor: str) -> Iterator[Message]:
+        """The mix and every expert alone, from the same noise."""
+        return self._run(visitor, self._samplers, lambda session: self._alone(asked, session, visitor))
+
+    # -- how it is told ---------------------------------------------------------------------------------
+
+    def _run(
+        self, name: str, queue: Queue, begin: Callable[[Session], Iterator[Message]]
+    ) -> Iterator[Message]:
+        """The messages of one run, from its place in the queue to its end or what went wrong."""
+        visitor = self.visitors[name]
+        session = visitor.begin(self.engine)
         try:
-            for update in updates:
-                if self._sessions.get(visitor, session) is not session:
-                    break  # another run of this visitor has the page now
-                yield update._replace(**running) if update.halt == gr.skip() else update
+            with queue.joined() as ticket:
+                while (place := queue.place(ticket)) and not session.stopped:
+                    yield {"kind": "wait", "place": place}
+                    queue.wait(WAIT)
+                if session.stopped:
+                    yield {"kind": "end", "said": "Stopped before it began."}
+                    return
+                for message in begin(session):
+                    if visitor.session is not session:
+                        return  # another run of this visitor has the page now
+                    yield message
         except FAILURES as error:
-            yield shown.ended(problem=render.note(sentences(error)))
+            yield {"kind": "error", "problem": sentences(error)}
         except Exception:
             _log.exception("a run of the page failed")
-            yield shown.ended(problem=render.note(_UNEXPECTED))
+            yield {"kind": "error", "problem": _UNEXPECTED}
         finally:
             session.stop()
-            if self._sessions.get(visitor) is session:
-                del self._sessions[visitor]
+            visitor.end(session)
 
-    def _sampled(self, asked: Request, session: Session, visitor: str) -> Iterator[Shown]:
-        energy = understood(asked.recipe, self.library)
-        film, history = self._films.begin(visitor, shown.data_range(energy)), History()
+    def _sampled(self, asked: Request, session: Session, visitor: str) -> Iterator[Message]:
+        energy = self.understood(asked.recipe, visitor)
+        film = self.visitors[visitor].begin_film()
         begun = time.perf_counter()
         for item in stream(energy, asked, session.submit):
             if isinstance(item, SampleResult):
-                film.add(item.samples)
-                yield shown.finished(item, energy, asked, history)
+                film.add(item.images)
+                yield _finished(item, energy, asked)
             else:
-                film.add(picture := item.denoised)
+                film.add(images := item.images)
                 rate = item.step / (time.perf_counter() - begun)
-                line = render.caption(item.step, asked.num_steps, float(item.energies.mean()), rate)
-                yield Shown(shown.framed(picture, energy, line, shown.alt(asked)))
+                left = (asked.num_steps - item.step) / rate if rate else None
+                yield _frame(item, images, asked.recipe, total=asked.num_steps, left=left)
 
     def _played(
-        self,
-        asked: Request,
-        session: Session,
-        visitor: str,
-        start: tuple[str, float],
-        num_steps: int | None = None,
-    ) -> Iterator[Shown]:
-        history, clock = History(), FrameClock(self.library.device)
-        recipe, told, ending = asked.recipe, "", ""
-        while recipe:
-            energy = understood(recipe, self.library)
+        self, asked: Request, session: Session, visitor: str, sent: Any, num_steps: int | None = None
+    ) -> Iterator[Message]:
+        clock, plans = FrameClock(self.library.device), _Plans()
+        recipe, frame, ending = asked.recipe, None, ""
+        while recipe or frame is None:
+            energy = self.understood(recipe, visitor)
             live = Live(
                 session.submit,
                 energy,
                 asked.num_chains,
                 asked.seed,
-                start=look.started(*start, energy),
+                start=starts.started(sent, energy, asked.num_chains),
                 num_steps=num_steps,
                 frames_per_second=clock.frames_per_second,
                 steps_per_second=clock.steps_per_second,
             )
-            film = self._films.begin(visitor, shown.data_range(energy))
+            film = self.visitors[visitor].begin_film()
             session.play(recipe, live)
-            self._follow(session)
+            self._follow(session, visitor)
             for frame in live.run.frames():
                 clock.tick()
-                film.add(picture := frame.denoised)
+                film.add(images := frame.images)
                 problem = session.problem or _lost(frame)
-                # Said once: what `read` has to say about the recipe stands in the same place.
-                said = gr.skip() if problem == told else render.note(problem)
-                told = problem
-                yield shown.live(frame, picture, clock, history, said)
+                message = _frame(frame, images, str(frame.composition), total=num_steps, rate=clock.rate)
+                if clock.frames % TERMS_EVERY == 1:
+                    message |= plans.told(frame)
+                yield message | {"problem": problem}
                 if num_steps is None and session.seconds_unmoved > MAX_PLAY_SECONDS:
                     ending = "Stopped, as nothing was moved for a while. Press Play to go on."
                     session.stop()
             live.run.result()  # raises what went wrong, if anything did
-            recipe, start = session.take_next(), ("", STIR)
-        yield shown.stopped(frame, session.followed, asked, clock, history, ending or problem)
+            recipe, sent = session.take_next(), None
+            if frame is None:  # stopped before the first step
+                yield {"kind": "end", "said": "Stopped before it began."}
+                return
+        assert frame is not None
+        yield _stopped(frame, session.followed, asked, plans, ending, num_steps)
 
-    def _follow(self, session: Session) -> None:
+    def _follow(self, session: Session, visitor: str) -> None:
         """Has running chains follow the recipe that their visitor asks for now."""
-        session.follow(lambda recipe: understood(recipe, self.library))
+        session.follow(lambda recipe: self.understood(recipe, visitor))
 
     def _gridded(
-        self, asked: Request, axes: Callable[[], tuple[Axis, Axis]], session: Session
-    ) -> Iterator[Shown]:
-        understood(asked.recipe, self.library)
-        frames = weight_grid(
-            asked.recipe, *axes(), self.library, session.submit, num_steps=asked.num_steps, seed=asked.seed
-        )
+        self, asked: Request, axes: Callable[[], tuple[Axis, Axis]], session: Session, visitor: str
+    ) -> Iterator[Message]:
+        energy = self.understood(asked.recipe, visitor)
+        frames = weight_grid(energy, *axes(), session.submit, num_steps=asked.num_steps, seed=asked.seed)
+        texts = {"recipe": asked.recipe, "seed": str(asked.seed), "num_steps": str(asked.num_steps)}
         for frame in frames:
-            picture = render.table_of(frame.picture, asked, frame.step, frame.done)
-            yield shown.ended(grid=picture) if frame.done else Shown(grid=picture)
+            content = pictures.png(frame.picture, texts if frame.done else None)
+            place = {"picture": pictures.data_uri(content), "step": frame.step, "of": asked.num_steps}
+            yield {"kind": "grid", "done": frame.done, **place}
 
-    def _stripped(self, asked: Request, session: Session) -> Iterator[Shown]:
-        energy = understood(asked.recipe, self.library)
-        made = strip(asked.recipe, self.library, session.submit, asked.seed, asked.num_steps)
-        yield shown.ended(strip=render.strip(made.labels, made.samples, shown.data_range(energy)))
+    def _alone(self, asked: Request, session: Session, visitor: str) -> Iterator[Message]:
+        energy = self.understood(asked.recipe, visitor)
+        made = strip(energy, self.offer.is_base, session.submit, asked.seed, asked.num_steps)
+        images = [pictures.data_uri(pictures.montage(image[None])) for image in made.images]
+        pairs = zip(made.labels, images, strict=True)
+        yield {"kind": "alone", "pictures": [{"label": label, "picture": uri} for label, uri in pairs]}
 
-    # -- the API ------------------------------------------------------------------------------------
 
-    def sample(self, recipe: str, num_chains: int = 16, num_steps: int = 200, seed: int = 0) -> dict:
-        """Draws pictures from a composition of experts, such as "faces/base + 6*ratio(faces/smile,
-        faces/smile[any])": `experts` lists what may be named.
+def _frame(
+    frame: Frame,
+    images: Tensor,
+    recipe: str,
+    total: int | None,
+    rate: float | None = None,
+    left: float | None = None,
+) -> Message:
+    return {
+        "kind": "frame",
+        "picture": pictures.data_uri(pictures.montage(images)),
+        "count": len(images),
+        "recipe": recipe,
+        "step": frame.step,
+        "of": total,
+        "energy": nats(float(frame.energies.mean())),
+        "rate": rate and round(rate, 1),
+        "left": left and round(left, 1),
+    }
 
-        Args:
-            recipe: Experts with weights, added (all of them), joined by | (one of them), ~ for not.
-            num_chains: How many pictures.
-            num_steps: Steps of the sampler; 80 suffice for faces.
-            seed: Seeds the noise: the same seed gives the same pictures.
-        Returns:
-            "png", a data URI of all pictures side by side; "energies" in nats, low where a picture fits
-            the recipe; "report" and "problems" of the run; "recipe" as it was understood; "seconds".
-        """
-        try:
-            asked = state.checked(recipe, num_chains, num_steps, seed, self.limits)
-            energy = understood(asked.recipe, self.library)
-            result = self.engine.submit(
-                energy,
-                asked.num_chains,
-                asked.num_steps,
-                asked.seed,
-                alone=True,
-                on_divergence="report",
-            ).result()
-        except FAILURES as error:
-            raise gr.Error(sentences(error), print_exception=False) from error
-        picture = render.montage(result.samples, shown.data_range(energy))
-        return {
-            "png": render.data_uri(picture, result.provenance()),
-            "energies": result.energies.tolist(),
-            "report": result.report(),
-            "problems": result.problems,
-            "recipe": result.recipe,
-            "seconds": result.seconds,
+
+def _finished(result: SampleResult, energy: Energy, asked: Request) -> Message:
+    """What a run of `sample` ends with."""
+    stopped = result.num_steps < asked.num_steps
+    said = [problem[0].upper() + problem[1:] for problem in result.problems]
+    if stopped:  # what it had reached need not satisfy anything
+        said = [f"Stopped at step {result.num_steps} of {asked.num_steps}: the picture is unfinished."]
+    texts = {**result.provenance(), "recipe": asked.recipe}
+    return {
+        **_saved(result.images, texts, asked),
+        "energy": nats(float(result.energies.mean())),
+        "step": result.num_steps,
+        "of": asked.num_steps,
+        "stopped": stopped,
+        "seconds": round(result.seconds, 2),
+        "said": ". ".join(said),
+        "report": result.report(),
+        **_told(terms(energy, result.samples), marked=not stopped),
+    }
+
+
+def _stopped(
+    frame: Frame, recipe: str, asked: Request, plans: _Plans, ending: str, total: int | None
+) -> Message:
+    """What running chains end with."""
+    texts = {
+        "recipe": recipe,
+        "num_chains": str(asked.num_chains),
+        "num_steps": str(asked.num_steps),
+        "seed": str(asked.seed),
+        "live": f"step {frame.step} of chains that followed a changing recipe",
+    }
+    return {
+        **_saved(frame.images, texts, asked),
+        "energy": nats(float(frame.energies.mean())),
+        "step": frame.step,
+        "of": total,
+        "stopped": total is None or frame.step < total,
+        "live": True,
+        "said": ending or _lost(frame),
+        **plans.told(frame),
+    }
+
+
+def _saved(images: Tensor, texts: Mapping[str, str], asked: Request) -> Message:
+    content = pictures.png(pictures.montage(images), texts)
+    return {
+        "kind": "end",
+        "picture": pictures.data_uri(content),
+        "count": len(images),
+        "recipe": texts["recipe"],
+        "seed": asked.seed,
+    }
+
+
+class _Plans:
+    """What the parts of running chains say, its evaluation planned anew for other experts only."""
+
+    def __init__(self) -> None:
+        self._plan: tuple[list[Hashable], LeafPlan] | None = None
+
+    def told(self, frame: Frame) -> Message:
+        energy = asked_of(frame.composition)
+        keys = [leaf.key for leaf in energy.leaves()]
+        if self._plan is None or self._plan[0] != keys:
+            self._plan = keys, fuse(energy, stack=False)
+        found = terms(frame.composition, frame.states, frame.noise_level, self._plan[1])
+        level = None if frame.noise_level is None else round(float(frame.noise_level), 2)
+        return _told(found, marked=level is None or level <= SETTLED) | {"level": level}
+
+
+SETTLED = 0.5  # noise level in data units from which on what is still missing will hardly come by itself
+
+
+def _told(found: Sequence[Term], marked: bool) -> Message:
+    """What each part says, and which pictures still miss something."""
+    good = satisfied(found) if marked else None
+    rows = [
+        {
+            "name": term.name,
+            "weight": term.weight,
+            "energy": nats(term.energy),
+            "probability": term.probability if math.isfinite(term.probability or 0) else None,
+            "group": term.group,
         }
+        for term in found
+    ]
+    return {"terms": rows, "misses": None if good is None else (~good).nonzero().flatten().tolist()}
 
-    def running(self) -> int:
-        """How many visitors have chains running, or waiting to."""
-        return len(self._sessions)
 
-    def experts(self) -> list[dict]:
-        """Lists the experts that recipes may name.
-
-        Returns:
-            For each its "name", the "attribute" that it knows and its "values", chosen as name[value]; a
-            binary expert stands for its second value and ~name for its first.
-        """
-        return [
-            {
-                "name": name,
-                "attribute": card.attribute,
-                "values": list(card.values),
-                "event_shape": list(card.event_shape),
-                "data_range": list(card.data_range),
-                "metrics": dict(card.metrics),
-            }
-            for name, card in cards()[0].items()
-        ]
+def nats(energy: float) -> str:
+    """An energy for people: a nat counts, in energies of thousands too; never a number of forty digits."""
+    size = abs(energy)
+    return f"{energy:,.0f}" if 1000 <= size < 1e7 else f"{energy:.3g}"
 
 
 def _lost(frame: Frame) -> str:
     """What is to be said of chains that are not finite any more."""
     if not (lost := int((~frame.alive).sum())):
         return ""
-    return f"{lost} of {len(frame.alive)} chains diverged and were frozen; try smaller weights."
+    return f"{lost} of {len(frame.alive)} chains diverged and were frozen; try smaller weights, or Shake."
 
 
-def understood(recipe: str, library: Library) -> Energy:
+def understood(recipe: str, names: Mapping[str, Energy]) -> Energy:
     """The composition that a visitor's recipe describes.
 
     Raises:
         ValueError: If it cannot be read, or asks for weights at which nothing can be sampled.
     """
-    energy = parse(recipe, library)
+    energy = parse(recipe, names)
     if (largest := _largest_weight(energy)) > MAX_RECIPE_WEIGHT:
         raise ValueError(f"a weight may be {MAX_RECIPE_WEIGHT:g} here at most, got {largest:g}.")
     return energy

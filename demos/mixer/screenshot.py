@@ -82,16 +82,15 @@ def main() -> None:
         )
         page.set_default_timeout(120_000)
         page.goto(mixer.address)
-        page.locator("#picture[role=group]").wait_for()
+        page.locator("#picture img").wait_for()  # it opens playing
         if arguments.gif is not None:
-            page.get_by_role("spinbutton", name="number input for Samples").fill("9")
-        page.get_by_role("button", name="Play", exact=True).click()
-        page.locator("#picture img").wait_for()
+            page.locator("#chains").fill("9")
+            page.get_by_role("img", name="9 running chains").wait_for()
         moves = [("glasses", "NOT"), ("beard", "AND"), ("glasses", "AND")] if arguments.gif else []
         frames = film(page, moves, arguments.seconds)
         page.locator("#picture").focus()
         page.keyboard.press("ArrowRight")
-        page.get_by_text("pushes sample 1,").wait_for()
+        page.get_by_text("pushes picture 1,").wait_for()
         page.wait_for_timeout(1000)
         page.locator("#picture").blur()
         page.screenshot(path=str(arguments.out))

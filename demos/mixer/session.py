@@ -56,6 +56,17 @@ class Session:
             for run in self._runs:
                 run.cancel()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to end."""
+        return self._stopped
+
+    def shake(self) -> bool:
+        """Stirs running chains, so that those which miss something may find it; whether any run."""
+        with self._steering:
+            self._moved = time.monotonic()
+            return self.live is not None and self.live.shake()
+
     def play(self, recipe: str, live: Live) -> None:
         """From now on these chains follow the visitor, from `recipe` on."""
         with self._steering:

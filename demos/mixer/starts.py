@@ -18,7 +18,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from composable_ebm import Energy
 from composable_ebm.data import DATASETS, LabelledImages, load_data
+
+from .live import STIR, Start
+from .mix import clamp
+from .pictures import from_uri
 
 MAX_BYTES = 20 * 10**6
 MAX_PIXELS = 20 * 10**6
@@ -26,12 +31,64 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 SPLIT = "test"  # which no expert has seen
 PAINTED = 0.25  # of a pixel, from which on it may change
 
+MAX_LEVEL = 10.0  # of noise, at which a picture is forgotten
+MAX_PICTURES = 64
+
 _MODES = {1: "L", 3: "RGB"}
 
 # Data sets that draw their pictures need not draw many.
 _FEW: dict[str, dict[str, Any]] = {"faces": {"num_images": 256}, "shapes": {"num_images": 256}}
 
-__all__ = ["from_data", "from_upload", "mask_from"]
+__all__ = ["MAX_LEVEL", "from_data", "from_upload", "image_shape", "mask_from", "started", "state_of"]
+
+
+def started(sent: Any, energy: Energy, num_chains: int) -> Start | None:
+    """What chains start from, as the page sends it; None for noise.
+
+    Args:
+        sent: {"pictures": data URIs, one or one a chain, "mask": data URI or "", "level": noise in data
+            units, "keep": chains that stay as they are}.
+        energy: What is to be sampled.
+        num_chains: How many chains.
+    Raises:
+        ValueError: If it is nothing like it, or holds no pictures.
+    """
+    if not sent:
+        return None
+    try:
+        uris, keep = list(sent["pictures"])[:MAX_PICTURES], [int(i) for i in sent.get("keep") or ()]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError("The page sent a picture that cannot be read; choose it again.") from error
+    if not uris:
+        return None
+    states = torch.cat([state_of(from_uri(uri), energy)[None] for uri in uris])
+    picture = states[0] if len(states) == 1 else states[torch.arange(num_chains) % len(states)]
+    mask = None
+    if keep:
+        mask = torch.ones(num_chains, 1, 1, 1)
+        mask[[i for i in keep if 0 <= i < num_chains]] = 0
+    elif sent.get("mask"):
+        mask = mask_from(from_uri(sent["mask"]), image_shape(energy))
+        mask = mask if energy.codec is None else energy.codec.encode_mask(mask)
+    return Start(picture, mask, clamp(sent.get("level"), 0.0, MAX_LEVEL, STIR))
+
+
+def state_of(data: bytes, energy: Energy) -> Tensor:
+    """A picture's file as a state of an energy: encoded, where its states are latents."""
+    data_range = (-1.0, 1.0) if energy.codec is not None else energy.data_range or (-1.0, 1.0)
+    return energy.states(from_upload(data, image_shape(energy), data_range)[None])[0]
+
+
+def image_shape(energy: Energy) -> tuple[int, ...]:
+    """The shape of an energy's pictures, (channels, height, width).
+
+    Raises:
+        ValueError: If it does not know.
+    """
+    shape = energy.codec.image_shape if energy.codec is not None else energy.event_shape
+    if shape is None:
+        raise ValueError(f"{energy} does not know the shape of its pictures.")
+    return tuple(shape)
 
 
 def from_upload(

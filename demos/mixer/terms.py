@@ -1,8 +1,13 @@
-"""What each part of a recipe has to say about the current picture."""
+"""The parts of a composition: what each has to say about pictures, alone, and at another weight.
+
+A part is a term of a sum, or a value of an expert together with what it is divided by, as in
+`2*ratio(smile, smile[any])`. An OR of several is a group of parts. Everything here reads the composition
+itself, so that how its recipe is written does not matter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,72 +17,104 @@ from composable_ebm.energy import Energy, LeafEnergies, Mixture, Sum
 from composable_ebm.experts import Expert
 from composable_ebm.potential.plan import LeafPlan, fuse
 
-__all__ = ["Term", "parts", "terms"]
+__all__ = ["Part", "Term", "alone", "left_out", "parts", "reweighted", "satisfied", "terms"]
+
+
+class Part(NamedTuple):
+    """A part of a composition.
+
+    Attributes:
+        asked: What is asked for: an expert at a value, its complement, or any other energy.
+        weight: How strongly, a mean where rows differ.
+        against: What it is divided by, if anything.
+        group: The OR it stands in, counted from 1; 0 beside all others.
+    """
+
+    asked: Energy
+    weight: float
+    against: Energy | None = None
+    group: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its text in a recipe, without its weight and what it is divided by."""
+        left = left_out(self.asked)
+        return str(self.asked) if left is None else f"~{left}"
+
+    @property
+    def energy(self) -> Energy:
+        """The part without its weight."""
+        return self.asked if self.against is None else Sum([self.asked, self.against], [1.0, -1.0])
+
+    @property
+    def whole(self) -> Energy:
+        """The part with its weight."""
+        return Sum([self.energy], [self.weight])
 
 
 class Term(NamedTuple):
-    """One term of a recipe, averaged over the pictures.
+    """What one part says, averaged over the pictures.
 
     Attributes:
-        name: Its text, without its weight.
+        name: Of the part.
         weight: Its weight.
         energy: Its energy in nats, weight left out; of a ratio of a value a to any, -log p(a | x).
-        probability: p(a | x) of such a ratio; None for any other term.
+        probability: p(a | x), where the part is of an expert that knows other values.
+        group: The OR it stands in; 0 beside all others.
+        likely: The probability in each picture, (batch,).
     """
 
     name: str
     weight: float
     energy: float
     probability: float | None
+    group: int = 0
+    likely: Tensor | None = None
 
 
-def terms(
-    energy: Energy, x: Tensor, noise_level: Tensor | None = None, plan: LeafPlan | None = None
-) -> list[Term]:
-    """The terms of `energy` at states `x`, a value and its marginal taken together as their ratio, and
-    each expert of an OR by itself, named "or ...".
-
-    Args:
-        energy: A recipe.
-        x: States, (batch, *event).
-        noise_level: Noise that they carry, in data units.
-        plan: How to evaluate the leaves, where that is known already.
-    """
-    with torch.no_grad():
-        return _told(energy, (plan or fuse(energy, stack=False))(x, noise_level), x)
-
-
-def _told(energy: Energy, leaves: LeafEnergies, x: Tensor, prefix: str = "") -> list[Term]:
-    found = []
-    for (asked, weight), *rest in parts(Sum([energy])):
-        if not rest and isinstance(asked, Mixture) and len({_bodies(each) for each in asked.operands}) > 1:
-            for component in asked.operands:
-                found += _told(weight * component, leaves, x, "or ")
-            continue
-        said = asked.combine(leaves, asked.coefficients.to(x))
-        likely = None
-        if rest:
-            marginal = rest[0][0]
-            said = said - marginal.combine(leaves, marginal.coefficients.to(x))
-            likely = float((-said).clamp(max=0).exp().mean())
-        found.append(Term(f"{prefix}{asked}", weight, float(said.mean()), likely))
+def parts(energy: Energy) -> list[Part]:
+    """The parts of a composition: a value and its marginal, with opposite weights, together, and each
+    expert of an OR by itself."""
+    found: list[Part] = []
+    count = 0
+    for part in _divided(Sum([energy])):
+        if isinstance(part.asked, Mixture) and part.against is None and _chosen(part.asked) is None:
+            count += 1
+            for component in part.asked.operands:
+                found += [
+                    each._replace(weight=part.weight * each.weight, group=count)
+                    for each in _divided(Sum([component]))
+                ]
+        else:
+            found.append(part)
     return found
 
 
-def parts(whole: Sum) -> list[list[tuple[Energy, float]]]:
-    """The terms of a sum with their weights, means where rows differ: each by itself, but a value and
-    its marginal, with opposite weights, together, the value first."""
+def _divided(whole: Sum) -> list[Part]:
+    """The terms of a sum, each with its share of the marginal that it is divided by."""
     groups: dict[Hashable, list[tuple[Energy, float]]] = {}
     for term, weight in zip(whole.operands, whole.weights, strict=True):
-        mean = float(torch.as_tensor(weight).mean())
-        groups.setdefault(_bodies(term), []).append((term, mean))
+        own = _is_or(term)
+        key = term.key if own else _bodies(term)
+        groups.setdefault(key, []).append((term, float(torch.as_tensor(weight).mean())))
     found = []
     for group in groups.values():
-        if len(group) == 2 and abs(group[0][1] + group[1][1]) < 1e-6:
-            found.append(sorted(group, key=lambda part: (_is_marginal(part[0]), -part[1])))
+        marginals = [pair for pair in group if _is_marginal(pair[0])]
+        values = [pair for pair in group if not _is_marginal(pair[0])]
+        balanced = abs(sum(weight for _, weight in group)) < 1e-6
+        if len(marginals) == 1 and values and balanced and marginals[0][1] < 0:
+            found += [Part(term, weight, marginals[0][0]) for term, weight in values]
+        elif len(group) == 2 and balanced:
+            (asked, weight), (against, _) = sorted(group, key=lambda pair: -pair[1])
+            found.append(Part(asked, weight, against))
         else:
-            found += [[part] for part in group]
+            found += [Part(term, weight) for term, weight in group]
     return found
+
+
+def _is_or(term: Energy) -> bool:
+    """Whether it is an OR of parts that are each divided by something already."""
+    return isinstance(term, Mixture) and any(isinstance(each, Sum) for each in term.operands)
 
 
 def _bodies(term: Energy) -> Hashable:
@@ -87,3 +124,120 @@ def _bodies(term: Energy) -> Hashable:
 
 def _is_marginal(term: Energy) -> bool:
     return isinstance(term, Expert) and term.value is None
+
+
+def _chosen(energy: Energy) -> tuple[Expert, frozenset[int]] | None:
+    """An expert, and which of its values are asked for."""
+    if isinstance(energy, Expert):
+        known = len(energy.card.values) > 1 and energy.value is not None
+        return (energy, frozenset([energy.value or 0])) if known else None
+    if not isinstance(energy, Mixture):
+        return None
+    members = [_chosen(each) if isinstance(each, Expert) else None for each in energy.operands]
+    chosen = [each for each in members if each is not None]
+    if len(chosen) != len(members) or len({id(expert.network) for expert, _ in chosen}) != 1:
+        return None
+    return chosen[0][0], frozenset().union(*(values for _, values in chosen))
+
+
+def left_out(energy: Energy) -> Expert | None:
+    """The expert at the one value that a mixture of all its others leaves out, as in `~digit[3]`."""
+    if not isinstance(energy, Mixture) or (chosen := _chosen(energy)) is None:
+        return None
+    expert, values = chosen
+    left = set(range(len(expert.card.values))) - values
+    return expert[expert.card.values[left.pop()]] if len(left) == 1 and len(values) > 1 else None
+
+
+# -- what they say ------------------------------------------------------------------------------------------
+
+
+def terms(
+    energy: Energy, x: Tensor, noise_level: Tensor | None = None, plan: LeafPlan | None = None
+) -> list[Term]:
+    """What each part of `energy` says at states `x`.
+
+    Args:
+        energy: A composition.
+        x: States, (batch, *event).
+        noise_level: Noise that they carry, in data units.
+        plan: How to evaluate the leaves of `asked_of(energy)`, where that is known already.
+    """
+    found = []
+    with torch.no_grad():
+        leaves = (plan or fuse(asked_of(energy), stack=False))(x, noise_level)
+        for part in parts(energy):
+            said = _value(part.asked, leaves, x)
+            if part.against is not None:
+                said = said - _value(part.against, leaves, x)
+            likely = _likely(part, leaves, x)
+            mean = None if likely is None else float(likely.mean())
+            found.append(Term(part.name, part.weight, float(said.mean()), mean, part.group, likely))
+    return found
+
+
+def asked_of(energy: Energy) -> Energy:
+    """The composition, with the marginals that it takes to say how likely its parts are."""
+    needed = [chosen[0]["any"] for part in parts(energy) if (chosen := _chosen(part.asked)) is not None]
+    return Sum([energy, *needed], [1.0, *[0.0] * len(needed)]) if needed else energy
+
+
+def _value(energy: Energy, leaves: LeafEnergies, x: Tensor) -> Tensor:
+    return energy.combine(leaves, energy.coefficients.to(x))
+
+
+def _likely(part: Part, leaves: LeafEnergies, x: Tensor) -> Tensor | None:
+    """p(a | x) in each picture, (batch,), for parts that ask for values."""
+    if (chosen := _chosen(part.asked)) is None or part.weight <= 0:
+        return None
+    marginal = _value(chosen[0]["any"], leaves, x)
+    return (marginal - _value(part.asked, leaves, x)).clamp(max=0).exp()
+
+
+def satisfied(found: Sequence[Term]) -> Tensor | None:
+    """Whether each picture is likelier than not to have all that is asked for, and of each OR one at
+    least, (batch,); None where nothing is asked for by value."""
+    wanted = [term.likely for term in found if term.likely is not None and not term.group]
+    for group in {term.group for term in found if term.group}:
+        either = [term.likely for term in found if term.group == group]
+        known = [likely for likely in either if likely is not None]
+        if len(known) == len(either):
+            wanted.append(1 - torch.stack([1 - likely for likely in known]).prod(0))
+    return torch.stack([likely > 0.5 for likely in wanted]).all(0) if wanted else None
+
+
+# -- at other weights, and alone ----------------------------------------------------------------------------
+
+
+def reweighted(energy: Energy, weights: Mapping[str, float]) -> Energy:
+    """The composition with other weights of some parts, by name; a weight below zero asks a binary expert
+    for its other value."""
+    return _rebuilt(Sum([energy]), weights)
+
+
+def _rebuilt(whole: Sum, weights: Mapping[str, float]) -> Energy:
+    terms, amounts = [], []
+    for part in _divided(whole):
+        asked, amount = part.asked, weights.get(part.name, part.weight)
+        if isinstance(asked, Mixture) and part.against is None and _chosen(asked) is None:
+            inner = [_rebuilt(Sum([each]), weights) for each in asked.operands]
+            asked, amount = Mixture(inner, asked.weights, asked.log_z), part.weight
+        elif amount < 0 < part.weight and isinstance(asked, Expert) and len(asked.card.values) == 2:
+            asked, amount = ~asked, -amount
+        terms.append(asked)
+        amounts.append(amount)
+        if part.against is not None:
+            terms.append(part.against)
+            amounts.append(-amount)
+    return Sum(terms, amounts)
+
+
+def alone(energy: Energy, is_base: Callable[[Energy], bool]) -> list[tuple[str, Energy]]:
+    """Every part by itself, beside the p(x) that all share where there is one: (name, energy)."""
+    found = parts(energy)
+    base = [part.asked for part in found if is_base(part.asked)]
+    return [
+        (part.name, Sum([*base, part.energy], [*[1.0] * len(base), part.weight]))
+        for part in found
+        if not is_base(part.asked)
+    ]

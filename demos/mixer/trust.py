@@ -34,10 +34,11 @@ def doubts(energy: Energy) -> list[str]:
             "improper. Add what the pictures share (the base), or lower what is subtracted."
         )
     experts = [leaf for leaf in energy.leaves() if isinstance(leaf, Expert)]
+    wanted = [part for part in parts(energy) if part.weight > 0 and not part.group]
     asked = {
-        term.card.attribute: term.card.values[term.value]
-        for (term, weight), *_ in parts(whole)
-        if isinstance(term, Expert) and term.value is not None and weight > 0
+        part.asked.card.attribute: part.asked.card.values[part.asked.value]
+        for part in wanted
+        if isinstance(part.asked, Expert) and part.asked.value is not None
     }
     missing = unseen((leaf.card for leaf in experts), asked)
     said += [

@@ -1,0 +1,374 @@
+"""The mix: which experts are on, at which values and how strongly; as a recipe, and in plain words.
+
+It is what the page's controls show. A recipe becomes a mix by its composition, so that order, spaces and
+the way it is written do not matter; a mix becomes a recipe in which p(x) is counted once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from composable_ebm import Energy, Mixture, Not, Sum, parse
+from composable_ebm.experts import Card, Expert
+
+from .terms import left_out
+
+AND, NOT, OR = "AND", "NOT", "OR"
+ROLES = (AND, NOT, OR)
+ANY = "any"
+MAX_WEIGHT = 12.0
+
+_PLACE = re.compile(r"r(\d+)c(\d+)")
+_PLAIN = {"yes", "true", "1", "on"}  # values that say nothing without their attribute
+_CLOSE = 1e-5  # of weights, which recipes write with six digits
+
+__all__ = ["AND", "ANY", "MAX_WEIGHT", "NOT", "OR", "Control", "Mix", "Pick", "clamp", "controls", "shown"]
+
+
+class Control(NamedTuple):
+    """An expert as the page offers it.
+
+    Attributes:
+        name: family/name.
+        label: What it is called: of a binary expert, its second value.
+        values: What can be chosen.
+        base: Whether it is the p(x) that its family shares.
+        against: What its density is divided by beside the base; empty in a family without one.
+        weight: Where its weights start.
+        grid: (rows, columns), where its values are places.
+    """
+
+    name: str
+    label: str
+    values: tuple[str, ...]
+    base: bool = False
+    against: str = ""
+    weight: float = 1.0
+    grid: tuple[int, int] | None = None
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def many(self) -> bool:
+        """Whether a value is to be chosen: of two, AND is the second and NOT the first."""
+        return len(self.values) > 2
+
+    @property
+    def usual(self) -> str:
+        """The value of an expert that leaves no choice."""
+        return self.values[1] if len(self.values) == 2 else self.values[0]
+
+
+@dataclass
+class Pick:
+    """What is chosen of one expert.
+
+    Attributes:
+        values: Value -> weight.
+        role: All of it, none of it, or one at least of all experts in the role OR.
+        together: Whether several values are wanted at once, or one of them.
+    """
+
+    values: dict[str, float]
+    role: str = AND
+    together: bool = False
+
+
+@dataclass
+class Mix:
+    """What is chosen of the experts of one family, by name."""
+
+    family: str
+    base: bool = True
+    picks: dict[str, Pick] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the page reads."""
+        picks = {name: vars(pick) for name, pick in self.picks.items()}
+        return {"family": self.family, "base": self.base, "picks": picks}
+
+
+def controls(cards: Mapping[str, Card]) -> dict[str, Control]:
+    """What can be chosen, by name: in each family the base first, then experts with many values, as they
+    say what the picture is of."""
+    bases = {card.family: name for name, card in reversed(cards.items()) if is_base(card)}
+    made = []
+    for name, card in cards.items():
+        base = bases.get(card.family, "")
+        against = f"{name}[any]" if len(card.values) > 1 else base
+        label = card.values[1] if len(card.values) == 2 else card.name
+        made.append(
+            Control(
+                name,
+                (card.attribute if label.lower() in _PLAIN else label).replace("_", " "),
+                card.values,
+                base=name == base,
+                against=against if base and name != base else "",
+                weight=clamp(card.weight, 0.0, MAX_WEIGHT, 1.0),
+                grid=_grid(card.values),
+            )
+        )
+    order = list(dict.fromkeys(control.family for control in made))
+    made.sort(key=lambda control: (order.index(control.family), not control.base, not control.many))
+    return {control.name: control for control in made}
+
+
+def is_base(card: Card) -> bool:
+    """Whether it is the card of a family's p(x)."""
+    return card.attribute == "image" and len(card.values) == 1
+
+
+def _grid(values: Sequence[str]) -> tuple[int, int] | None:
+    """(rows, columns), where values are named r0c0, r0c1, ... row after row."""
+    places = [_PLACE.fullmatch(value) for value in values]
+    if len(values) < 4 or not all(places):
+        return None
+    rows, columns = (1 + max(int(place[i]) for place in places if place) for i in (1, 2))
+    whole = tuple(f"r{i // columns}c{i % columns}" for i in range(rows * columns))
+    return (rows, columns) if tuple(values) == whole else None
+
+
+# -- from the page, and to a recipe -------------------------------------------------------------------------
+
+
+def shown(known: Mapping[str, Control], content: Any) -> Mix:
+    """The mix that the page sends: {"family", "base", "picks": {name: {"values": {value: weight}, "role",
+    "together"}}}. What is no longer there is left out, and numbers are moved within limits.
+
+    Raises:
+        ValueError: If it is nothing that the page sends.
+    """
+    try:
+        mix = Mix(str(content["family"]), content.get("base", True) is True)
+        for name, sent in dict(content["picks"]).items():
+            control = known.get(name)
+            if control is None or control.base or control.family != mix.family:
+                continue
+            values = {
+                value: clamp(weight, 0.0, MAX_WEIGHT, control.weight)
+                for value, weight in dict(sent["values"]).items()
+                if value in control.values or value == ANY
+            }
+            role = sent.get("role", AND)
+            mix.picks[name] = Pick(values, role if role in ROLES else AND, sent.get("together") is True)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError("The controls of this page sent nothing that can be read; reload it.") from error
+    return mix
+
+
+def compose(known: Mapping[str, Control], mix: Mix) -> str:
+    """The recipe of a mix; empty if nothing is on.
+
+    Where the base is on, each of the others is a ratio beside it, so that p(x) is counted once. An OR of
+    ratios to their own marginals is exact, as exp(-E) of each is p(a | x), and needs no normalising
+    constants.
+    """
+    base = next((c for c in known.values() if c.base and c.family == mix.family), None)
+    on = base is not None and mix.base
+    terms, either = [base.name] if base is not None and on else [], []
+    for control in known.values():  # in the order in which they stand on the page
+        if (pick := mix.picks.get(control.name)) is None:
+            continue
+        written = [
+            _term(control, value, weight, pick.role == NOT, on)
+            for value, weight in sorted(pick.values.items(), key=lambda item: _place(control, item[0]))
+            if weight and not (on and control.against.endswith("[any]") and value == ANY)
+        ]
+        if pick.role == OR:
+            either += written
+        elif len(written) > 1 and pick.role == AND and not pick.together:
+            terms.append(f"({' | '.join(written)})")
+        else:
+            terms += written
+    if either:
+        terms.append(f"({' | '.join(either)})" if len(either) > 1 else either[0])
+    return " + ".join(terms)
+
+
+def _place(control: Control, value: str) -> int:
+    return control.values.index(value) if value in control.values else -1
+
+
+def _term(control: Control, value: str, weight: float, negated: bool, ratio: bool) -> str:
+    chosen = f"[{value}]" if control.many and value != ANY else ""
+    term = f"{'~' if negated else ''}{control.name}{chosen}"
+    if ratio and control.against:
+        term = f"ratio({term}, {control.against})"
+    return term if weight == 1 else f"{weight:g}*{term}"
+
+
+# -- from a composition -------------------------------------------------------------------------------------
+
+
+class _UnlikeError(Exception):
+    """The controls cannot show a composition."""
+
+
+def read(known: Mapping[str, Control], energy: Energy, names: Mapping[str, Energy]) -> Mix | None:
+    """The mix whose recipe is the composition `energy`; None where the controls have none.
+
+    Args:
+        known: What can be chosen.
+        energy: A composition.
+        names: What names mean in recipes.
+    """
+    leaves = list(energy.leaves())
+    experts = [leaf.card.full_name for leaf in leaves if isinstance(leaf, Expert)]
+    families = {known[name].family for name in experts if name in known}
+    if len(families) != 1 or len(experts) < len(leaves) or not known.keys() >= set(experts):
+        return None
+    mix = Mix(families.pop(), any(known[name].base for name in experts))
+    try:
+        for term, weight in _pairs(energy):
+            _take(known, mix, term, weight)
+    except _UnlikeError:
+        return None
+    for name, pick in mix.picks.items():  # of one value it makes no difference, until there are more
+        if len(pick.values) == 1:
+            pick.together = known[name].grid is not None
+    for base in (mix.base, True):  # a base that is divided out again is no part of the sum
+        mix.base = base
+        with suppress(KeyError, ValueError):
+            if _same(energy, compose(known, mix), names):
+                return mix
+    return None
+
+
+def _pairs(energy: Energy) -> list[tuple[Energy, float]]:
+    whole = Sum([energy])
+    return [(term, float(weight)) for term, weight in zip(whole.operands, whole.weights, strict=True)]
+
+
+def _take(known: Mapping[str, Control], mix: Mix, term: Energy, weight: float) -> None:
+    """Notes one term of a sum in the mix; what it is divided by is left to the comparison at the end."""
+    if weight < 0 or (isinstance(term, Expert) and known[term.card.full_name].base):
+        return
+    if isinstance(term, Mixture) and left_out(term) is None:
+        parts = [_part(known, component) for component in term.operands]
+        if any(part.negated for part in parts):
+            raise _UnlikeError
+        role = AND if len({part.name for part in parts}) == 1 else OR
+        for part in parts:
+            _note(mix, part.name, part.value, weight * part.weight, role, False)
+        return
+    part = _part(known, term)
+    _note(mix, part.name, part.value, weight * part.weight, NOT if part.negated else AND, True)
+
+
+class _Part(NamedTuple):
+    """One expert of a composition, whatever it is divided by."""
+
+    name: str
+    value: str
+    weight: float
+    negated: bool
+
+
+def _part(known: Mapping[str, Control], term: Energy) -> _Part:
+    positive = [(each, weight) for each, weight in _pairs(term) if weight > 0]
+    if len(positive) != 1:
+        raise _UnlikeError
+    ((asked, weight),) = positive
+    negated = isinstance(asked, Not)
+    if isinstance(asked, Not):
+        (asked,) = asked.operands
+    if isinstance(asked, Mixture) and (left := left_out(asked)) is not None:
+        asked, negated = left, True
+    if not isinstance(asked, Expert):
+        raise _UnlikeError
+    control = known[asked.card.full_name]
+    if len(control.values) == 2 and asked.value is not None:
+        return _Part(control.name, control.usual, weight, negated or asked.value == 0)
+    value = ANY if asked.value is None else control.values[asked.value]
+    return _Part(control.name, value, weight, negated)
+
+
+def _note(mix: Mix, name: str, value: str, weight: float, role: str, together: bool) -> None:
+    pick = mix.picks.setdefault(name, Pick({}, role, together))
+    if value in pick.values or (pick.role, pick.together) != (role, together):
+        raise _UnlikeError
+    pick.values[value] = weight
+
+
+def _same(energy: Energy, recipe: str, names: Mapping[str, Energy]) -> bool:
+    """Whether a recipe is this composition, in whatever order."""
+    if not recipe:
+        return False
+    mine, theirs = (
+        {_key(term): weight for term, weight in _pairs(e)} for e in (energy, parse(recipe, names))
+    )
+    mine, theirs = ({k: w for k, w in each.items() if abs(w) > _CLOSE} for each in (mine, theirs))
+    return mine.keys() == theirs.keys() and all(
+        math.isclose(mine[k], theirs[k], rel_tol=_CLOSE, abs_tol=_CLOSE) for k in mine
+    )
+
+
+def _key(term: Energy) -> Any:
+    if isinstance(term, Mixture):
+        return frozenset(frozenset((t.key, round(w, 5)) for t, w in _pairs(each)) for each in term.operands)
+    return term.key
+
+
+# -- in words -----------------------------------------------------------------------------------------------
+
+
+def words(known: Mapping[str, Control], mix: Mix) -> str:
+    """A mix in plain words: "smile, glasses, no beard"."""
+    said, either = [], []
+    for control in known.values():
+        pick = mix.picks.get(control.name)
+        if pick is None or not (values := [value for value, weight in pick.values.items() if weight]):
+            continue
+        values.sort(key=lambda value: _place(control, value))
+        phrase = _phrase(control, values, pick)
+        if phrase:
+            (either if pick.role == OR else said).append(phrase)
+    if either:
+        said.append(" or ".join(either))
+    return ", ".join(said) or f"any of {mix.family.replace('_', ' ')}"
+
+
+def _phrase(control: Control, values: list[str], pick: Pick) -> str:
+    if not control.many:
+        return f"no {control.label}" if pick.role == NOT else control.label
+    if values == [ANY]:
+        return f"any {control.label}"
+    if control.grid is not None and len(values) > 2:
+        where = f"{len(values)} places" if pick.together else f"one of {len(values)} places"
+        return f"nothing at {where}" if pick.role == NOT else where
+    named = [place_name(value, control.grid) if control.grid else value.replace("_", " ") for value in values]
+    joined = (" and " if pick.together and pick.role == AND else " or ").join(named)
+    head = "" if control.grid else f"{control.label} "
+    return f"{'not ' if pick.role == NOT else ''}{head}{joined}"
+
+
+def place_name(value: str, grid: tuple[int, int]) -> str:
+    """What people call a place of a grid: "row 1, column 4"."""
+    match = _PLACE.fullmatch(value)
+    assert match is not None
+    return f"row {int(match[1]) + 1} column {int(match[2]) + 1}"
+
+
+def lone(known: Mapping[str, Control], mix: Mix) -> str:
+    """What to say of an OR that has nothing to choose between."""
+    chosen = [(name, len(pick.values)) for name, pick in mix.picks.items() if pick.role == OR]
+    if len(chosen) != 1 or chosen[0][1] != 1:
+        return ""
+    label = known[chosen[0][0]].label
+    return f"{label} is the only one in OR, so it is simply asked for; choose OR for another one too."
+
+
+def clamp(value: Any, low: float, high: float, default: float) -> float:
+    """`value` between `low` and `high`; `default` where it is no finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return default
+    return default if not math.isfinite(number) else min(max(number, low), high)

@@ -1,0 +1,164 @@
+"""What can be mixed: the families that are here, their experts, and mixes to start with."""
+
+from __future__ import annotations
+
+import threading
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composable_ebm import Energy
+from composable_ebm.experts import Card, Expert
+from composable_ebm.experts.catalogue import cards
+from composable_ebm.experts.networks import NETWORKS
+
+from . import mix, state
+from .mix import AND, NOT, Control, Mix, Pick
+
+STARTS = Path(__file__).with_name("starts.toml")
+_NO_EXPERTS = "There are no experts here. Train one, or name a folder of them in COMPOSABLE_EBM_MODELS."
+
+__all__ = ["Offer", "Start"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A mix to begin with.
+
+    Attributes:
+        title: What it is called.
+        mix: What is chosen.
+        recipe: Of that mix.
+        photo: Whether it is for a picture of the visitor's own.
+    """
+
+    title: str
+    mix: Mix
+    recipe: str
+    photo: bool = False
+
+
+@dataclass
+class Offer:
+    """The experts that were there when a page was last opened.
+
+    Attributes:
+        cards: Theirs, by name.
+        known: What can be chosen, by name.
+        starts: What to begin with.
+        problems: What is wrong with experts that cannot be offered.
+    """
+
+    cards: dict[str, Card] = field(default_factory=dict)
+    known: dict[str, Control] = field(default_factory=dict)
+    starts: list[Start] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reload()
+
+    def reload(self) -> None:
+        """Looks for experts that have come or gone."""
+        found, damaged = cards()
+        with self._lock:
+            self.problems = [f"{name} is damaged: {why}" for name, why in damaged.items()]
+            if not found:
+                self.problems.insert(0, _NO_EXPERTS)
+            if found != self.cards or not self.starts:
+                self.cards, self.known = found, mix.controls(found)
+                self.starts = _starts(self.known)
+
+    def is_base(self, energy: Energy) -> bool:
+        """Whether an energy is the p(x) that its family shares."""
+        return isinstance(energy, Expert) and mix.is_base(energy.card)
+
+    def controls(self, taught: Mapping[str, Card]) -> dict[str, Control]:
+        """What a visitor may choose, the experts that they taught last."""
+        return mix.controls({**self.cards, **taught}) if taught else self.known
+
+    @property
+    def first(self) -> str:
+        """The recipe that a visitor finds."""
+        return self.starts[0].recipe if self.starts else ""
+
+    def steps(self, family: str) -> int:
+        """The steps that the experts of a family were calibrated with."""
+        known = [card.sampler.get("num_steps", 0) for card in self.cards.values() if card.family == family]
+        return int(max(known, default=0)) or state.DEFAULT_STEPS
+
+    def families(self, taught: Mapping[str, Card]) -> list[dict[str, Any]]:
+        """Every family with its controls, as the page reads them: first those that one may start with,
+        then other things to mix, then those that show a method."""
+        known = self.controls(taught)
+        begun = list(dict.fromkeys(start.mix.family for start in self.starts))
+        names = list(dict.fromkeys(control.family for control in known.values()))
+        things = {name for name in names if self.is_thing(name)} or set(names)
+        names.sort(
+            key=lambda name: (name not in things, begun.index(name) if name in begun else len(begun), name)
+        )
+        return [
+            {
+                "name": name,
+                "title": name.replace("_", " "),
+                "method": name not in things,
+                "steps": self.steps(name),
+                "controls": [
+                    control._asdict() | {"taught": control.name in taught}
+                    for control in known.values()
+                    if control.family == name
+                ],
+            }
+            for name in names
+        ]
+
+    def is_thing(self, family: str) -> bool:
+        """Whether its experts are things to ask for, and have energies; others show how energies may be
+        had."""
+        own = [card for card in self.cards.values() if card.family == family]
+        valued = all(getattr(NETWORKS.get(str(card.network.get("type"))), "has_value", True) for card in own)
+        return valued and any(map(mix.is_base, own)) and not all(map(mix.is_base, own))
+
+    def cannot(self) -> list[dict[str, str]]:
+        """What the experts are known to get wrong, by their own cards."""
+        return [{"name": name, "text": card.failures} for name, card in self.cards.items() if card.failures]
+
+
+def _starts(known: Mapping[str, Control]) -> list[Start]:
+    """The declared starts of which everything is there, and one for each family that has none."""
+    made = []
+    for told in tomllib.loads(STARTS.read_text())["start"]:
+        if (found := _wanted(known, told["family"], told["want"])) is not None:
+            made.append(Start(told["title"], found, mix.compose(known, found), told.get("photo", False)))
+    declared = {start.mix.family for start in made}
+    for family in dict.fromkeys(control.family for control in known.values()):
+        if family not in declared:
+            found = _usual(known, family)
+            made.append(Start(mix.words(known, found).capitalize(), found, mix.compose(known, found)))
+    return made
+
+
+def _wanted(known: Mapping[str, Control], family: str, want: list[str]) -> Mix | None:
+    found = Mix(family)
+    for text in want:
+        name, _, value = text.removeprefix("~").rstrip("]").partition("[")
+        if (control := known.get(f"{family}/{name}")) is None:
+            return None
+        if (value := value or control.usual) not in control.values:
+            return None
+        role = NOT if text.startswith("~") else AND
+        pick = found.picks.setdefault(control.name, Pick({}, role, control.grid is not None))
+        pick.values[value] = control.weight
+    return found
+
+
+def _usual(known: Mapping[str, Control], family: str) -> Mix:
+    """A mix of any family: an expert with many values at one of them, and another one."""
+    found = Mix(family)
+    own = [control for control in known.values() if control.family == family and not control.base]
+    for control in [*[c for c in own if c.many][:1], *[c for c in own if not c.many][:1]]:
+        value = control.values[min(3, len(control.values) - 1)] if control.many else control.usual
+        found.picks[control.name] = Pick({value: control.weight}, AND, control.grid is not None)
+    return found

@@ -1,0 +1,63 @@
+// Looking around a mix: all pictures between two ranges of weights, and the run as an animation.
+import { ask, button, find, make, download, stamp } from "./base.js";
+import { chosenIndex } from "./picture.js";
+
+const root = find("explore");
+const grid = make("div", { id: "grid" });
+const film = make("p", { id: "film", role: "status" });
+const axes = { across: null, up: null };
+let offered = [];
+
+const axis = (name, label) => {
+    const select = make("select", { id: `axis-${name}`, "aria-label": `${label}: weight of`, onchange: () => range(name) });
+    const low = make("input", { type: "number", step: "any", "aria-label": `${label} from` });
+    const high = make("input", { type: "number", step: "any", "aria-label": `${label} to` });
+    axes[name] = { select, low, high };
+    return make("div", { class: "field" }, make("label", { for: `axis-${name}` }, label), select, low, make("span", {}, "to"), high);
+};
+const range = (name) => {
+    const { select, low, high } = axes[name];
+    const part = offered.find((each) => each.name === select.value);
+    if (part) [low.value, high.value] = [Number(part.low.toFixed(2)), Number(part.high.toFixed(2))];
+};
+
+/** `draw({across, up})` runs a grid. */
+export const explorePanel = (draw) => {
+    const cells = make("input", { type: "range", id: "cells", min: 2, max: 8, value: 5 });
+    const wanted = () => Object.fromEntries(Object.entries(axes).map(([name, { select, low, high }]) => [
+        name, { name: select.value, low: Number(low.value), high: Number(high.value), count: Number(cells.value) },
+    ]));
+    const save = (kind) => async () => {
+        const index = chosenIndex();
+        const said = await ask("film", { kind, chain: index < 0 ? null : index });
+        film.textContent = said.problem ?? `Saved, ${Math.round(said.blob.size / 1000)} kB.`;
+        if (said.blob) download(URL.createObjectURL(said.blob), `chain-${stamp()}.${kind}`);
+    };
+    root.replaceChildren(
+        make("p", { class: "hint" }, "A grid of pictures from one noise, over the weights of two experts; below zero an expert is asked for its opposite."),
+        axis("across", "Across"), axis("up", "Up"),
+        make("div", { class: "field" }, make("label", { for: "cells" }, "Cells a side"), cells),
+        make("div", { class: "line" }, button("Draw grid", () => draw(wanted()), { id: "draw" }), button("Save run as GIF", save("gif")), button("Save run as WebP", save("webp"))),
+        film, grid,
+    );
+};
+
+/** The parts whose weights can be moved: [{name, low, high}]. */
+export const offer = (parts) => {
+    if (JSON.stringify(parts) === JSON.stringify(offered)) return;
+    offered = parts;
+    for (const [index, [name, { select }]] of Object.entries(axes).entries()) {
+        const before = select.value;
+        select.replaceChildren(...parts.map((part) => make("option", { value: part.name }, part.name.replace(/^(~?).*\//, "$1"))));
+        select.value = parts.some((part) => part.name === before) ? before : (parts[index]?.name ?? "");
+        range(name);
+    }
+    const draw = find("draw");
+    draw.disabled = parts.length < 2;
+    draw.title = parts.length < 2 ? "A grid needs two experts in the mix" : "";
+};
+
+export const showGrid = (message) => grid.replaceChildren(make(
+    "figure", { class: "grid" }, make("img", { src: message.picture, alt: "Grid of samples over two weights" }),
+    make("figcaption", {}, `step ${message.step} of ${message.of}`, message.done ? make("a", { href: message.picture, download: `grid-${stamp()}.png` }, "Save grid") : ""),
+));

@@ -1,0 +1,546 @@
+// The page. Its state is here and nowhere else; what is drawn follows from it, and the server says what it means.
+import { allow, ask, button, copy, download, find, lines, make, says, stamp } from "./base.js";
+import * as easel from "./easel.js";
+import * as explore from "./explore.js";
+import { texts } from "./files.js";
+import { palette, surprise } from "./palette.js";
+import * as picture from "./picture.js";
+import * as strip from "./strip.js";
+import * as teach from "./teach.js";
+import * as why from "./why.js";
+
+const state = {
+    world: null,
+    mix: null, // null where the recipe is beyond the controls
+    family: "",
+    recipe: "",
+    words: "",
+    numbers: { chains: 16, steps: 80, seed: 0 },
+    start: null, // what chains begin at: {pictures, mask, level, keep, name}
+    busy: "", // what runs: play, sample, grid, alone, teach
+    problem: "",
+};
+const family = () => state.world.families.find((each) => each.name === state.family);
+
+// -- what is drawn ---------------------------------------------------------------------------------------
+
+const note = (problem, said = "") => {
+    const text = problem || said;
+    const [first, ...rest] = text.split("\n");
+    state.problem = problem;
+    find("note").replaceChildren(...(text ? [make(
+        "div", { class: problem ? "note alert" : "note", role: problem ? "alert" : "status" }, first,
+        rest.length ? make("pre", {}, rest.join("\n")) : "",
+    )] : []));
+};
+
+const drawPalette = () => {
+    palette(find("palette"), family(), state.mix, state.world.most, (mix, quiet) => change(mix, quiet));
+    if (!state.mix) find("palette").prepend(make(
+        "p", { class: "note" }, "This recipe was written by hand, and is more than the controls can show. ",
+        button("Use the controls", () => openFamily(state.family)),
+    ));
+};
+
+const drawFamilies = () => {
+    const tab = (each) => make(
+        "label", {}, make("input", { type: "radio", name: "family", value: each.name, checked: each.name === state.family, onchange: () => openFamily(each.name) }),
+        make("span", {}, each.title),
+    );
+    const group = (legend, list) => (list.length ? make("fieldset", { class: "chips" }, make("legend", { class: list[0].method ? null : "unseen" }, legend), list.map(tab)) : "");
+    find("families").replaceChildren(group("Family", state.world.families.filter((each) => !each.method)));
+    find("methods").replaceChildren(group("Families that show how energies may be had", state.world.families.filter((each) => each.method)));
+};
+
+const drawStarts = () => {
+    const things = state.world.families.filter((each) => !each.method).map((each) => each.name);
+    const cards = state.world.starts.map((each, index) => ({ ...each, index })).filter((each) => things.includes(each.family)).slice(0, 8).map((each) => make(
+        "button", { type: "button", class: "start", onclick: () => begin(each) },
+        make("img", { src: `mixer/thumb/${each.index}`, alt: "", width: 64, height: 64, class: "pixels" }), make("span", {}, each.title),
+    ));
+    const dice = make("button", { type: "button", class: "start", id: "surprise", title: "A mix at random (R)", onclick: () => surprised() }, make("span", { class: "dice", "aria-hidden": "true" }, "?"), make("span", {}, "Surprise me"));
+    find("starts").replaceChildren(...cards, dice);
+};
+
+const draw = () => {
+    drawPalette();
+    for (const input of document.querySelectorAll("input[name=family]")) input.checked = input.value === state.family;
+    find("words").textContent = state.words ? `You ask for: ${state.words}.` : "";
+    if (document.activeElement !== find("recipe")) find("recipe").value = state.recipe;
+    for (const name of ["chains", "steps"]) {
+        find(name).value = state.numbers[name];
+        find(name).nextElementSibling.value = state.numbers[name];
+    }
+    find("seed").value = state.numbers.seed;
+    const begun = state.start;
+    find("starting").hidden = !begun;
+    find("starting").replaceChildren(...(begun ? [
+        make("img", { src: begun.pictures[0], alt: "", class: "pixels", width: 32, height: 32 }), make("span", {}, `Chains start from ${begun.name}.`),
+        button("Noise again", () => setStart(null)),
+    ] : []));
+    drawButtons();
+};
+
+const drawButtons = () => {
+    const busy = Boolean(state.busy);
+    const why = state.recipe ? "" : "Switch on at least one expert first";
+    allow(find("play"), busy ? "It runs already; Stop ends it" : why);
+    allow(find("sample"), busy ? "Something runs; Stop ends it" : why);
+    allow(find("stop"), busy ? "" : "Nothing runs");
+    allow(find("shake"), state.busy === "play" ? "" : "Only running chains can be shaken: press Play");
+    allow(find("undo"), past.length > 1 ? "" : "Nothing to go back to");
+    allow(find("redo"), future.length ? "" : "Nothing to go forward to");
+    allow(find("pack"), picture.shown().count ? "" : "There is no picture yet");
+};
+
+// -- the mix and its history -----------------------------------------------------------------------------
+
+const past = []; // snapshots, the present last
+const future = [];
+const snapshot = () => ({ recipe: state.recipe, ...state.numbers });
+const record = () => {
+    const now = snapshot();
+    const last = past.at(-1);
+    if (JSON.stringify(last) === JSON.stringify(now)) return;
+    const sliding = last && record.at > Date.now() - 1000 && record.quiet;
+    if (sliding && past.length > 1) past.pop(); // one step back for one drag of a slider
+    record.at = Date.now();
+    past.push(now);
+    if (past.length > 100) past.shift();
+    future.length = 0;
+    history.replaceState(null, "", `#${new URLSearchParams({ mix: now.recipe, seed: now.seed, chains: now.chains, steps: now.steps })}`);
+    drawButtons();
+};
+
+let asking = 0;
+/** Asks what is wanted means, and shows the answer, unless something else has been asked since. */
+const read = async (wanted, { quiet = false, keepSteps = true } = {}) => {
+    const mine = ++asking;
+    const before = state.family;
+    const said = await ask("read", wanted);
+    if (mine !== asking) return said;
+    if (said.recipe !== undefined) state.recipe = said.recipe;
+    if (said.problem) {
+        note(said.problem);
+        if (said.mix) state.mix = said.mix;
+        if (!quiet) draw();
+        else drawButtons();
+        return said;
+    }
+    note("", said.said);
+    state.mix = said.mix;
+    state.words = said.words;
+    state.family = said.family;
+    for (const name of ["num_chains", "num_steps", "seed"]) if (said[name] !== undefined) state.numbers[name.replace("num_", "")] = said[name];
+    if (!keepSteps || (state.family !== before && said.num_steps === undefined)) state.numbers.steps = said.steps;
+    if (state.family !== before) setStart(null, true);
+    explore.offer(said.parts);
+    teach.ofFamily(state.family);
+    if (quiet) {
+        find("words").textContent = `You ask for: ${state.words}.`;
+        if (document.activeElement !== find("recipe")) find("recipe").value = state.recipe;
+    } else draw();
+    record.quiet = quiet;
+    record();
+    return said;
+};
+
+const change = (mix, quiet) => {
+    state.mix = mix;
+    if (!quiet) drawPalette();
+    return read({ mix }, { quiet });
+};
+const lastMixes = {};
+const openFamily = (name) => {
+    if (state.mix) lastMixes[state.mix.family] = state.mix;
+    const kept = lastMixes[name];
+    if (kept) return read({ mix: kept });
+    const start = state.world.starts.find((each) => each.family === name);
+    return start ? read({ recipe: start.recipe }) : read({ mix: { family: name, base: true, picks: {} } });
+};
+const begin = async (start) => {
+    setStart(null, true);
+    await read({ recipe: start.recipe }, { keepSteps: false });
+    says(`${start.title}.`);
+    if (start.photo) {
+        openTab("Start from");
+        find("start-file").focus();
+        return says("Choose a picture of yours, paint over where the glasses go, and press Play.");
+    }
+    if (state.busy !== "play") play();
+};
+const surprised = async () => {
+    await read({ mix: surprise(state.world.families) });
+    says(`You ask for: ${state.words}.`);
+    if (state.busy !== "play") play();
+};
+
+/** Brings back a mix with its numbers: {recipe, seed, chains, steps}. */
+const restore = async ({ recipe, seed, chains, steps }) => {
+    const said = await read({ texts: { recipe, seed, num_chains: chains, num_steps: steps } });
+    rerun();
+    return said;
+};
+strip.onRestore(async (item) => {
+    stop();
+    await restore(item);
+    showSaved(item);
+    const live = item.live ? " It was live: Sample draws others like it, and Play goes on from it." : "";
+    if (item.live) await goOnFrom(item);
+    says(`Brought back: ${item.words}.${live}`);
+    find("caption").textContent = `${item.words} · seed ${item.seed}.${live}`;
+});
+const showSaved = (item) => {
+    picture.show({ picture: item.picture, count: item.count, alt: `${item.count} samples of ${item.recipe}`, misses: null });
+    offerSave(item);
+};
+const goOnFrom = async (item) => {
+    await find("picture").querySelector("img").decode().catch(() => {});
+    setStart({ pictures: picture.crops(), mask: "", level: 0.3, name: "the picture" }, true);
+};
+
+// -- what runs -------------------------------------------------------------------------------------------
+
+let current = null; // of the run that has the page
+const setStart = (start, silent = false) => {
+    state.start = start;
+    if (!start) easel.clear();
+    if (silent) return;
+    draw();
+    rerun();
+};
+
+const run = async (kind, more = {}) => {
+    current?.abort();
+    const mine = (current = new AbortController());
+    state.busy = kind;
+    let last = null;
+    drawButtons();
+    const start = state.start && { pictures: state.start.pictures, mask: state.start.mask, level: state.start.level, keep: state.start.keep };
+    try {
+        for await (const message of lines({ kind, recipe: state.recipe, ...state.numbers, start, ...more }, mine.signal)) {
+            if (mine !== current) return null;
+            last = message;
+            (tell[message.kind] ?? (() => {}))(message, kind);
+        }
+    } catch (error) {
+        if (mine !== current || error.name === "AbortError") return null;
+        note(`The connection was lost: ${error.message}`);
+    }
+    if (mine !== current) return null;
+    state.busy = "";
+    drawButtons();
+    return last;
+};
+
+const clock = (seconds) => (seconds >= 90 ? `${Math.round(seconds / 60)} min` : `${Math.max(1, Math.round(seconds))} s`);
+const missing = (misses) => (misses?.length ? ` · ${misses.length} still ${misses.length > 1 ? "miss" : "misses"} something` : "");
+const tell = {
+    wait: (message) => { find("caption").textContent = `In the queue, place ${message.place}.`; },
+    frame: (message, kind) => {
+        const what = kind === "play" ? "running chains" : "samples";
+        picture.show({ ...message, alt: `${message.count} ${what} of ${message.recipe}` });
+        const left = message.left ? ` · ${clock(message.left)} left` : "";
+        const rate = message.rate ? ` · ${message.rate.toFixed(0)} frames/s` : "";
+        find("caption").textContent = `${message.of ? "step" : "playing · step"} ${message.step}${message.of ? ` of ${message.of}${left}` : rate}${missing(picture.shown().misses)}`;
+        if (message.terms) why.explain(message);
+        if (message.problem !== undefined && message.problem !== tell.problem) {
+            tell.problem = message.problem;
+            if (message.problem || state.problem) note(message.problem);
+        }
+    },
+    end: (message, kind) => {
+        if (message.picture) {
+            picture.show({ ...message, alt: `${message.count} samples of ${message.recipe}` });
+            why.explain(message);
+            const item = { ...message, words: state.words || message.recipe, chains: message.count, steps: state.numbers.steps };
+            offerSave(item);
+            strip.keep(Object.fromEntries(["recipe", "words", "seed", "chains", "steps", "picture", "count", "live"].map((name) => [name, item[name]])));
+            const where = message.stopped ? `stopped at step ${message.step}` : `step ${message.step}`;
+            find("caption").textContent = `${where}${message.of ? ` of ${message.of}` : ""} · seed ${message.seed}${missing(message.misses)}`;
+            says(message.stopped ? "Stopped." : "The pictures are ready.");
+        } else find("caption").textContent = message.said;
+        if (message.report) find("report").textContent = message.report;
+        if (message.picture) note("", message.said);
+    },
+    grid: explore.showGrid,
+    alone: (message) => why.showAlone(message.pictures),
+    error: (message) => note(message.problem),
+};
+
+const play = () => {
+    if (!state.recipe) return says("Switch on at least one expert first.");
+    why.forget();
+    tell.problem = "";
+    picture.blank("Loading the experts…");
+    picture.show({ misses: null });
+    return run("play");
+};
+const sample = () => {
+    if (!state.recipe) return says("Switch on at least one expert first.");
+    why.forget();
+    picture.show({ misses: null });
+    find("caption").textContent = "Waiting for the first step…";
+    return run("sample");
+};
+const stop = () => { if (state.busy) return ask("stop"); };
+/** Begins anew what runs on, where something changed that it cannot follow. */
+const rerun = () => { if (state.busy === "play") play(); };
+
+const offerSave = (item) => {
+    const link = find("save");
+    link.href = item.picture;
+    link.download = `samples-${stamp()}-seed-${item.seed}.png`;
+    link.removeAttribute("aria-disabled");
+};
+
+// -- what is pressed -------------------------------------------------------------------------------------
+
+const acts = {
+    like: async () => {
+        setStart({ pictures: [picture.crop(picture.chosenIndex())], mask: "", level: 1.2, name: `picture ${picture.chosenIndex() + 1}` }, true);
+        draw();
+        await play();
+    },
+    vary: async () => {
+        setStart({ pictures: picture.crops(), mask: "", level: 3, keep: [picture.chosenIndex()], name: `picture ${picture.chosenIndex() + 1}, which stays` }, true);
+        state.numbers.seed = Math.floor(Math.random() * 1e6);
+        draw();
+        await sample();
+        setStart(null, true);
+        draw();
+    },
+    large: async () => download(await picture.large(picture.chosenIndex()), `picture-${stamp()}.png`),
+    paint: async () => {
+        openTab("Start from");
+        await easel.begin(picture.crop(picture.chosenIndex()), `picture ${picture.chosenIndex() + 1}`);
+        find("easel").focus();
+    },
+    yes: () => teach.mark("yes"),
+    no: () => teach.mark("no"),
+};
+for (const each of find("menu").querySelectorAll("button")) each.addEventListener("click", acts[each.dataset.do]);
+picture.onChoose((index) => {
+    find("menu").hidden = index < 0;
+    if (index >= 0 && !find("why").hidden) why.lookAt();
+});
+
+const numbered = (name) => {
+    const input = find(name);
+    input.addEventListener("input", () => { if (input.nextElementSibling.tagName === "OUTPUT") input.nextElementSibling.value = input.value; });
+    input.addEventListener("change", () => {
+        const [low, high] = [Number(input.min), Number(input.max)];
+        state.numbers[name] = Math.min(Math.max(Math.round(Number(input.value)) || low, low), high);
+        draw();
+        record();
+        rerun();
+    });
+};
+for (const name of ["chains", "steps", "seed"]) numbered(name);
+const dice = () => {
+    state.numbers.seed = Math.floor(Math.random() * 1e6);
+    draw();
+    record();
+    rerun();
+    says(`Seed ${state.numbers.seed}.`);
+};
+find("dice").addEventListener("click", dice);
+find("play").addEventListener("click", play);
+find("sample").addEventListener("click", sample);
+find("stop").addEventListener("click", stop);
+const shake = async () => {
+    const said = await ask("shake");
+    says(said.shaken ? "Shaken: the chains look again." : "These chains know no noise to be shaken with.");
+};
+find("shake").addEventListener("click", shake);
+find("undo").addEventListener("click", () => undo());
+find("redo").addEventListener("click", () => redo());
+const undo = async () => {
+    if (past.length < 2) return;
+    const gone = past.pop();
+    const [before, after] = [[...past], [gone, ...future]];
+    await restore(past.at(-1));
+    past.splice(0, past.length, ...before);
+    future.splice(0, future.length, ...after);
+    drawButtons();
+    says(`Undone: ${state.words}.`);
+};
+const redo = async () => {
+    if (!future.length) return;
+    const [wanted, ...rest] = future;
+    await restore(wanted);
+    if (JSON.stringify(past.at(-1)) !== JSON.stringify(wanted)) past.push(wanted);
+    future.splice(0, future.length, ...rest);
+    drawButtons();
+    says(`Done again: ${state.words}.`);
+};
+find("link").addEventListener("click", () => copy(location.href, "The address"));
+for (const name of ["python", "command"]) find(name).addEventListener("click", async (event) => {
+    const said = await ask("code", { recipe: state.recipe, ...state.numbers });
+    if (said.problem) return note(said.problem);
+    const label = event.target.textContent;
+    if (await copy(said[name], label.replace("Copy as ", ""))) {
+        event.target.textContent = "Copied";
+        setTimeout(() => { event.target.textContent = label; }, 1500);
+    }
+});
+find("pack").addEventListener("click", async () => {
+    const said = await ask("pack", { pictures: picture.crops() });
+    if (said.problem) return note(said.problem);
+    download(URL.createObjectURL(said.blob), `samples-${stamp()}.zip`);
+});
+find("recipe").addEventListener("change", (event) => read({ recipe: event.target.value.trim() }));
+find("recipe").addEventListener("keydown", async (event) => {
+    if (event.key !== "Enter" || event.shiftKey) return;
+    event.preventDefault();
+    const said = await read({ recipe: event.target.value.trim() });
+    if (!said.problem && state.busy !== "play") sample();
+});
+
+const opened = async (file) => {
+    if (!file) return;
+    const found = await texts(file);
+    const said = await read({ texts: found });
+    if (said.problem) return;
+    const address = URL.createObjectURL(file);
+    const item = { ...found, picture: address, count: state.numbers.chains, live: found.live, words: state.words, seed: state.numbers.seed };
+    showSaved(item);
+    if (item.live) await goOnFrom(item);
+    draw();
+    note("", found.live ? "This picture was live, its chains had followed a changing mix: Sample draws others of this mix, and Play goes on from it." : "Sample draws this picture again.");
+};
+find("restore").addEventListener("change", (event) => { opened(event.target.files[0]); event.target.value = ""; });
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", async (event) => {
+    event.preventDefault();
+    const [file] = event.dataTransfer.files;
+    if (!file) return;
+    if (file.type === "image/png" && (await texts(file)).recipe) return opened(file);
+    openTab("Start from");
+    easel.upload(file);
+});
+
+// -- tabs, shortcuts, the beginning ----------------------------------------------------------------------
+
+const tabs = [...document.querySelectorAll("[data-tab]")];
+const openTab = (name) => {
+    for (const panel of tabs) {
+        const open = panel.dataset.tab === name;
+        panel.hidden = !open;
+        const tab = find(`tab-${panel.id}`);
+        tab.setAttribute("aria-selected", String(open));
+        tab.tabIndex = open ? 0 : -1;
+    }
+    if (name === "Why" && picture.chosenIndex() >= 0) why.lookAt();
+};
+document.querySelector(".tabs").replaceChildren(...tabs.map((panel) => {
+    panel.setAttribute("role", "tabpanel");
+    panel.setAttribute("aria-labelledby", `tab-${panel.id}`);
+    return make("button", { type: "button", role: "tab", id: `tab-${panel.id}`, "aria-controls": panel.id, onclick: () => openTab(panel.dataset.tab) }, panel.dataset.tab);
+}));
+document.querySelector(".tabs").addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by) return;
+    const at = tabs.findIndex((panel) => !panel.hidden);
+    const next = tabs[(at + by + tabs.length) % tabs.length];
+    openTab(next.dataset.tab);
+    find(`tab-${next.id}`).focus();
+});
+
+const shortcuts = {
+    p: ["Play", play], s: ["Sample", sample], Escape: ["Stop", stop], k: ["Shake running chains", shake], d: ["New seed", dice],
+    r: ["Surprise me", () => surprised()],
+    m: ["More like the chosen picture", () => chosenOnly("like")], v: ["Keep the chosen one, vary the rest", () => chosenOnly("vary")],
+    y: ["Mark the chosen picture as yes", () => chosenOnly("yes")], n: ["Mark it as no", () => chosenOnly("no")],
+    "?": ["This list", () => find("keys").showModal()],
+};
+const chosenOnly = (name) => (picture.chosenIndex() < 0 ? says("Choose a picture first.") : acts[name]());
+find("keys").append(
+    make("h2", { id: "keys-title" }, "Keyboard"),
+    make("dl", {}, [...Object.entries(shortcuts).map(([key, [text]]) => [key, text]), ["Ctrl+Z", "Undo"], ["Ctrl+Shift+Z", "Redo"], ["Arrow keys", "In the pictures: choose one"]]
+        .map(([key, text]) => [make("dt", {}, make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)), make("dd", {}, text)])),
+    make("p", { class: "hint" }, "Letters count while no text is being typed."),
+    button("Close", () => find("keys").close(), { class: "main" }),
+);
+find("help").addEventListener("click", () => find("keys").showModal());
+document.addEventListener("keydown", (event) => {
+    const typing = event.target.matches("textarea, input:not([type=checkbox]):not([type=radio]):not([type=range]):not([type=file]), select");
+    if (typing || document.querySelector("dialog[open]")) return;
+    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+    if (event.ctrlKey || event.metaKey) {
+        if (key === "z" || key === "y") {
+            event.preventDefault();
+            if (key === "y" || event.shiftKey) redo();
+            else undo();
+        }
+        return;
+    }
+    if (!event.altKey && key in shortcuts) {
+        event.preventDefault();
+        shortcuts[key][1]();
+    }
+});
+
+const openWorld = async () => {
+    const world = await ask("world");
+    if (world.problem) return note(world.problem);
+    state.world = world;
+    find("chains").max = world.limits.chains;
+    find("steps").max = world.limits.steps;
+    state.numbers.chains = Math.min(state.numbers.chains, world.limits.chains);
+    drawFamilies();
+    find("cannot").replaceChildren(make("dl", {}, world.cannot.map((each) => [make("dt", {}, each.name), make("dd", {}, each.text)])));
+    return world;
+};
+
+const open = async () => {
+    why.whyPanel(() => run("alone"));
+    explore.explorePanel((axes) => run("grid", axes));
+    easel.easelPanel(find("begin"), {
+        noise: () => setStart(null),
+        example: async () => {
+            const said = await ask("example", { recipe: state.recipe });
+            if (said.problem) return note(said.problem);
+            await easel.begin(said.picture, said.described);
+        },
+        change: (start) => { state.start = start; draw(); rerun(); },
+    });
+    teach.teachPanel({
+        teach: async (wanted, progress) => {
+            tell.teach = (message) => progress(message.said);
+            const last = await run("teach", wanted);
+            return last?.kind === "taught" ? last : { problem: last?.problem ?? last?.said ?? "It was interrupted." };
+        },
+        changed: async (name) => {
+            await openWorld();
+            if (name) {
+                const mix = structuredClone(state.mix ?? { family: name.split("/")[0], base: true, picks: {} });
+                mix.picks[name] = { role: "AND", together: false, values: { yes: 3 } };
+                await change(mix);
+            } else draw();
+            play();
+        },
+    });
+    openTab("Why");
+    drawButtons();
+    const world = await openWorld();
+    if (!world) return;
+    drawStarts();
+    if (world.problems.length) note(world.problems.join("\n"));
+    if (!world.families.length) return;
+    const known = world.families.flatMap((each) => each.controls.map((control) => control.name));
+    if (await teach.again(known)) await openWorld();
+    const asked = new URLSearchParams(location.hash.slice(1));
+    const first = world.starts[0];
+    state.family = world.families[0].name;
+    teach.ofFamily(state.family);
+    if (asked.get("mix")) {
+        const said = await read({ texts: { recipe: asked.get("mix"), seed: asked.get("seed") ?? "0", num_chains: asked.get("chains") ?? "16", num_steps: asked.get("steps") ?? "80" } });
+        if (said.problem) draw();
+    } else if (first) await read({ recipe: first.recipe }, { keepSteps: false });
+    document.body.dataset.ready = "yes";
+    if (new URLSearchParams(location.search).has("still")) return picture.blank("Press Play or Sample");
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) sample();
+    else play();
+};
+open();
