@@ -12,8 +12,8 @@ from torch import Tensor
 
 from composable_ebm.data.dataset import LabelledImages, unknown_name
 
-DATASETS = ("celeba", "digits", "faces", "folder", "shapes")
-OF_ANY_SIZE = ("celeba", "faces", "folder", "shapes")
+DATASETS = ("celeba", "digits", "faces", "folder", "portraits", "shapes")
+OF_ANY_SIZE = ("celeba", "faces", "folder", "portraits", "shapes")
 """The data sets whose `load` takes a `size`."""
 
 __all__ = ["DATASETS", "OF_ANY_SIZE", "LabelledImages", "load_data", "measured"]

@@ -43,6 +43,8 @@ class Card:
         metrics: Figures of the evaluation, by name.
         failures: What it is known to get wrong.
         licence: Licence of weights and data.
+        base: SHA-256 of the weights of the expert of p(x) that it adds an attribute to; "" for one that is a
+            density by itself.
         codec: SHA-256 of the weights of the codec whose latents it is about; "" for pictures.
     """
 
@@ -65,6 +67,7 @@ class Card:
     failures: str = ""
     licence: str = ""
     codec: str = ""
+    base: str = ""
 
     def __post_init__(self) -> None:
         for part in (self.family, self.name):

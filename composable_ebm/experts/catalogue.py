@@ -11,7 +11,7 @@ import torch
 
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.store import CODEC, CONFIG, WEIGHTS, load_folder, read_card
+from composable_ebm.experts.store import BASE, CODEC, CONFIG, WEIGHTS, load_folder, read_card
 
 ENVIRONMENT = "COMPOSABLE_EBM_MODELS"
 
@@ -106,5 +106,5 @@ def _may_be_on_the_hub(name: str) -> bool:
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to load, and only needed here
 
-    files = [f"{place}{name}" for place in ("", f"{CODEC}/") for name in (CONFIG, WEIGHTS)]
+    files = [f"{place}{name}" for place in ("", f"{CODEC}/", f"{BASE}/") for name in (CONFIG, WEIGHTS)]
     return Path(snapshot_download(repository, allow_patterns=files))

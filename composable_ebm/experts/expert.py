@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from operator import attrgetter
 from typing import Self
 
 from torch import Tensor, nn
 
-from composable_ebm.energy import Codec, Energy, Mixture, negate, soft_minimum
+from composable_ebm.energy import Codec, Energy, LeafEnergies, Mixture, negate, soft_minimum
 from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.experts.card import Card
 
@@ -91,6 +91,8 @@ class Expert(Energy):
         card: What is known about it.
         value: Index of the value, or None for the marginal.
         codec: What its states are latents of; None where they are pictures.
+        base: The expert of p(x) whose density stands still, where the network only says how likely each
+            value is: E(x, y) = E_base(x) - log p(y | x).
     Example:
         >>> digit = load_expert("digits/digit")
         >>> three, odd = digit[3], digit[1] | digit[3] | digit[5] | digit[7] | digit[9]
@@ -101,11 +103,17 @@ class Expert(Energy):
     shares = ("network",)
 
     def __init__(
-        self, network: nn.Module, card: Card, value: int | None = None, codec: Codec | None = None
+        self,
+        network: nn.Module,
+        card: Card,
+        value: int | None = None,
+        codec: Codec | None = None,
+        base: Expert | None = None,
     ) -> None:
         super().__init__()
         self.in_space(codec)
         self.network = network
+        self.base = base
         self.card = card
         self.value = value
         self.event_shape = card.event_shape
@@ -116,15 +124,22 @@ class Expert(Energy):
         self.binary = getattr(network, "binary", False)
         self.given_weight = card.weight
         self.energy_range = card.energy_range.get("any" if value is None else card.values[value])
+        self.posterior = None if base is None or value is None else Posterior(self)
+        if base is not None:
+            self.shares = ("network", "base", *(["posterior"] if self.posterior else []))
 
     @classmethod
-    def standing(cls, network: nn.Module, card: Card, codec: Codec | None = None) -> Self:
+    def standing(
+        cls, network: nn.Module, card: Card, codec: Codec | None = None, base: Expert | None = None
+    ) -> Self:
         """The expert as `load_expert` gives it: binary ones stand for their second value."""
-        return cls(network, card, {1: 0, 2: 1}.get(len(card.values)), codec)
+        return cls(network, card, {1: 0, 2: 1}.get(len(card.values)), codec, base)
 
     def __getitem__(self, value: str | int) -> Expert:
         """The expert at one value of its attribute, given by name, by number, or at "any"."""
         if isinstance(value, str) and value == "any":
+            if self.base is not None:
+                return self.base
             return self._at(None if len(self.card.values) > 1 else 0)
         names, text = self.card.values, str(value)
         if text in names:
@@ -139,15 +154,28 @@ class Expert(Energy):
         )
 
     def _at(self, value: int | None) -> Expert:
-        expert = Expert(self.network, self.card, value, self.codec)
+        expert = Expert(self.network, self.card, value, self.codec, self.base)
         expert.name = self.name
         return expert
 
     # A class with __getitem__ would otherwise be iterable, without end.
     __iter__ = None
 
-    def body(self) -> nn.Module:
-        return self.network
+    def leaves(self) -> Iterator[Energy]:
+        if self.base is None:
+            yield self
+        else:
+            yield from self.base.leaves()
+            yield from () if self.posterior is None else (self.posterior,)
+
+    def combine(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
+        if self.base is None:
+            return energies[self.key]
+        base = self.base.combine(energies, coefficients)
+        return base if self.posterior is None else base + energies[self.posterior.key]
+
+    def body(self) -> nn.Module | None:
+        return self.network if self.base is None else None
 
     @property
     def column(self) -> int | None:
@@ -159,7 +187,8 @@ class Expert(Energy):
         return soft_minimum(outputs) if self.value is None else outputs[:, self.value]
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        return self.read(self.network(x, noise_level) if self.noise_conditioned else self.network(x))
+        own = self.read(self.network(x, noise_level) if self.noise_conditioned else self.network(x))
+        return own if self.base is None else own + self.base.energy(x, noise_level)
 
     @property
     def key(self) -> Hashable:
@@ -186,3 +215,39 @@ class Expert(Energy):
         if count == 2:
             return f"{name}[any]" if self.value is None else ("~" if self.value == 0 else "") + name
         return name if self.value is None else f"{name}[{self.card.values[self.value]}]"
+
+
+class Posterior(Energy):
+    """E(x) = -log p(y | x, σ): what an expert at a value adds to the density that it stands on.
+
+    Args:
+        expert: At a value.
+    """
+
+    likelihood = True
+
+    def __init__(self, expert: Expert) -> None:
+        super().__init__()
+        self.in_space(expert.codec)
+        self.network = expert.network
+        self.value = expert.value
+        self.name = f"p({expert.card.attribute} = {expert.card.values[expert.value or 0]} | x)"
+        self.event_shape, self.data_range = expert.event_shape, expert.data_range
+        self.noise_conditioned = expert.noise_conditioned
+
+    def body(self) -> nn.Module:
+        return self.network
+
+    @property
+    def column(self) -> int | None:
+        return self.value
+
+    def read(self, outputs: Tensor) -> Tensor:
+        return outputs[:, self.value]
+
+    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        return self.read(self.network(x, noise_level) if self.noise_conditioned else self.network(x))
+
+    @property
+    def key(self) -> Hashable:
+        return ("posterior", _identity(self.network), self.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.catalogue import find_folder
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.store import CODEC, CONFIG, WEIGHTS, load_folder, save_expert
+from composable_ebm.experts.store import BASE, CODEC, CONFIG, WEIGHTS, load_folder, save_expert
 
 PAGE = "README.md"
 
@@ -56,11 +56,11 @@ def push_to_hub(
             card = load_folder(source).card  # damaged files are not spread
             for name in (CONFIG, WEIGHTS):
                 shutil.copyfile(source / name, folder / name)
-            if card.codec:
-                place = source / CODEC if (source / CODEC).exists() else source.parent / CODEC
-                (folder / CODEC).mkdir()
+            for part in [*([CODEC] if card.codec else []), *([BASE] if card.base else [])]:
+                place = source / part if (source / part).exists() else source.parent / part
+                (folder / part).mkdir()
                 for name in (CONFIG, WEIGHTS):
-                    shutil.copyfile(place / name, folder / CODEC / name)
+                    shutil.copyfile(place / name, folder / part / name)
         (folder / PAGE).write_text(hub_page(card, repository), encoding="utf-8")
         api = HfApi(token=token)
         # A repository that exists stays as visible as it is.

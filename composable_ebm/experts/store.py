@@ -25,6 +25,8 @@ from composable_ebm.experts.networks.codec import CODECS, PictureCodec
 from composable_ebm.files import write_atomic
 
 CONFIG, WEIGHTS, CODEC = "config.json", "model.safetensors", "codec"
+BASE = "base"
+_bases: WeakValueDictionary[tuple[str, str], Expert] = WeakValueDictionary()
 _codecs: WeakValueDictionary[tuple[str, str], PictureCodec] = WeakValueDictionary()
 
 __all__ = [
@@ -105,9 +107,15 @@ def load_folder(folder: str | Path, device: torch.device | str | None = None) ->
         )
     _fill(network, folder, card)
     codec = find_codec(folder, card.codec, device) if card.codec else None
+    base = find_base(folder, card.base, device) if card.base else None
+    if base is None and getattr(network, "adds_to_base", False):
+        raise CheckpointError(
+            f"{folder / CONFIG} describes a classifier, an energy only beside a density: its `base` must "
+            "give the SHA-256 of its family's base expert."
+        )
     network = network.to(device).eval().requires_grad_(False)
     mark_loaded(network, card)
-    return Expert.standing(network, card, codec)
+    return Expert.standing(network, card, codec, base)
 
 
 def load_codec(folder: str | Path, device: torch.device | str | None = None) -> PictureCodec:
@@ -149,6 +157,32 @@ def find_codec(folder: Path, digest: str, device: torch.device | str | None = No
             f"{codec.digest[:12]}…. Train the expert again, or bring its codec back."
         )
     return codec
+
+
+def find_base(folder: Path, digest: str, device: torch.device | str | None = None) -> Expert:
+    """The expert of p(x) that the one in `folder` adds an attribute to: in it, or beside it.
+
+    Raises:
+        CheckpointError: If there is none, or it is another than the card names.
+    """
+    places = (folder / BASE, folder.parent / BASE)
+    place = next((place for place in places if (place / CONFIG).exists()), None)
+    if place is None:
+        raise CheckpointError(
+            f"{folder} holds what an attribute adds to a density, which is neither in {places[0]} nor in "
+            f"{places[1]}: copy the base expert of its family there."
+        )
+    found = str(read_card(place).weights.get("sha256"))
+    if found != digest:
+        raise CheckpointError(
+            f"the expert in {folder} stands on the base {digest[:12]}…, and {place} holds {found[:12]}…. "
+            "Train the expert again, or bring its base back."
+        )
+    key = (found, str(torch.empty(0, device=device).device))
+    base = _bases.get(key)
+    if base is None:
+        base = _bases[key] = load_folder(place, device)
+    return base
 
 
 def _fill(network: nn.Module, folder: Path, card: Card) -> None:

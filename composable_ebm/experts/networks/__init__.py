@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from composable_ebm.experts.networks.classifier import NoisyClassifier
+from composable_ebm.experts.networks.confined import ConfinedEnergy
 from composable_ebm.experts.networks.convolutional import ConvEnergy
 from composable_ebm.experts.networks.denoiser import Denoiser
 from composable_ebm.experts.networks.diffused import DiffusedEnergy
@@ -14,15 +16,20 @@ from composable_ebm.experts.networks.windows import DiffusedWindows
 __all__ = [
     "NETWORKS",
     "RBM",
+    "ConfinedEnergy",
     "ConvEnergy",
     "Denoiser",
     "DiffusedEnergy",
     "DiffusedPatches",
     "DiffusedWindows",
+    "NoisyClassifier",
 ]
 
 NETWORKS: dict[str, type[nn.Module]] = {
     network.__name__: network
-    for network in (ConvEnergy, Denoiser, DiffusedEnergy, DiffusedPatches, DiffusedWindows, RBM)
+    for network in (
+        *(ConfinedEnergy, ConvEnergy, Denoiser, DiffusedEnergy),
+        *(DiffusedPatches, DiffusedWindows, NoisyClassifier, RBM),
+    )
 }
 """The networks that a checkpoint may name, by the name of their class."""
