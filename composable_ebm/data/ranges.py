@@ -8,14 +8,14 @@ from torch import Tensor
 __all__ = ["as_images", "as_states", "rescaled"]
 
 
-def rescaled(images: Tensor, data_range: tuple[float, float]) -> Tensor:
-    """Images in [-1, 1] on another range."""
-    low, high = data_range
+def rescaled(images: Tensor, data_range: tuple[float, float] | None) -> Tensor:
+    """Images in [-1, 1] on another range; as they are where there is none."""
+    low, high = data_range or (-1.0, 1.0)
     return images if (low, high) == (-1.0, 1.0) else low + (high - low) * (images + 1) / 2
 
 
 def as_states(
-    images: Tensor, data_range: tuple[float, float], binary: bool, generator: torch.Generator
+    images: Tensor, data_range: tuple[float, float] | None, binary: bool, generator: torch.Generator
 ) -> Tensor:
     """Images in [-1, 1] on the range of an expert; for bits, grey levels are the odds of white.
 
@@ -24,7 +24,7 @@ def as_states(
 
     Args:
         images: In [-1, 1], (batch, *event).
-        data_range: Smallest and largest value of the expert's data.
+        data_range: Smallest and largest value of the expert's data; None where unbounded.
         binary: Whether its states are bits.
         generator: Draws the bits, on the device of the images.
     Reference:

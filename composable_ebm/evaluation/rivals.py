@@ -91,7 +91,7 @@ def _ebmkit(asked: Sequence[Request], task: Task, seed: int) -> Row:
                 kernel = sampler.kernel if isinstance(sampler, Annealed) else sampler
                 if not isinstance(kernel, Langevin):
                     raise Missing(f"ebmkit was set up for Langevin dynamics, not for {kernel}.")
-                low, high = experts[0].card.data_range
+                low, high = experts[0].card.data_range or (-1.0, 1.0)
                 x = LangevinDynamics(
                     kernel.step_size / len(experts),
                     num_steps,
@@ -101,7 +101,7 @@ def _ebmkit(asked: Sequence[Request], task: Task, seed: int) -> Row:
                 ).sample(SumEnergy(*experts), low + (high - low) * torch.rand(shape))
                 evaluations = num_steps
             seconds += time.perf_counter() - start
-            for i, image in zip(members, x.clamp(*experts[0].card.data_range), strict=True):
+            for i, image in zip(members, x.clamp(*(experts[0].card.data_range or (-1.0, 1.0))), strict=True):
                 samples[i] = image
     return Row(torch.stack([x for x in samples if x is not None]), list(asked), seconds, evaluations)
 

@@ -40,7 +40,7 @@ class Setting:
 
     event_shape: tuple[int, ...]
     num_values: int
-    data_range: tuple[float, float]
+    data_range: tuple[float, float] | None
     batch_size: int
     sampler: Sampler
     generator: torch.Generator

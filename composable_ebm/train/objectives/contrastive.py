@@ -132,7 +132,7 @@ class _ContrastivePhase(Phase):
             max(objective.buffer_size, setting.batch_size) if objective.persistent else 0,
             setting.event_shape,
             setting.num_values,
-            setting.data_range,
+            setting.data_range or (-2.0, 2.0),  # latents have unit variance
             objective.reinit_prob,
             setting.generator,
             binary=setting.binary,
