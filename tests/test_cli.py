@@ -119,7 +119,7 @@ def test_sample_refuses_a_damaged_expert(models, capsys):
 def test_sample_says_when_chains_diverge(models, capsys):
     description = card("broken", ("no", "yes"))
     net = network(description)
-    torch.nn.init.constant_(net.head.weight, torch.nan)
+    torch.nn.init.constant_(net.head.weight, 3e38)
     ceb.save_expert(models / "toys/broken", net, description)
     assert cli.main(["sample", "toys/broken"]) == 1
     assert "16 of 16 chains diverged" in capsys.readouterr().err

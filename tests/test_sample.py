@@ -229,3 +229,41 @@ def test_chain_refuses_coefficients_that_do_not_fit():
 def test_ratio_inside_a_sum_with_a_base_is_sampled():
     out = ceb.sample(a + ceb.ratio(b, c), num_steps=1, sampler=ceb.Langevin(0.1))
     assert out.samples.isfinite().all()
+
+
+def test_report_names_modes_between_which_chains_do_not_travel():
+    modes = ceb.analytic.GaussianMixture([[-8.0], [8.0]], 1.0)
+    out = ceb.sample(modes, num_chains=32, num_steps=400, sampler=ceb.MALA(0.5), seed=1, init=_both_modes(32))
+    assert out.r_hat > 1.5
+    assert any("have not mixed" in problem for problem in out.problems)
+
+
+def _both_modes(count):
+    signs = torch.tensor([-1.0, 1.0]).repeat(count // 2)
+    return 8 * signs[:, None]
+
+
+def test_report_says_nothing_of_chains_that_mix():
+    out = ceb.sample(Quadratic(), num_chains=32, num_steps=400, sampler=ceb.MALA(1.0), seed=1)
+    assert out.r_hat < 1.05
+    assert out.problems == []
+
+
+def test_report_names_a_kernel_that_never_moves():
+    out = ceb.sample(Quadratic(1e4), num_chains=16, num_steps=50, sampler=ceb.MALA(1.0), seed=0)
+    assert any("hardly moves" in problem for problem in out.problems)
+
+
+def test_report_names_samples_outside_the_data():
+    away = Quadratic(1.0, mean=9.0)
+    away.data_range = (-1.0, 1.0)
+    out = ceb.sample(away, num_chains=8, num_steps=60, sampler=ceb.Langevin(0.1), seed=0)
+    assert any("lie far outside the data" in problem for problem in out.problems)
+
+
+def test_report_names_temperatures_that_differ():
+    cold, warm = expert("cold", temperature=1e-6), expert("warm", seed=1, temperature=1.0)
+    out = ceb.sample(cold["0"] + warm["0"], num_chains=4, num_steps=5, seed=0)
+    assert any("different temperatures" in problem for problem in out.problems)
+    same = ceb.sample(warm["0"] + warm["1"], num_chains=4, num_steps=5, seed=0)
+    assert not any("temperatures" in problem for problem in same.problems)

@@ -80,6 +80,8 @@ class Energy(nn.Module, ABC):
         energy_range: Energies between which nearly all (99.8 %) of its own samples lie, or None
             where unknown. Negation takes its threshold from it, and `SampleResult.report` tells
             by it whether a request was met.
+        temperature: T at which exp(-E/T) describes its own samples, where known. Weights mean the same
+            only between energies of one temperature.
         likelihood: Whether exp(-E) is the probability of something given x, at most 1, and no density of
             x: that of a classifier. Added to a density it is Bayes' rule.
         codec: What makes pictures of the states, which are its latents; None where states are what they
@@ -111,6 +113,7 @@ class Energy(nn.Module, ABC):
     noise_conditioned: bool = False
     binary: bool = False
     has_value: bool = True
+    temperature: float | None = None
     likelihood: bool = False
     codec: Codec | None = None
     given_weight: float = 1.0

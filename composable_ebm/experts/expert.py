@@ -123,6 +123,7 @@ class Expert(Energy):
         self.has_value = getattr(network, "has_value", True)
         self.binary = getattr(network, "binary", False)
         self.given_weight = card.weight
+        self.temperature = card.temperature
         self.energy_range = card.energy_range.get("any" if value is None else card.values[value])
         self.posterior = None if base is None or value is None else Posterior(self)
         if base is not None:

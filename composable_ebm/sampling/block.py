@@ -7,6 +7,7 @@ chains have alike (state, energy, gradient, whether they are still finite) is on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
@@ -22,7 +23,10 @@ from composable_ebm.sampling.schedule import Schedule
 Sampler = Kernel | Annealed
 Held = Literal["clean", "noisy"]
 
-__all__ = ["Block", "Held", "Hold", "MaskedNoise", "Rows", "Sampler", "joined"]
+PROJECTIONS = 8
+"""Directions along which the states of a run are recorded."""
+
+__all__ = ["Block", "Held", "Hold", "MaskedNoise", "Rows", "Sampler", "joined", "projected"]
 
 
 class Rows(NamedTuple):
@@ -378,7 +382,8 @@ class Block:
     def note(self, rows: Rows, norm: Tensor, info: Info, step_size: Tensor) -> None:
         """Records a step, and adapts the step size while that lasts."""
         if self.record:
-            self.history.append((rows.state.energy, norm, info.acceptance, step_size))
+            seen = projected(rows.state.x)
+            self.history.append((rows.state.energy, norm, info.acceptance, step_size, seen))
         if self.adapts:
             self._adapt(info, rows.alive)
 
@@ -396,6 +401,25 @@ class Block:
         # With no chain left there is nothing to learn from, and steering may bring them back.
         error = torch.where(alive.any(), mean - self.kernel.target_acceptance, 0.0)
         self.dynamics = self.dynamics._replace(step_size=self.dynamics.step_size * torch.exp(gain * error))
+
+
+def projected(x: Tensor) -> Tensor:
+    """States along a few random directions, the same for all runs, (rows, directions).
+
+    Chains in different modes differ along nearly every direction, where their energies may agree. Of few
+    coordinates each is a direction of its own.
+    """
+    states = flat(x)
+    if states.shape[1] <= PROJECTIONS:
+        return states
+    return states @ _directions(states.shape[1], states.dtype, states.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _directions(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(size, PROJECTIONS, generator=generator) / size**0.5
+    return drawn.to(device=device, dtype=dtype)
 
 
 def _table(like: Tensor, values: list[float] | None) -> Tensor | None:

@@ -85,12 +85,14 @@ class Trace:
         gradient_norm: ‖∂E/∂x‖, (steps, batch).
         acceptance: Probability of acceptance, (steps, batch), or None where every step is taken.
         step_size: (steps,) or (steps, batch), as adapted and scheduled.
+        projections: States along a few directions, (steps, batch, directions), see `block.projected`.
     """
 
     energy: Tensor
     gradient_norm: Tensor
     acceptance: Tensor | None
     step_size: Tensor
+    projections: Tensor
 
     def of(self, chains: Tensor) -> Trace:
         """The trace of some chains, given by their indices."""
@@ -99,6 +101,7 @@ class Trace:
             self.gradient_norm[:, chains],
             None if self.acceptance is None else self.acceptance[:, chains],
             self.step_size[:, chains] if self.step_size.ndim > 1 else self.step_size,
+            self.projections[:, chains],
         )
 
 
@@ -439,11 +442,11 @@ def trace_of(block: Block, rows: Rows) -> Trace:
     """What a block has recorded, at its rows of the moment."""
     if not block.history:
         empty = rows.largest.new_zeros(0, block.size)
-        return Trace(empty, empty, None, rows.largest.new_zeros(0))
-    energy, norm, acceptance, step_size = zip(*block.history, strict=True)
+        return Trace(empty, empty, None, empty[:, 0], empty[..., None])
+    energy, norm, acceptance, step_size, seen = zip(*block.history, strict=True)
     accepted = None if acceptance[0] is None else torch.stack(acceptance)
     steps = torch.stack(torch.broadcast_tensors(*step_size))  # one size for all chains, or one each
-    return Trace(torch.stack(energy), torch.stack(norm), accepted, steps)
+    return Trace(torch.stack(energy), torch.stack(norm), accepted, steps, torch.stack(seen))
 
 
 def divergence_of(rows: Rows) -> Divergence:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data.ranges import as_images
-from composable_ebm.energy import Codec, Energy, Sum, satisfied, settled
+from composable_ebm.energy import Codec, Energy, Sum, flat, satisfied, settled
 from composable_ebm.potential.plan import FusedPotential, fuse
 from composable_ebm.sampling import diagnostics
 from composable_ebm.sampling.block import Block
@@ -21,6 +21,12 @@ from composable_ebm.sampling.chains import Divergence, Sampler, Trace
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.particles import Particles, Weighted, drawn, error_of
 from composable_ebm.sampling.settings import to_settings
+
+STUCK = 0.01
+"""Mean acceptance below which a kernel is said not to move."""
+UNMIXED = 1.1
+ENOUGH_DRAWS = 100
+"""Steps from which R-hat is held against a run."""
 
 __all__ = ["SampleResult", "TermCheck", "check_terms", "draw_from"]
 
@@ -168,6 +174,7 @@ class SampleResult:
         warmup: Steps left out of ESS, R-hat and mean acceptance.
         data_range: Smallest and largest value of the data, black and white of a picture of them.
         weighted: What the particles said that the samples were drawn from, with `Particles`.
+        temperatures: Names of the energies whose temperature of calibration is known, and that.
         has_value: Whether `energies` are energies; of scores only the gradient is known.
         codec: What decodes the samples, where they are latents.
     """
@@ -191,6 +198,7 @@ class SampleResult:
     stepping: str = ""
     codec: Codec | None = None
     weighted: Weighted | None = None
+    temperatures: tuple[tuple[str, float], ...] = ()
 
     @functools.cached_property
     def images(self) -> Tensor:
@@ -206,13 +214,17 @@ class SampleResult:
 
     @property
     def ess(self) -> float:
-        """Bulk effective sample size of the energy, over the second half of the run."""
-        return diagnostics.ess(self._settled())
+        """Bulk effective sample size over the second half of the run: the least of the energy and the states.
+
+        States are looked at along a few directions, since chains that are stuck in different modes may
+        have the same energies.
+        """
+        return min(map(diagnostics.ess, self._settled()), key=lambda value: (value == value, value))
 
     @property
     def r_hat(self) -> float:
-        """Split R-hat of the energy, over the second half of the run."""
-        return diagnostics.r_hat(self._settled())
+        """Split R-hat over the second half of the run: the largest of the energy and the states."""
+        return max(map(diagnostics.r_hat, self._settled()), key=lambda value: (value == value, value))
 
     @property
     def log_weights(self) -> Tensor:
@@ -259,6 +271,37 @@ class SampleResult:
         if self.divergence.any:
             count = int(self.divergence.chains.sum())
             found.insert(0, f"{count} of {len(self.samples)} chains diverged and were frozen")
+        return [*found, *self._doubts()]
+
+    def _doubts(self) -> list[str]:
+        """What speaks against the run as such, in sentences."""
+        found = []
+        rate = self.acceptance_rate
+        if rate is not None and rate < STUCK:
+            found.append(
+                f"the kernel hardly moves: {100 * rate:.2g} % of its proposals are accepted; take a smaller "
+                "step, or a `target_acceptance` with `num_warmup`"
+            )
+        enough = isinstance(self.sampler, Kernel) and self.num_steps - self.warmup >= ENOUGH_DRAWS
+        if enough and (r_hat := self.r_hat) > UNMIXED:
+            found.append(
+                f"the chains have not mixed: R-hat {r_hat:.2f} of energy and states (1.01 is good); they "
+                "need more steps, or sit in modes between which they do not travel"
+            )
+        if self.data_range is not None and len(self.samples):
+            low, high = self.data_range
+            beyond = (flat(self.samples) - (low + high) / 2).abs().amax(1) > high - low
+            if count := int(beyond.sum()):
+                found.append(
+                    f"{count} of {len(self.samples)} samples lie far outside the data, which are between "
+                    f"{low:g} and {high:g}"
+                )
+        if len({temperature for _, temperature in self.temperatures}) > 1:
+            texts = ", ".join(f"{name} at {temperature:.3g}" for name, temperature in self.temperatures)
+            found.append(
+                f"the experts were calibrated at different temperatures ({texts}): their energies are in no "
+                "common unit, and weights between them mean nothing"
+            )
         return found
 
     def report(self) -> str:
@@ -278,9 +321,10 @@ class SampleResult:
         ]
         if self.acceptance_rate is not None:
             rows.append(("acceptance", f"{self.acceptance_rate:.3f}"))
-        if self.has_value:
-            settled = f"ESS {self.ess:.0f} of {self._settled().numel()}, R-hat {self.r_hat:.3f}"
-            rows.append(("convergence", f"{settled} (energy, second half)"))
+        if isinstance(self.sampler, Kernel):  # every annealed chain is one draw
+            draws = self._settled()[0].numel()
+            settled = f"ESS {self.ess:.0f} of {draws}, R-hat {self.r_hat:.3f}"
+            rows.append(("convergence", f"{settled} (energy and states, second half)"))
         if self.weighted is not None:
             w = self.weighted
             rows.append(
@@ -328,6 +372,9 @@ class SampleResult:
         trace = self.trace
         plot_trace(trace.energy, trace.gradient_norm, trace.acceptance, self.recipe, path)
 
-    def _settled(self) -> Tensor:
-        energy = self.trace.energy[self.warmup :]
-        return energy[len(energy) // 2 :]
+    def _settled(self) -> list[Tensor]:
+        """Energies and states along some directions in the second half, (draws, chains) each."""
+        columns = [*self.trace.projections.unbind(-1)]
+        columns = [self.trace.energy, *columns] if self.has_value else columns
+        kept = [column[self.warmup :] for column in columns]
+        return [column[len(column) // 2 :] for column in kept]

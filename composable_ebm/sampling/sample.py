@@ -297,6 +297,9 @@ def conclude(
         data_range=block.energy.data_range,
         codec=block.energy.codec,
         weighted=weighted,
+        temperatures=tuple(
+            (str(e), e.temperature) for e in block.energy.leaves() if e.temperature is not None
+        ),
         has_value=block.energy.has_value,
     )
 
