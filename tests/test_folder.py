@@ -1,5 +1,8 @@
 """A user's folder of images, and CelebA, which is read in the same way."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,12 @@ from PIL import Image
 from torchvision.datasets import CelebA
 
 from composable_ebm.data import celeba, folder, load_data
+from composable_ebm.data.pictures import read_images
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE
+from composable_ebm.data.summary import summary
 
 N = 60
+TABLE = "attributes.csv"
 
 
 def colour(i):
@@ -31,7 +37,7 @@ def photos(tmp_path):
         picture(root / name, colour(i))
     smile = ["yes", "no", ""]
     lines = ["file,smile,age", *(f"{name},{smile[i % 3]},{(i % 4) * 5}" for i, name in enumerate(names))]
-    (root / folder.TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    (root / TABLE).write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     return root
 
 
@@ -63,7 +69,7 @@ def test_images_without_an_entry_are_unlabelled(photos):
 
 def test_split_depends_on_the_name_alone(photos):
     before = folder.load("train", root=photos, size=4).images
-    table = photos / folder.TABLE
+    table = photos / TABLE
     lines = table.read_text(encoding="utf-8-sig").splitlines()
     table.write_text("\n".join([lines[0], *reversed(lines[1:])]))
     after = folder.load("train", root=photos, size=4).images
@@ -104,7 +110,7 @@ def test_subfolders_are_classes(tmp_path):
 
 
 def read(path, size=2, channels=3):
-    return folder.read_images([path], size, channels, "test")[0]
+    return read_images([path], size, channels, "test")[0]
 
 
 def test_middle_square_is_kept(tmp_path):
@@ -186,9 +192,9 @@ def test_folder_must_be_named_and_there(tmp_path):
         folder.load(root=tmp_path / "absent")
 
 
-def test_folder_without_table_or_classes_says_what_it_needs(tmp_path):
-    picture(tmp_path / "0.png", (0, 0, 0))
-    with pytest.raises(FileNotFoundError, match=r"neither a table attributes.csv .* nor a subfolder"):
+def test_folder_without_pictures_says_what_it_needs(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(FileNotFoundError, match=r"holds no pictures .*\.jpg.* no table \(attributes.csv"):
         folder.load(root=tmp_path)
 
 
@@ -202,11 +208,11 @@ def test_empty_split_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("table", "error", "message"),
     [
-        ("", ValueError, r"must have a column `file`, got the columns \[\]"),
-        ("name,smile\n0.png,yes\n", ValueError, r"column `file`, got the columns \['name', 'smile'\]"),
+        ("", ValueError, r"must have a column `file` \(or .*got the columns \[\]"),
+        ("name,smile\n0.png,yes\n", ValueError, r"column `file` .*, got the columns \['name', 'smile'\]"),
         ("file,smile,smile\n", ValueError, "must have different names"),
-        ("file,smile\n0.png\n", ValueError, r"row 2 of .* must have 2 columns, got 1"),
-        ("file,smile\n0.png,yes,no\n", ValueError, r"row 2 of .* must have 2 columns, got 3"),
+        ("file,smile\n0.png\n", ValueError, r"attributes.csv, line 2: expected 2 columns .*, got 1"),
+        ("file,smile\n0.png,yes,no\n", ValueError, r"attributes.csv, line 2: expected 2 columns .*, got 3"),
         ("file,smile\n0.png,yes\n./0.png,no\n", ValueError, r"names the file '0.png' twice"),
         ("file,smile\n0.png,\n", ValueError, "attribute 'smile' has no value"),
         ("file,smile\n0.png,yes\n7.png,no\n", FileNotFoundError, r"1 of the 2 files .* first .*'7.png'"),
@@ -214,19 +220,177 @@ def test_empty_split_says_so(tmp_path):
 )  # fmt: skip
 def test_tables_that_cannot_be_used_are_refused(tmp_path, table, error, message):
     picture(tmp_path / "0.png", (0, 0, 0))
-    (tmp_path / folder.TABLE).write_text(table)
+    (tmp_path / TABLE).write_text(table)
     with pytest.raises(error, match=message):
         folder.load(root=tmp_path)
 
 
-def test_measurements_are_not_taken_for_values(tmp_path):
-    lines = ["file,height"]
-    for i in range(folder.MAX_VALUES + 1):
-        (tmp_path / f"{i}.png").touch()
-        lines.append(f"{i}.png,{i / 7}")
-    (tmp_path / folder.TABLE).write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="attribute 'height' has 201 different values, more than 200"):
+# --- tables as people have them -------------------------------------------------------------------
+
+
+def numbered(root, count=30, **options):
+    names = [f"{i:02}.png" for i in range(count)]
+    for i, name in enumerate(names):
+        picture(root / name, colour(i), **options)
+    return names
+
+
+def labels(root, attribute, split="train"):
+    """File number -> value, for a folder of `numbered` pictures."""
+    data = folder.load(split, root=root, size=4)
+    values = data.values[attribute]
+    return {
+        int(image[0, 0, 0]) // 4: values[label] if label >= 0 else ""
+        for image, label in zip(data.images, data.labels[attribute].tolist(), strict=True)
+    }
+
+
+def test_semicolons_tabs_and_utf_16_are_read(tmp_path):
+    names = numbered(tmp_path)
+    for delimiter, encoding in ((";", "utf-8"), ("\t", "utf-16"), (",", "utf-8-sig")):
+        rows = [
+            "file,smile",
+            "",
+            *(f"{name},{'yes' if i % 2 else 'no'}" for i, name in enumerate(names)),
+            " , ",
+        ]
+        text = "\r\n".join(rows).replace(",", delimiter)
+        (tmp_path / TABLE).write_bytes(text.encode(encoding))
+        found = labels(tmp_path, "smile")
+        assert found
+        assert all(value == ("yes" if i % 2 else "no") for i, value in found.items())
+
+
+def test_an_entry_may_be_long_quoted_and_of_several_lines(tmp_path):
+    names = numbered(tmp_path)
+    remarks = ['"' + "long, " * 40_000 + '"', '"he said ""no""\nand left"']
+    rows = [f"{name},{remarks[i % 2]},{'yes' if i % 2 else 'no'}" for i, name in enumerate(names)]
+    (tmp_path / TABLE).write_text("\n".join(["file,remark,smile", *rows]))
+    data = folder.load("train", root=tmp_path, size=4, attributes=["smile"])
+    assert data.values == {"smile": ("no", "yes")}
+
+
+MISTAKES = {
+    "unclosed to the end": ('"fine', "line 7: .*quote .* opened in this row and not closed"),
+    "closed by another row's": ('"fine', "line 7: .*quote .* opened in this row and not closed"),
+    "other encoding": ("sch\xf6n".encode("latin-1"), "line 7: the byte 0xf6 is no UTF-8: save"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_a_table_names_file_and_line(tmp_path, case):
+    entry, message = MISTAKES[case]
+    names = numbered(tmp_path)
+    rows = [f"{name},yes,fine".encode() for name in names]
+    rows[5] = b"05.png,no," + (entry if isinstance(entry, bytes) else entry.encode())
+    if case == "closed by another row's":
+        rows[9] = b'09.png,no,"'
+    (tmp_path / TABLE).write_bytes(b"\n".join([b"file,smile,remark", *rows]))
+    with pytest.raises(ValueError, match=rf"attributes.csv, {message}"):
+        folder.load(root=tmp_path, size=4, attributes=["smile"])
+
+
+def test_metadata_of_hugging_face_is_read_with_tags_truths_and_numbers(tmp_path):
+    names = numbered(tmp_path)
+    rows = [
+        {"file_name": name, "tags": ["red"] * (i % 2) + ["big"], "open": i % 3 == 0, "height": i / 7}
+        for i, name in enumerate(names)
+    ]
+    rows[4] |= {"tags": None, "open": None, "height": None}
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    red, opened, height = (labels(tmp_path, name) for name in ("red", "open", "height"))
+    for i in red:
+        assert red[i] == ("" if i == 4 else "yes" if i % 2 else "no")
+        assert opened[i] == ("" if i == 4 else "yes" if i % 3 == 0 else "no")
+    assert set(height.values()) >= {"low", "middle", "high"}
+    assert max(i for i, v in height.items() if v == "low") < min(i for i, v in height.items() if v == "high")
+    notes = " ".join(folder.load(root=tmp_path, size=4).notes)
+    assert "height has numbers: low and middle and high are cut at" in notes
+    assert "tags has lists: each of 2 tags" in notes
+
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n{cut")
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 2: it is no JSON"):
         folder.load(root=tmp_path)
+
+
+def test_tags_in_one_entry_are_attributes(tmp_path):
+    names = numbered(tmp_path)
+    rows = [f'{name},"hat, {"smile" if i % 2 else "frown"}"' for i, name in enumerate(names)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,tags", *rows]))
+    assert all(value == ("yes" if i % 2 else "no") for i, value in labels(tmp_path, "smile").items())
+
+
+def test_a_file_outside_the_folder_is_refused(tmp_path):
+    (tmp_path / TABLE).write_text("file,smile\n../secret.png,yes\n")
+    with pytest.raises(ValueError, match=r"line 2: '../secret.png' is not inside the folder"):
+        folder.load(root=tmp_path)
+
+
+# --- folders as they are --------------------------------------------------------------------------
+
+
+def test_pictures_without_a_table_have_no_attributes(tmp_path):
+    numbered(tmp_path)
+    data = folder.load(root=tmp_path, size=4)
+    assert data.values == {}
+    assert "only p(x) can be learned" in " ".join(data.notes)
+
+
+def test_what_is_skipped_is_counted_and_hidden_folders_are_no_classes(tmp_path):
+    for i in range(N):
+        picture(tmp_path / ("cat" if i % 2 else "dog") / f"{i}.png", colour(i))
+    for i in range(3):
+        picture(tmp_path / ".thumbnails" / f"{i}.png", colour(i))
+    (tmp_path / "cat/.DS_Store").touch()
+    (tmp_path / "cat/a.heic").touch()
+    (tmp_path / "cat/b.heic").touch()
+    (tmp_path / "readme.txt").touch()
+    broken = next(f"dog/x{i}.png" for i in range(99) if folder.split_of(f"dog/x{i}.png") == "train")
+    (tmp_path / broken).write_text("no picture")
+    data = folder.load(root=tmp_path, size=4)
+    assert data.values == {"class": ("cat", "dog")}
+    said = "\n".join(data.notes)
+    assert "3 pictures in hidden folders" in said
+    assert "2 of .heic, 1 of .txt" in said
+    assert f"1 files cannot be read and were skipped: {broken} (cannot identify" in said
+
+
+def test_a_value_that_no_picture_for_training_has_is_no_value(tmp_path):
+    for i in range(N):
+        picture(tmp_path / ("cat" if i % 2 else "dog") / f"{i}.png", colour(i))
+    held_out = next(f"eel/{i}.png" for i in range(99) if folder.split_of(f"eel/{i}.png") == "validation")
+    picture(tmp_path / held_out, colour(0))
+    train, validation = (folder.load(split, root=tmp_path, size=4) for split in ("train", "validation"))
+    assert train.values == validation.values == {"class": ("cat", "dog")}
+    assert -1 in validation.labels["class"]
+    assert "class 'eel' is no value: its 1 pictures all fall outside the training split" in train.notes
+
+
+def test_the_summary_counts_pictures_by_split_and_value(tmp_path):
+    for i in range(N):
+        picture(tmp_path / ("cat" if i % 4 else "dog") / f"{i}.png", colour(i))
+    data = [folder.load(split, root=tmp_path, size=4) for split in ("train", "validation")]
+    said = summary(*data, "class")
+    cats, dogs = (int((data[0].labels["class"] == i).sum()) for i in (0, 1))
+    assert re.search(rf"cat +{cats} ", said)
+    assert f"values of few pictures, of which little can be learned: dog ({dogs})" in said
+    assert "colour, 4x4 pixels, the middle square of each" in said
+
+
+def test_grey_pictures_have_one_channel_unless_asked_otherwise(tmp_path):
+    for i in range(N):
+        picture(tmp_path / "a" / f"{i}.png", (4 * i,) * 3)
+    assert folder.load(root=tmp_path, size=4).event_shape == (1, 4, 4)
+    assert folder.load(root=tmp_path, size=4, channels=3).event_shape == (3, 4, 4)
+
+
+def test_a_padded_picture_is_whole_on_the_colour_of_its_border(tmp_path):
+    pixels = np.full((4, 12, 3), 40, dtype=np.uint8)
+    pixels[1:3, 1:11] = 200
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    padded = read_images([tmp_path / "wide.png"], 12, 3, "test", fit="pad")[0]
+    assert padded[:, :4].unique().tolist() == [40]
+    assert padded[:, 5:7, 1:11].unique().tolist() == [200]
 
 
 # --- CelebA --------------------------------------------------------------------------------------

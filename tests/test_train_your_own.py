@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from composable_ebm.train import __main__ as training
 from composable_ebm.train.folder import folder_config
 from demos.mixer import state
 
+TABLE = "attributes.csv"
 SMALL = ["--batch-size", "8", "--generation.num-steps", "10", "--generation.noise-levels", "5", "--cpu"]
 NETWORK = ["network:diffused-patches", "--network.hidden", "16", "--network.components", "8"]
 
@@ -33,7 +35,7 @@ def photos(tmp_path, monkeypatch):
         ImageDraw.Draw(picture).ellipse((5 + i % 9, 4, 15 + i % 9, 14), fill=(250, 230, 120))
         picture.save(root / f"{i:02}.png")
         rows.append((f"{i:02}.png", sky if i % 5 else "", f"somebody, {i}"))
-    with (root / folder.TABLE).open("w", newline="") as table:
+    with (root / TABLE).open("w", newline="") as table:
         csv.writer(table).writerows(rows)
     return root
 
@@ -84,11 +86,26 @@ def test_expert_of_an_attribute_starts_from_the_base_of_its_folder(photos, monke
     assert (sky.second.weight - base.second.weight).abs().max() < 0.01
 
 
-def test_base_of_another_folder_of_the_same_name_is_not_started_from(photos):
+def test_folders_whose_names_become_one_word_do_not_share_an_expert(photos, capsys):
     assert train(photos.name) == 0
-    other = photos.parent / "elsewhere" / "my-photos"
+    other = photos.parent / "my-photos"
+    shutil.copytree(photos, other)
+    picture = next(path for path in sorted(other.glob("*.png")) if folder.split_of(path.name) == "train")
+    Image.new("RGB", (32, 32), "red").save(picture)
     assert folder_config(other, "sky").family == "my_photos"
-    assert folder_config(other, "sky").init == ""
+    assert folder_config(other, "sky").init == ""  # that base is another folder's
+    before = ceb.load_expert("my_photos/base").card
+    assert train(other.name) == 1
+    assert "my_photos/base holds another training, with digest of the pictures" in capsys.readouterr().err
+    assert ceb.load_expert("my_photos/base").card == before
+    assert train(other.name, "--family", "others") == 0
+    assert ceb.load_expert("others/base").card.data.startswith("my-photos/train")
+
+
+def test_names_in_other_scripts_stay_apart(tmp_path):
+    families = {folder_config(tmp_path / name).family for name in ("кошки", "собаки", "猫", "Żółw", "Zolw")}
+    assert len(families) == 5
+    assert "Zolw" in families
 
 
 def test_training_goes_on_where_it_stopped(photos, capsys):
@@ -125,18 +142,17 @@ def test_names_are_made_fit_for_recipes(tmp_path):
     ("column", "message"),
     [
         (["yes"] * 40, "attribute 'sky' of my photos/train has only the value 'yes'"),
-        (["1.5", "2.5"] * 20, "values are named by a word or a whole number.*got '1.5'"),
-        (["-1", "1"] * 20, "values are named by a word or a whole number.*got '-1'"),
+        (["so-so!", "good"] * 20, "values are named by a word or a whole number.*got 'so_so!'"),
         (None, "unknown attribute of my photos 'sky'; did you mean 'skye'"),
     ],
 )
 def test_what_cannot_be_learned_is_refused_before_the_training(photos, capsys, column, message):
-    rows = list(csv.reader((photos / folder.TABLE).open()))
+    rows = list(csv.reader((photos / TABLE).open()))
     if column is None:
         rows[0][1] = "skye"
     else:
         rows[1:] = [[row[0], value, row[2]] for row, value in zip(rows[1:], column, strict=True)]
-    with (photos / folder.TABLE).open("w", newline="") as table:
+    with (photos / TABLE).open("w", newline="") as table:
         csv.writer(table).writerows(rows)
     assert train(photos.name, "sky") == 1
     assert re.search(message, capsys.readouterr().err)
@@ -144,9 +160,9 @@ def test_what_cannot_be_learned_is_refused_before_the_training(photos, capsys, c
 
 
 def test_split_without_a_label_is_named(photos, capsys):
-    rows = list(csv.reader((photos / folder.TABLE).open()))
+    rows = list(csv.reader((photos / TABLE).open()))
     rows[1:] = [[r[0], r[1] if folder.split_of(r[0]) == "train" else "", r[2]] for r in rows[1:]]
-    with (photos / folder.TABLE).open("w", newline="") as table:
+    with (photos / TABLE).open("w", newline="") as table:
         csv.writer(table).writerows(rows)
     assert train(photos.name, "sky") == 1
     assert "images of my photos/validation has a label for 'sky': add some" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import torch
 from torchvision.datasets import CelebA
 
 from composable_ebm.data.dataset import LabelledImages, unknown_name
-from composable_ebm.data.folder import read_images
+from composable_ebm.data.pictures import read_images
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE, download_root, find_root, search_path
 
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}

@@ -29,6 +29,7 @@ class LabelledImages:
             -1 where the image has no label.
         values: For each attribute the names of its values, in the order of the labels.
         name: What to call the data set in messages, such as "digits/train".
+        notes: What was skipped or changed when it was read, in sentences.
     Raises:
         TypeError: If a tensor has the wrong type.
         ValueError: If shapes, attributes or labels do not fit together.
@@ -42,6 +43,7 @@ class LabelledImages:
     labels: dict[str, Tensor]
     values: dict[str, tuple[str, ...]]
     name: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8:

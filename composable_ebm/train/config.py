@@ -47,6 +47,9 @@ class DataConfig:
         between: Learns from the images between two values, too, which have no label because neither
             would be right, such as strokes of middling thickness: they belong to p(x), and to no value
             more than to another. Without them a ratio of values means nothing there.
+        channels: Of a folder's pictures: 3 for colour, 1 for grey, 0 for what they are.
+        fit: How a folder's pictures become squares: "crop" takes the middle, "pad" the whole with its
+            border's colour around it.
     Raises:
         ValueError: If the data set has images of one size, or there can be none of that size.
     """
@@ -57,6 +60,8 @@ class DataConfig:
     exclude: tuple[str, ...] = ()
     size: int = 0
     between: bool = False
+    channels: int = 0
+    fit: str = "crop"
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -75,6 +80,7 @@ class DataConfig:
             options["size"] = self.size
         if self.name == "folder":  # other columns of its table may hold anything
             options["attributes"] = self.attribute.split("+") if self.attribute else ()
+            options |= {"channels": self.channels, "fit": self.fit}
         return load_data(self.name, split, self.root or None, **options)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from pathlib import Path
 
 from composable_ebm.experts.card import CheckpointError
@@ -16,7 +18,7 @@ from composable_ebm.train.config import (
 )
 from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
 
-__all__ = ["folder_config"]
+__all__ = ["folder_config", "folder_digest"]
 
 
 def folder_config(root: str | Path, attribute: str = "", models: str | Path = "models") -> TrainConfig:
@@ -50,15 +52,26 @@ def folder_config(root: str | Path, attribute: str = "", models: str | Path = "m
     )
 
 
+def folder_digest(root: str | Path) -> str:
+    """What tells a folder from others of its name; a folder that moves is another."""
+    return hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
+
+
 def _word(text: str) -> str:
-    """A name that recipes can hold."""
-    word = re.sub(r"[^A-Za-z0-9_]+", "_", text).strip("_")
-    return f"_{word}" if not word or word[0].isdigit() else word
+    """A name that recipes can hold; of letters that they cannot, a digest keeps names apart."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    word = re.sub(r"[^A-Za-z0-9_]+", "_", plain).strip("_")
+    lost = sum(c.isalnum() for c in text) - sum(c.isalnum() for c in plain)
+    if lost or not word:
+        word = f"{word}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return f"_{word}" if word[0].isdigit() else word
 
 
 def _learned_from(expert: Path, root: Path) -> bool:
-    """Whether the expert in a folder was trained on the images in `root`, going by their name."""
+    """Whether the expert in a folder was trained on the images in `root`."""
     try:
-        return read_card(expert).data.startswith(f"{root.name}/train,")
+        card = read_card(expert)
     except CheckpointError:
         return False
+    named = card.data.startswith(f"{root.name}/train,")
+    return named and card.training.get("folder", folder_digest(root)) == folder_digest(root)

@@ -53,7 +53,7 @@ def identity(
         if name not in UNSHAPING:
             nested = value if isinstance(value, dict) else {"": value}
             settings |= {f"{name}.{key}" if key else name: setting for key, setting in nested.items()}
-    settings |= {f"data.{k}": plain["data"][k] for k in ("name", "attribute", "exclude", "size", "between")}
+    settings |= {f"data.{k}": v for k, v in plain["data"].items() if k != "root"}
     learned, held_out = data
     return {
         **settings,

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages
 from composable_ebm.data.ranges import as_states
+from composable_ebm.data.summary import summary
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
@@ -34,6 +35,7 @@ from composable_ebm.train.checkpoint import (
 )
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.export import export
+from composable_ebm.train.folder import folder_digest
 from composable_ebm.train.identity import PICTURES, identity, run_digest
 from composable_ebm.train.journal import Journal
 from composable_ebm.train.objectives.base import Figures, Setting
@@ -119,6 +121,8 @@ class Trainer:
         )
         self.device = self.accelerator.device
         train_data, self.held_out = data = data or (self._load("train"), self._load("validation"))
+        if self.accelerator.is_main_process and config.data.name == "folder":
+            tqdm.write(summary(*data, config.data.attribute))
         self.data = train_data.to(self.device)
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
 
@@ -415,6 +419,7 @@ class Trainer:
 
     def facts(self) -> dict:
         """How the training went, for the card."""
+        data = self.config.data
         return {
             **({"command": self._command()} if self.arguments else {}),
             "iterations": self.step,
@@ -424,7 +429,8 @@ class Trainer:
             "rollbacks": self.rollbacks,
             "pictures": self.identity[PICTURES],
             "run": run_digest(self.identity),
-            **({"exclude": list(self.config.data.exclude)} if self.config.data.exclude else {}),
+            **({"folder": folder_digest(data.root)} if data.name == "folder" and data.root else {}),
+            **({"exclude": list(data.exclude)} if data.exclude else {}),
         }
 
     def _command(self) -> str:
