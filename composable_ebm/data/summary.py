@@ -28,7 +28,7 @@ def summary(train: LabelledImages, held_out: LabelledImages, attribute: str = ""
 def _table(train: LabelledImages, held_out: LabelledImages, attribute: str) -> list[str]:
     values = train.values[attribute]
     rows = [
-        (value, *(int((data.labels[attribute] == i).sum()) for data in (train, held_out)))
+        (value, int((train.labels[attribute] == i).sum()), int((held_out.labels[attribute] == i).sum()))
         for i, value in enumerate(values)
     ]
     width = max(len(attribute), len("(none)"), *(len(value) for value in values[:MOST]))

@@ -54,7 +54,7 @@ def part_for_c(nodes: Sequence[Node]) -> Part | None:
             readers.setdefault(value, []).append(node)
     for last in reversed(nodes):
         shape = last.output.shape
-        flat = len(shape) <= 2 and shape.numel() <= MOST_OUTPUTS * shape[0]
+        flat = 0 < len(shape) <= 2 and shape.numel() <= MOST_OUTPUTS * shape[0]
         if flat and last.operation in ("linear", "sum", "mean") and _can(last):
             inside: set[Node] = set()
             outside = _reach(last, made, inside)
