@@ -24,7 +24,16 @@ from composable_ebm.energy.autoencoder import from_autoencoder
 from composable_ebm.energy.bits import on_bits
 from composable_ebm.energy.diffusion import from_denoiser, from_diffusers, from_noise_predictor, from_score
 from composable_ebm.energy.text_image import from_clip
-from composable_ebm.experts import Card, CheckpointError, Expert, given, load_expert, push_to_hub, save_expert
+from composable_ebm.experts import (
+    Card,
+    CheckpointError,
+    Expert,
+    given,
+    load_expert,
+    push_to_hub,
+    register_network,
+    save_expert,
+)
 from composable_ebm.experts.catalogue import catalogue
 from composable_ebm.experts.joint import from_joint_classifier
 from composable_ebm.experts.recipe import RecipeError, parse
@@ -113,6 +122,7 @@ __all__ = [
     "parse",
     "push_to_hub",
     "ratio",
+    "register_network",
     "sample",
     "save_expert",
     "schedules",

@@ -45,7 +45,7 @@ from composable_ebm.files import write_atomic
 from composable_ebm.sampling.sample import calibrated_sampler, sample
 
 REQUEST = "generation.json"
-SHARD = "shard-{:05d}.safetensors"
+SHARD, SHARDS = "shard-{:05d}.safetensors", "shard-*.safetensors"
 TENSORS = ("samples", "energies", "diverged")
 BARRIER_TIMEOUT = timedelta(days=30)
 """Processes wait for the last one at the end, however uneven the work was."""
@@ -80,7 +80,14 @@ class Generation:
     @property
     def num_shards(self) -> int:
         """How many shards there are, the last one perhaps smaller."""
-        return math.ceil(self.num_chains / self.shard_size)
+        return -(-self.num_chains // self.shard_size)
+
+    @property
+    def num_drawn(self) -> int:
+        """Chains in the shards that are there."""
+        numbers = (path.name.removeprefix("shard-").split(".")[0] for path in self.out.glob(SHARDS))
+        shards = {int(number) for number in numbers if number.isdecimal() and len(number) < 20}
+        return sum(self.size(shard) for shard in shards if shard < self.num_shards)
 
     def size(self, shard: int) -> int:
         """Chains in a shard."""
@@ -140,10 +147,7 @@ def _generate(generation: Generation, processes: PartialState) -> int:
         for shard in mine:
             if not _is_whole(generation, request, shard):
                 _draw(generation, request, energy, shard)
-            done = sum(
-                generation.size(s) for s in range(generation.num_shards) if generation.path(s).exists()
-            )
-            bar.update(done - bar.n)
+            bar.update(generation.num_drawn - bar.n)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return 0
@@ -157,7 +161,7 @@ def read_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
         ValueError: If the folder holds no generation, or a shard is missing or damaged.
     """
     request = _read_request(Path(folder))
-    for shard in range(math.ceil(request["num_chains"] / request["shard_size"])):
+    for shard in range(-(-request["num_chains"] // request["shard_size"])):
         path = Path(folder) / SHARD.format(shard)
         tensors = _read(path)[0] if path.exists() else None
         if tensors is None:
@@ -193,14 +197,14 @@ def _claim(generation: Generation, request: dict, energy: Energy) -> None:
     """Writes the request into a new folder; what was left half-written in an old one goes."""
     folder = generation.out
     if not (folder / REQUEST).exists():
-        if any(folder.glob("shard-*.safetensors")):
+        if any(folder.glob(SHARDS)):
             raise ValueError(f"{folder} holds shards but no {REQUEST}: choose another --out.")
         write_atomic(folder / REQUEST, json.dumps(request, indent=2).encode() + b"\n")
     _check_same(folder, request)
     for left in folder.glob(".shard-*.safetensors.*"):
         left.unlink(missing_ok=True)
-    missing = [shard for shard in range(generation.num_shards) if not generation.path(shard).exists()]
-    needed = sum(generation.size(shard) for shard in missing) * (4 * math.prod(energy.event_shape or ()) + 5)
+    missing = generation.num_chains - generation.num_drawn
+    needed = missing * (4 * math.prod(energy.event_shape or ()) + 5)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(

@@ -3,19 +3,22 @@
 import errno
 import hashlib
 import json
+import math
 import pickle
 import re
+import resource
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import binary, card, expert, network, points
 from safetensors.torch import save
+from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm.experts import catalogue as catalogue_module
 from composable_ebm.experts.catalogue import cards
-from composable_ebm.experts.networks import ConvEnergy
+from composable_ebm.experts.networks import NETWORKS, ConvEnergy
 from composable_ebm.experts.store import read_card
 from composable_ebm.files import write_atomic
 
@@ -123,9 +126,9 @@ def saved(tmp_path):
 
 
 def edit(folder, **changes):
-    """Changes fields of a config, or removes those that are set to None."""
+    """Changes fields of a config, or removes those that are set to None, and vouches for it."""
     path = folder / "config.json"
-    content = {**json.loads(path.read_text()), **changes}
+    content = {**json.loads(path.read_text()), "digest": None, **changes}
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
@@ -173,9 +176,7 @@ def test_truncated_weights_are_refused(saved):
     path = saved / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-10])
-    refused(
-        saved, rf"model\.safetensors is truncated \({len(content) - 10} of {len(content)} bytes\): its SHA"
-    )
+    refused(saved, rf"model\.safetensors is truncated \({len(content) - 10} of {len(content)} bytes\)\. Copy")
 
 
 def test_one_changed_byte_is_noticed(saved):
@@ -236,25 +237,25 @@ def test_weights_that_do_not_fit_the_network_are_refused(saved, state, message):
     refused(saved, f"(?s)model.safetensors {message}")
 
 
-NETWORK = card(values=("no", "yes")).network
+SMALL = card(values=("no", "yes")).network
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"network": {**NETWORK, "type": "Transformer"}}, "names the network 'Transformer'; this version"),
+        ({"network": {**SMALL, "type": "Transformer"}}, "names the network 'Transformer'; this version"),
         ({"network": {}}, "names the network None"),
-        ({"network": {**NETWORK, "type": ["ConvEnergy"]}}, r"names the network \['ConvEnergy'\]"),
-        ({"network": {**NETWORK, "depth": 3}}, "gives ConvEnergy arguments that do not fit: .*depth"),
-        ({"network": {**NETWORK, "patch": 3}}, "arguments that do not fit: images of 4x4 do not divide into"),
-        ({"network": {**NETWORK, "patch": 0}}, "arguments that do not fit"),
-        ({"network": {**NETWORK, "hidden": -1}}, "arguments that do not fit"),
-        ({"network": {**NETWORK, "widths": 4}}, "arguments that do not fit"),
-        ({"network": {**NETWORK, "event_shape": "1x4x4"}}, "arguments that do not fit"),
-        ({"network": {**NETWORK, "hidden": 16}}, "(?s)does not fit the network in .*size mismatch"),
-        ({"network": {**NETWORK, "num_values": 3}}, r"describes 2 values .* but its network gives 3"),
+        ({"network": {**SMALL, "type": ["ConvEnergy"]}}, r"names the network \['ConvEnergy'\]"),
+        ({"network": {**SMALL, "depth": 3}}, "gives ConvEnergy arguments that do not fit: .*depth"),
+        ({"network": {**SMALL, "patch": 3}}, "arguments that do not fit: images of 4x4 do not divide into"),
+        ({"network": {**SMALL, "patch": 0}}, "arguments that do not fit"),
+        ({"network": {**SMALL, "hidden": -1}}, "arguments that do not fit"),
+        ({"network": {**SMALL, "widths": 4}}, "arguments that do not fit"),
+        ({"network": {**SMALL, "event_shape": "1x4x4"}}, "arguments that do not fit"),
+        ({"network": {**SMALL, "hidden": 16}}, "(?s)does not fit the network in .*size mismatch"),
+        ({"network": {**SMALL, "num_values": 3}}, r"describes 2 values .* but its network gives 3"),
         ({"event_shape": [1, 8, 8]}, r"describes 2 values of shape \(1, 8, 8\), but its network"),
-        ({"values": ["a", "b", "c"]}, "describes 3 values"),
+        ({"values": ["a", "b", "c"], "energy_range": {}}, "describes 3 values"),
         ({"format": 2}, "does not describe an expert: expected format 1; was it written by another version"),
         ({"format": None}, "expected format 1"),
         ({"pickle": "model.pkl", "author": "me"}, "an expert: unknown field author, pickle"),
@@ -268,8 +269,36 @@ NETWORK = card(values=("no", "yes")).network
         ({"event_shape": 4}, "field event_shape must be a list"),
         ({"attribute": 3}, "field attribute must be text"),
         ({"sampler": []}, "field sampler must be an object"),
-        ({"energy_range": {"yes": 3}}, "does not describe an expert"),
-        ({"energy_range": {"yes": ["low", "high"]}}, "does not describe an expert"),
+        ({"energy_range": {"yes": 3}}, "does not describe an expert: `energy_range of yes` must be two num"),
+        ({"energy_range": {"yes": ["low", "high"]}}, r"must be two numbers, low before high, got \('low'"),
+        ({"energy_range": {"yes": [1, 0]}}, r"low before high, got \(1, 0\)"),
+        ({"energy_range": {"yes": [0, math.nan]}}, r"low before high, got \(0, nan\)"),
+        ({"energy_range": {"maybe": [0, 1]}}, "`energy_range` is of the values and any, got one of 'maybe'"),
+        ({"data_range": [1, -1]}, r"`data_range` must be two numbers, low before high, got \(1, -1\)"),
+        ({"data_range": [1, 1]}, "`data_range` must be two numbers"),
+        ({"data_range": [-1, math.inf]}, "`data_range` must be two numbers"),
+        ({"data_range": [-1, "one"]}, "`data_range` must be two numbers"),
+        ({"data_range": [-1, 0, 1]}, "`data_range` must be two numbers"),
+        ({"data_range": [False, True]}, "`data_range` must be two numbers"),
+        ({"event_shape": [1, -4, 4]}, r"`event_shape` must be whole numbers of at least 1, got \(1, -4, 4\)"),
+        ({"event_shape": [1.0, 4, 4]}, "`event_shape` must be whole numbers"),
+        ({"event_shape": [10**9, 10**9]}, "`event_shape` must be whole numbers"),
+        ({"weight": math.nan}, "`weight` must be a positive number, got nan"),
+        ({"weight": "three"}, "`weight` must be a positive number, got 'three'"),
+        ({"weight": -1}, "`weight` must be a positive number, got -1"),
+        ({"weight": True}, "`weight` must be a positive number, got True"),
+        ({"temperature": 0}, "`temperature` must be a positive number, got 0"),
+        ({"noise_conditioned": "no"}, "`noise_conditioned` must be true or false, got 'no'"),
+        ({"failures": ["none"]}, "`failures` must be text"),
+        ({"sampler": {"kernel": 3}}, "`sampler` must name its kernel, got 3"),
+        ({"sampler": {"kernel": "MALA", "num_steps": -5}}, "num_steps of `sampler` must be .* got -5"),
+        ({"sampler": {"kernel": "MALA", "step_size": "small"}}, "step_size of `sampler` must be a positive"),
+        ({"sampler": {"kernel": "MALA", "anneal": 3}}, "anneal of `sampler` must be an object, got 3"),
+        ({"sampler": {"kernel": "MALA", "grad_clip": math.inf}}, "numbers of `sampler` must be finite"),
+        ({"weights": {"sha256": "0", "bytes": "many"}}, "bytes of `weights` must be a whole number"),
+        ({"network": {**SMALL, "num_values": 1_000_000}}, "describes 2 values .* its network gives 1000000"),
+        ({"network": {**SMALL, "hidden": 10**9}}, "(?s)does not fit the network .*size mismatch"),
+        ({"network": {**SMALL, "widths": [4] * 20_000}}, "takes more than 30000 calls to make"),
         *(
             ({field: name}, "are named by letters, digits and underscores, so that recipes can be read back")
             for field in ("family", "name")
@@ -290,7 +319,96 @@ def test_config_that_is_no_description_is_refused(saved, text):
     refused(saved, r"config\.json does not describe an expert")
 
 
+def test_description_that_was_changed_is_noticed_whatever_was_changed(saved):
+    path = saved / "config.json"
+    text = path.read_text()
+    for old, new in (("none known", "none"), ('"minutes": 1.5', '"minutes": 15'), ('"MIT"', '"BSD"')):
+        path.write_text(text.replace(old, new))
+        refused(saved, r"config\.json does not describe .* was changed since .* delete its line 'digest'")
+    content = json.loads(text)
+    path.write_text(json.dumps(content, indent=7, sort_keys=True))  # laid out in another way
+    assert ceb.load_expert(saved) == ceb.load_expert(saved)
+    del content["digest"]
+    path.write_text(json.dumps({**content, "failures": "more"}))
+    assert ceb.load_expert(saved).card.failures == "more"
+
+
+def test_what_a_description_promises_takes_no_memory_before_it_is_compared(saved):
+    for options in ({"hidden": 10**9}, {"widths": [10**6]}, {"widths": [4] * 2_000_000}):
+        edit(saved, network={**SMALL, **options})
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        refused(saved, "does not fit|more than the 4000000 that it can need")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/null"])
+def test_links_to_what_has_no_end_are_not_read(saved, place):
+    for name in ("model.safetensors", "config.json"):
+        (saved / name).unlink()
+        (saved / name).symlink_to(place)
+        refused(saved, f"cannot read .*{name}: it is no file")
+
+
 # --- writing -------------------------------------------------------------------------------------
+
+
+class Quadratic(nn.Module):
+    """A user's own network, which reads a number off a tensor while it is built."""
+
+    def __init__(self, strength=1.0, values=2):
+        super().__init__()
+        self.strength = nn.Parameter(torch.full((values,), torch.linspace(0, strength, 2)[1].item()))
+
+    def forward(self, x):
+        return x.flatten(1).square().sum(1, keepdim=True) * self.strength
+
+
+@pytest.fixture
+def own():
+    yield ceb.register_network(Quadratic)
+    del NETWORKS["Quadratic"]
+
+
+def own_card(**changes):
+    return card("own", ("no", "yes"), network={"type": "Quadratic", "strength": 3.0}, **changes)
+
+
+def test_network_class_of_a_user_is_saved_and_loaded(tmp_path, own):
+    ceb.save_expert(tmp_path / "toys" / "own", own(3.0), own_card())
+    loaded = ceb.load_expert(tmp_path / "toys" / "own")
+    assert type(loaded.network) is Quadratic
+    torch.testing.assert_close(loaded(x), 3 * x.flatten(1).square().sum(1))
+    assert ceb.sample(loaded, num_chains=2, num_steps=2).samples.shape == (2, 1, 4, 4)
+
+
+def test_names_of_networks_are_taken_once(own):
+    assert ceb.register_network(Quadratic) is Quadratic
+    with pytest.raises(ValueError, match=r"another network called RBM, in .*rbm"):
+        ceb.register_network(type("RBM", (nn.Module,), {}))
+    with pytest.raises(TypeError, match="must be a class of modules"):
+        ceb.register_network(Quadratic())
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    folder, made = tmp_path / "expert", binary()
+    broken = binary(seed=3)
+    broken.network.head.bias.data[1] = math.nan
+    cases = [
+        (Quadratic(3.0), own_card(), r"this is a Quadratic. Register your own class where"),
+        (made.network, own_card(), "its card describes the network 'Quadratic', and this is a ConvEnergy"),
+        (made.network, card(), r"its network does not fit its card: size mismatch for head.weight"),
+        (broken.network, broken.card, "is not finite in head.bias"),
+        (made.network, replace(made.card, values=("a",), energy_range={}), "describes 1 values"),
+    ]
+    for net, description, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ceb.save_expert(folder, net, description)
+    assert not folder.exists()
+
+
+def test_network_that_gives_other_outputs_than_values_is_not_saved(tmp_path, own):
+    with pytest.raises(ValueError, match=r"must give energies \(2, 3\), one a value, got \(2, 2\)"):
+        ceb.save_expert(tmp_path / "own", own(3.0), card("own", ("a", "b", "c"), network=own_card().network))
 
 
 def disk_full(*_):

@@ -135,6 +135,14 @@ def test_a_disk_that_is_too_small_is_noticed_before_the_work(toys, monkeypatch):
         generate(request(toys / "out"))
 
 
+def test_a_generation_without_end_is_refused_before_its_shards_are_listed(toys):
+    start = time.process_time()
+    with pytest.raises(OSError, match=r"need \d+\.0 GB, and .* choose another --out"):
+        generate(request(toys / "out", num_chains=10**15))
+    assert time.process_time() - start < 5
+    assert Generation("a", toys, num_chains=3 * 10**20 + 1, shard_size=3).num_shards == 10**20 + 1
+
+
 def test_a_disk_that_fills_up_leaves_whole_shards(toys, monkeypatch, capsys):
     fsync, calls = os.fsync, []
 

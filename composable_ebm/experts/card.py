@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from numbers import Real
 from typing import Self
 
 __all__ = ["FORMAT", "Card", "CheckpointError"]
 
 FORMAT = 1
+MOST_NUMBERS = 2**31
+"""In one state."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VALUE = re.compile(_NAME.pattern + "|[0-9]+")
 
@@ -84,6 +89,51 @@ class Card:
                 )
         if not self.values or len(set(self.values)) != len(self.values) or "any" in self.values:
             raise ValueError(f"`values` must be distinct names other than 'any', got {self.values}.")
+        self._check_numbers()
+        self._check_sampler()
+
+    def _check_numbers(self) -> None:
+        sizes = self.event_shape
+        if not all(type(n) is int and n > 0 for n in sizes) or math.prod(sizes) > MOST_NUMBERS:
+            raise ValueError(f"`event_shape` must be whole numbers of at least 1, got {_short(sizes)}.")
+        if self.data_range is not None:
+            _check_range("data_range", self.data_range, strictly=True)
+        for value, ends in self.energy_range.items():
+            if value not in (*self.values, "any"):
+                raise ValueError(f"`energy_range` is of the values and any, got one of {value!r}.")
+            _check_range(f"energy_range of {value}", ends)
+        for name in ("temperature", "weight"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0) and (name, value) != ("temperature", None):
+                raise ValueError(f"`{name}` must be a positive number, got {_short(value)}.")
+        if not isinstance(self.noise_conditioned, bool):
+            raise ValueError(
+                f"`noise_conditioned` must be true or false, got {_short(self.noise_conditioned)}."
+            )
+        for name in ("attribute", "data", "failures", "licence", "codec"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` must be text, got {_short(getattr(self, name))}.")
+        for name in ("bytes", "parameters"):
+            count = self.weights.get(name, 0)
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{name} of `weights` must be a whole number, got {_short(count)}.")
+
+    def _check_sampler(self) -> None:
+        settings = self.sampler
+        if not settings:
+            return
+        if not isinstance(settings.get("kernel"), str):
+            raise ValueError(f"`sampler` must name its kernel, got {_short(settings.get('kernel'))}.")
+        steps = settings.get("num_steps", 0)
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"num_steps of `sampler` must be a whole number, got {_short(steps)}.")
+        step_size = settings.get("step_size", 1.0)
+        if not (_is_number(step_size) and step_size > 0):
+            raise ValueError(f"step_size of `sampler` must be a positive number, got {_short(step_size)}.")
+        if not isinstance(settings.get("anneal", {}), Mapping):
+            raise ValueError(f"anneal of `sampler` must be an object, got {_short(settings['anneal'])}.")
+        if not all(math.isfinite(number) for number in _numbers(settings)):
+            raise ValueError("numbers of `sampler` must be finite.")
 
     @property
     def full_name(self) -> str:
@@ -100,19 +150,23 @@ class Card:
         return f"images {shape} in [{low:g}, {high:g}]"
 
     def to_json(self) -> str:
-        """The text of `config.json`."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+        """The text of `config.json`, with a digest of all it says."""
+        content = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**content, "digest": digest_of(content)}, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Reads `config.json`.
 
         Raises:
-            ValueError: If it is no JSON object, is of another format, or has wrong fields.
+            ValueError: If it is no JSON object, is of another format, has wrong fields, or is not what
+                its digest says.
         """
         content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, got {type(content).__name__}")
+        digest = content.pop("digest", None)
+        changed = digest is not None and digest != digest_of(content)
         if content.pop("format", None) != FORMAT:
             raise ValueError(f"expected format {FORMAT}; was it written by another version?")
         known = {f.name: f for f in fields(cls)}
@@ -133,7 +187,46 @@ class Card:
         for name in ("network", "sampler", "energy_range", "weights", "training", "metrics"):
             if not isinstance(content.get(name, {}), dict):
                 raise ValueError(f"field {name} must be an object")
-        content["energy_range"] = {
-            k: (float(a), float(b)) for k, (a, b) in content.get("energy_range", {}).items()
-        }
-        return cls(**content)
+        ranges = content.get("energy_range", {})
+        content["energy_range"] = {k: tuple(v) if isinstance(v, list) else v for k, v in ranges.items()}
+        card = cls(**content)
+        if changed:
+            raise ValueError(
+                "it was changed since it was written, for its digest is of something else; where that was "
+                "meant, delete its line 'digest'"
+            )
+        return card
+
+
+def digest_of(content: Mapping) -> str:
+    """SHA-256 of what a description says, however it is laid out."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_range(name: str, ends: object, strictly: bool = False) -> None:
+    ordered = False
+    if isinstance(ends, (tuple, list)) and len(ends) == 2 and all(map(_is_number, ends)):
+        ordered = ends[0] < ends[1] if strictly else ends[0] <= ends[1]
+    if not ordered:
+        raise ValueError(f"`{name}` must be two numbers, low before high, got {_short(ends)}.")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """All numbers inside objects and lists."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, Real):
+        yield float(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
