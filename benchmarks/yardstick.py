@@ -30,7 +30,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -86,6 +86,23 @@ def annealed(
     return plan
 
 
+def particles(kernel: ceb.Kernel) -> Callable[[int], tuple[ceb.Particles, int]]:
+    """Particles that the ring carries from level to level, weighed by what the bar says of them.
+
+    The step is in units of the width at each level, as in `annealed`. A level takes two gradients more
+    than its steps do: one of the ring, one where the next level begins.
+    """
+
+    def plan(budget: int) -> tuple[ceb.Particles, int]:
+        along, _ = annealed(kernel, EVEN)(budget)
+        levels = min(60, budget // 6)
+        schedule = replace(along.schedule, predict=True, num_levels=levels)
+        steps = (budget - 2 * levels - 3) // (kernel.gradients_per_step * levels) * levels
+        return ceb.Particles(kernel, schedule, carrier=RING), min(steps, 4 * levels)
+
+    return plan
+
+
 def reverse_diffusion(budget: int) -> tuple[ceb.Annealed, int]:
     """The naive baseline: one Euler step a level of the reverse diffusion, with the summed scores.
 
@@ -110,6 +127,7 @@ ROWS = (
     Row("MALA", PURPLE, annealed(ceb.MALA(step_size=1.0))),
     Row("HMC", GREEN, annealed(ceb.HMC(step_size=1.5, num_leapfrog=2))),
     BEST,
+    Row("particles, MALA", "#5b8c2a", particles(ceb.MALA(step_size=0.6))),
 )
 
 

@@ -77,3 +77,12 @@ def test_a_curve_goes_through_its_knots():
 def test_a_curve_refuses_times_that_do_not_rise_from_0_to_1(knots):
     with pytest.raises(ValueError, match="must rise from 0 to 1"):
         through(*knots)
+
+
+def test_particles_carried_by_one_factor_are_true_samples_on_a_tenth_of_the_budget(yardstick):
+    row = next(row for row in yardstick.ROWS if row.name.startswith("particles"))
+    out, figures = yardstick.run(row, num_chains=2_000, seed=0, budget=300)
+    assert out.evaluations <= yardstick.BUDGET / 10
+    assert figures["in_place"] == pytest.approx(yardstick.TRUE_SHARE, abs=0.006)
+    assert figures["variance"] == pytest.approx(1.0, abs=0.12)
+    assert figures["upper"] == pytest.approx(0.5, abs=0.05)

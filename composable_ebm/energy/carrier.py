@@ -139,7 +139,7 @@ def _denied(energy: Energy, sign: float = 1.0) -> set[Hashable]:
         return {leaf.key for leaf in energy.leaves()}
     if isinstance(energy, Mixture):
         return {key for component in energy.operands for key in _denied(component, sign)}
-    return {energy.key} if sign < 0 else set()
+    return {leaf.key for leaf in energy.leaves()} if sign < 0 else set()
 
 
 def satisfied(energy: Energy, energies: LeafEnergies, coefficients: Tensor) -> Tensor | None:

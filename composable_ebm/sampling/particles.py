@@ -36,7 +36,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, carrier
+from composable_ebm.energy import Energy, carrier, require_values
 from composable_ebm.sampling.annealed import Annealed
 
 FEWEST = 32
@@ -63,6 +63,9 @@ class Particles(Annealed):
         verdict: Asks in the end for states of which every expert thinks its value likelier than not,
             instead of weighing them by how likely. The same where a picture leaves no doubt about its
             attributes, but a model's pictures sometimes do; then those are left out.
+        carrier: The density that carries the particles; found by Bayes' rule unless given, see
+            `composable_ebm.energy.carrier`. Any energy that is known at every noise level will do, and all
+            else is weighed: eight modes, of which a bar leaves two. The less there is to weigh, the better.
     Raises:
         ValueError: If the schedule does not move the noise level by predictor steps, or a number makes
             no sense.
@@ -75,6 +78,7 @@ class Particles(Annealed):
     num_particles: int | None = None
     threshold: float = 0.5
     verdict: bool = False
+    carrier: Energy | None = None
 
     def __post_init__(self) -> None:
         if self.schedule.noise_level is None or not self.schedule.predict:
@@ -284,6 +288,18 @@ def error_of(log_weights: Tensor, ancestors: Tensor) -> float:
     return math.sqrt(max(0.0, float(of_each.square().sum()) - 1 / len(weights)))
 
 
-def carried(sampler: object, energy: Energy) -> Energy | None:
-    """The carrier of a composition if `sampler` weighs particles, else None."""
-    return carrier(energy) if isinstance(sampler, Particles) else None
+def carried(sampler: object, energy: Energy, coefficients: Tensor | None = None) -> Energy | None:
+    """The carrier of a composition if `sampler` weighs particles, else None.
+
+    Raises:
+        NotCarriedError: If there is none to be found.
+        ValueError: If the one that is given cannot carry.
+    """
+    if not isinstance(sampler, Particles):
+        return None
+    if sampler.carrier is None:
+        return carrier(energy, coefficients)
+    require_values("particles are weighed by their energies", [energy, sampler.carrier])
+    if not sampler.carrier.noise_conditioned:
+        raise ValueError(f"{sampler.carrier} is not known at every noise level, so it carries no particles.")
+    return sampler.carrier

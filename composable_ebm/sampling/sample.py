@@ -17,7 +17,7 @@ from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Held, Rows, Sampler
 from composable_ebm.sampling.chains import Callback, Chain, divergence_of, evaluating, trace_of
 from composable_ebm.sampling.kernel import Noise
-from composable_ebm.sampling.particles import Particles
+from composable_ebm.sampling.particles import Particles, carried
 from composable_ebm.sampling.result import SampleResult, check_terms, draw_from
 from composable_ebm.sampling.settings import from_settings
 
@@ -232,7 +232,7 @@ def prepare(
                 "Particles start from noise, and weigh how the chains came from there; chains that start at "
                 f"`init` run without weights: sampler=Annealed({sampler.kernel}, schedule)."
             )
-        carrier(energy, coefficients)  # complains where there is none
+        carried(sampler, energy, coefficients)  # complains where there is none
         count = sampler.count(_checked_count(num_chains))
     x = initial_states(energy, count, init, generator, device)
     if init is None and (start_level := _start_level(sampler)) is not None:
