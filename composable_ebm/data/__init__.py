@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from composable_ebm.data.dataset import LabelledImages, unknown_name
+from composable_ebm.data.dataset import LabelledImages, LabelledLatents, unknown_name
 
 DATASETS = ("celeba", "digits", "faces", "folder", "portraits", "shapes")
 OF_ANY_SIZE = ("celeba", "faces", "folder", "portraits", "shapes")
 """The data sets whose `load` takes a `size`."""
 
-__all__ = ["DATASETS", "OF_ANY_SIZE", "LabelledImages", "load_data", "measured"]
+__all__ = ["DATASETS", "OF_ANY_SIZE", "LabelledImages", "LabelledLatents", "load_data", "measured"]
 
 
 def load_data(

@@ -9,6 +9,7 @@ import difflib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,10 +46,12 @@ class LabelledImages:
     name: str
     notes: tuple[str, ...] = ()
 
+    dtype: ClassVar[torch.dtype] = torch.uint8
+
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8:
+        if self.images.dtype != self.dtype:
             raise TypeError(
-                f"`images` of {self.name!r} must be bytes (uint8), got {self.images.dtype}. "
+                f"`images` of {self.name!r} must be {self._kind}, got {self.images.dtype}. "
                 "For floats in [-1, 1]: ((x + 1) * 127.5).round().clamp(0, 255).byte()."
             )
         if self.images.ndim != 4:
@@ -63,6 +66,8 @@ class LabelledImages:
             )
         for attribute in self.labels:
             self._check_labels(attribute)
+
+    _kind: ClassVar[str] = "bytes (uint8)"
 
     def _check_labels(self, attribute: str) -> None:
         labels, values = self.labels[attribute], self.values[attribute]
@@ -168,6 +173,22 @@ class LabelledImages:
         """The same data set with its tensors on another device."""
         labels = {attribute: label.to(device) for attribute, label in self.labels.items()}
         return replace(self, images=self.images.to(device), labels=labels)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledLatents(LabelledImages):
+    """Latents of images in 16 bits, with their labels: what experts of a latent space learn from.
+
+    Args:
+        images: Latents (float16), shape (n, channels, height, width).
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float16
+    _kind: ClassVar[str] = "latents (float16)"
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Latents as floats, (batch, channels, height, width)."""
+        return self.images[index].float()
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -6,19 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from composable_ebm.data import OF_ANY_SIZE, LabelledImages, load_data
+from composable_ebm.experts.store import CODEC
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.schedule import Curve, Schedule, cosine, hold_then
 from composable_ebm.sampling.settings import to_settings
+from composable_ebm.train.objectives.classification import NoisyClassification
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.reconstruction import Reconstruction
 from composable_ebm.train.objectives.recovery import RecoveryLikelihood
 from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
 __all__ = [
     "RBM",
+    "ConfinedEnergy",
     "ConvEnergy",
     "DataConfig",
     "Denoiser",
@@ -26,7 +30,9 @@ __all__ = [
     "DiffusedPatches",
     "DiffusedWindows",
     "GenerationConfig",
+    "NoisyClassifier",
     "OptimiserConfig",
+    "PictureCodec",
     "TrainConfig",
 ]
 
@@ -91,6 +97,36 @@ class ConvEnergy:
     widths: tuple[int, ...] = (32, 64, 64)
     patch: int = 2
     hidden: int = 128
+
+
+@dataclass(frozen=True)
+class ConfinedEnergy:
+    """Sizes of a `experts.networks.confined.ConfinedEnergy`."""
+
+    hidden: int = 512
+    layers: int = 3
+    noise_range: tuple[float, ...] = (0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class NoisyClassifier:
+    """Sizes of a `experts.networks.classifier.NoisyClassifier`."""
+
+    width: int = 64
+    blocks: int = 2
+    hidden: int = 128
+    noise_range: tuple[float, ...] = (0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class PictureCodec:
+    """Sizes of a `experts.networks.codec.PictureCodec`."""
+
+    channels: int = 8
+    widths: tuple[int, ...] = (64, 128)
+    encoder_blocks: tuple[int, ...] = (1, 2)
+    decoder_blocks: tuple[int, ...] = (2, 3)
+    patch: int = 4
 
 
 @dataclass(frozen=True)
@@ -183,8 +219,25 @@ class GenerationConfig:
     step_size: float = 0.3
 
 
-Network = ConvEnergy | DiffusedEnergy | DiffusedPatches | DiffusedWindows | Denoiser | RBM
-NOISE_CONDITIONED = (DiffusedEnergy, DiffusedPatches, DiffusedWindows, Denoiser)
+Network = (
+    ConvEnergy
+    | ConfinedEnergy
+    | DiffusedEnergy
+    | DiffusedPatches
+    | DiffusedWindows
+    | Denoiser
+    | NoisyClassifier
+    | PictureCodec
+    | RBM
+)
+NOISE_CONDITIONED = (
+    ConfinedEnergy,
+    DiffusedEnergy,
+    DiffusedPatches,
+    DiffusedWindows,
+    Denoiser,
+    NoisyClassifier,
+)
 
 AnyObjective = (
     ContrastiveDivergence
@@ -193,6 +246,8 @@ AnyObjective = (
     | ScoreMatching
     | SlicedScoreMatching
     | RecoveryLikelihood
+    | NoisyClassification
+    | Reconstruction
 )
 
 
@@ -220,6 +275,7 @@ class TrainConfig:
         weight: Weight of the expert's ratio in `composable_ebm.given`.
         init: Name or folder of an expert whose weights to start from, where they fit.
         half: Stores the weights in 16 bits.
+        latents: Learns on the latents of the family's codec, <models>/<family>/codec, which is trained first.
         push_to_hub: Repository of the Hugging Face Hub, user/name, that the finished expert is
             uploaded to; "" for none.
         fresh: Throws away what an earlier training left in the run's folder, and may replace an expert
@@ -254,6 +310,7 @@ class TrainConfig:
     weight: float = 1.0
     init: str = ""
     half: bool = False
+    latents: bool = False
     push_to_hub: str = ""
     fresh: bool = False
 
@@ -265,8 +322,9 @@ class TrainConfig:
         if not self._is_trainable():
             raise ValueError(
                 f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: "
-                "DenoisingScoreMatching needs a network over noise levels (DiffusedEnergy, DiffusedPatches, "
-                "DiffusedWindows or Denoiser), RecoveryLikelihood one that is an energy (not a Denoiser), "
+                "DenoisingScoreMatching needs a network over noise levels (ConfinedEnergy, DiffusedEnergy, "
+                "DiffusedPatches, DiffusedWindows or Denoiser), NoisyClassification a NoisyClassifier, "
+                "Reconstruction a PictureCodec, RecoveryLikelihood one that is an energy (not a Denoiser), "
                 "all others a ConvEnergy; an RBM learns by ContrastiveDivergence."
             )
         objective = self.objective
@@ -281,11 +339,24 @@ class TrainConfig:
                 "an RBM of bits takes no noise, and its free energies are right as they are: set "
                 "objective.data_noise = 0 and objective.energy_l2 = 0."
             )
+        if self.latents and not isinstance(self.network, (ConfinedEnergy, DiffusedEnergy, NoisyClassifier)):
+            raise ValueError(
+                f"a {type(self.network).__name__} does not learn on latents: leave `latents` out, or take a "
+                "ConfinedEnergy, a DiffusedEnergy or a NoisyClassifier."
+            )
+        if isinstance(self.network, PictureCodec) and self.name != CODEC:
+            raise ValueError(f"the codec of a family is named {CODEC!r}, got name = {self.name!r}.")
         if self.mixed_precision not in ("no", "bf16"):
             raise ValueError(f'`mixed_precision` must be "no" or "bf16", got {self.mixed_precision!r}.')
 
     def _is_trainable(self) -> bool:
         """Whether the objective suits the network."""
+        if isinstance(self.network, NoisyClassifier):
+            return isinstance(self.objective, NoisyClassification)
+        if isinstance(self.network, PictureCodec):
+            return isinstance(self.objective, Reconstruction)
+        if isinstance(self.objective, (NoisyClassification, Reconstruction)):
+            return False
         if isinstance(self.network, RBM):
             return isinstance(self.objective, ContrastiveDivergence)
         if isinstance(self.network, Denoiser):
@@ -308,8 +379,10 @@ class TrainConfig:
         return isinstance(self.network, RBM) and self.network.visible == "bits"
 
     @property
-    def data_range(self) -> tuple[float, float]:
-        """Smallest and largest value of the expert's data."""
+    def data_range(self) -> tuple[float, float] | None:
+        """Smallest and largest value of the expert's data; None for latents."""
+        if self.latents:
+            return None
         return (0.0, 1.0) if self.binary else (-1.0, 1.0)
 
     @property

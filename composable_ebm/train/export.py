@@ -49,13 +49,19 @@ def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     index = torch.randperm(len(data), generator=generator)[:HELD_OUT]
     data_range = expert.card.data_range
-    x = as_states(data.batch(index), data_range, expert.binary, generator).to(device)
+    x = data.batch(index)
+    if data_range is not None:
+        x = as_states(x, data_range, expert.binary, generator)
+    x = x.to(device)
     attribute = expert.card.attribute
     labels = (data.labels[attribute][index] if attribute in data.labels else torch.zeros_like(index)).to(
         device
     )
     noise = torch.rand(x.shape, generator=generator) * 2 - 1
-    noise = as_states(noise, data_range, expert.binary, generator).to(device)
+    if data_range is None:
+        noise = torch.randn(x.shape, generator=generator).to(device)
+    else:
+        noise = as_states(noise, data_range, expert.binary, generator).to(device)
     with torch.no_grad():
         outputs, of_noise = expert.network(x), expert.network(noise)
     metrics = {}
@@ -98,7 +104,7 @@ def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledIm
     card = save_expert(config.model_folder, expert.network, card, half=config.half)
     if curve.exists():
         write_atomic(config.model_folder / METRICS, curve.read_bytes())
-    return Expert.standing(expert.network, card)
+    return Expert.standing(expert.network, card, expert.codec, expert.base)
 
 
 def calibrated(expert: Expert, data: LabelledImages) -> Card:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from composable_ebm.data import LabelledImages
-from composable_ebm.data.ranges import as_images
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.networks.codec import PictureCodec
 from composable_ebm.files import write_atomic
 from composable_ebm.plotting import save_grid
+from composable_ebm.train.codec import codec_metrics, codec_sheet
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.export import METRICS, held_out_metrics, sample_values
 
@@ -59,11 +60,21 @@ class Journal:
         metrics = held_out_metrics(expert, data)
         self.write(step, {**metrics, "seconds": seconds})
         columns = sample_values(expert, ROWS)
-        images = as_images(torch.stack(list(columns.values()), dim=1).flatten(0, 1), expert.data_range)
+        images = expert.images(torch.stack(list(columns.values()), dim=1).flatten(0, 1))
         title = {"expert": expert.card.full_name, "step": str(step)}
         save_grid(images, self.folder / f"samples-{step:06d}.png", columns=len(columns), metadata=title)
         self.board.add_images("samples", (images.cpu() + 1) / 2, step)
         return metrics
+
+    def evaluate_codec(self, step: int, codec: PictureCodec, data: LabelledImages, seconds: float) -> None:
+        """Held-out figures of a codec, and a sheet of held-out pictures with what comes back below them."""
+        if not self.active:
+            return
+        self.write(step, {**codec_metrics(codec, data), "seconds": seconds})
+        sheet = codec_sheet(codec, data)
+        save_grid(
+            sheet, self.folder / f"reconstruction-{step:06d}.png", columns=8, metadata={"step": str(step)}
+        )
 
     def close(self) -> None:
         """Flushes everything."""

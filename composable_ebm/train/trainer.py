@@ -11,7 +11,7 @@ import errno
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -19,20 +19,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from composable_ebm.data import LabelledImages
+from composable_ebm.data import LabelledImages, LabelledLatents
 from composable_ebm.data.ranges import as_states
 from composable_ebm.data.summary import summary
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
 from composable_ebm.experts.networks import NETWORKS
-from composable_ebm.experts.store import load_folder, read_card
+from composable_ebm.experts.networks.codec import CODECS, PictureCodec
+from composable_ebm.experts.store import BASE, CODEC, find_base, load_codec, load_folder, read_card
 from composable_ebm.train.checkpoint import (
     flatten_optimiser,
     load_checkpoint,
     restore_optimiser,
     save_checkpoint,
 )
+from composable_ebm.train.codec import encoded, export_codec
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.export import export
 from composable_ebm.train.folder import folder_digest
@@ -120,18 +122,28 @@ class Trainer:
             gradient_accumulation_steps=config.accumulate,
         )
         self.device = self.accelerator.device
-        train_data, self.held_out = data = data or (self._load("train"), self._load("validation"))
+        self.codec = load_codec(config.model_folder.parent / CODEC, "cpu") if config.latents else None
+        data = data or (self._load("train"), self._load("validation"))
         if self.accelerator.is_main_process and config.data.name == "folder":
             tqdm.write(summary(*data, config.data.attribute))
+        train_data, self.held_out = data = self._as_latents(data)
         self.data = train_data.to(self.device)
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
 
         torch.manual_seed(config.seed)  # the same weights on every rank
         kind = type(config.network).__name__
-        sizes = {"event_shape": list(self.data.event_shape), "num_values": len(self.values)}
+        sizes: dict[str, object] = {
+            "event_shape": list(self.data.event_shape),
+            "num_values": len(self.values),
+        }
+        if kind in CODECS:
+            sizes = {"image_shape": list(self.data.event_shape)}
+        self.base = self._base()
         self.network_options = {**sizes, **asdict(config.network), "type": kind}
         self.card = self._card()  # before the training: it refuses names that no recipe could hold
-        network = NETWORKS[kind](**sizes, **asdict(config.network))
+        network: nn.Module = {**NETWORKS, **CODECS}[kind](**sizes, **asdict(config.network))
+        if isinstance(network, PictureCodec):
+            self.card = replace(self.card, event_shape=network.event_shape)
         start_from(network, config.init, self.data, len(self.values))
         self.identity = identity(config, data, self.values, self.accelerator.num_processes)
         self.folder = RunFolder(config, self.identity)
@@ -212,9 +224,7 @@ class Trainer:
         try:
             self._iterate(stop, journal, progress)
             progress.close()
-            expert = self.expert()
-            if first:
-                expert = export(config, expert, self.facts(), self.held_out)
+            expert = self._export() if first else self.expert()
         finally:
             progress.close()
             journal.close()
@@ -247,7 +257,7 @@ class Trainer:
                 journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{self._rate():.1e}")
             if last or self.step % config.evaluate_every == 0:
-                journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
+                self._evaluate(journal)
             if saving:
                 good = self._snapshot()
                 self._save(good)
@@ -326,7 +336,9 @@ class Trainer:
             len(self.data), (self.config.batch_size,), generator=generator, device=self.device
         )
         labels = self.data.labels[attribute][index] if attribute else torch.zeros_like(index)
-        x = as_states(self.data.batch(index), self.card.data_range, self.config.binary, generator)
+        x = self.data.batch(index)
+        if not isinstance(self.data, LabelledLatents) and self.config.data_range is not None:
+            x = as_states(x, self.config.data_range, self.config.binary, generator)
         return x, labels
 
     def _rate(self) -> float:
@@ -369,7 +381,7 @@ class Trainer:
             if _finite(self.average.module) and self.step:
                 written = f"The expert of that iteration was written to {config.model_folder}."
                 if self.accelerator.is_main_process:
-                    export(config, self.expert(), self.facts(), self.held_out)
+                    self._export()
             self.accelerator.wait_for_everyone()
             raise TrainingDivergedError(
                 f"{config.family}/{config.name} {message} for the last time. {written} {self._advice()}"
@@ -396,17 +408,52 @@ class Trainer:
 
     def expert(self) -> Expert:
         """The expert with averaged weights, as of now."""
-        return Expert.standing(self.average.module, self.card)
+        return Expert.standing(self.average.module, self.card, self.codec, self.base)
+
+    def _export(self) -> Expert:
+        """Writes what was trained."""
+        network = self.average.module
+        if isinstance(network, PictureCodec):
+            export_codec(self.config, network, self.card, self.facts(), self.held_out)
+            return self.expert()
+        return export(self.config, self.expert(), self.facts(), self.held_out)
+
+    def _evaluate(self, journal: Journal) -> None:
+        network = self.average.module
+        if isinstance(network, PictureCodec):
+            journal.evaluate_codec(self.step, network, self.held_out, self.seconds)
+        else:
+            journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
+
+    def _as_latents(
+        self, data: tuple[LabelledImages, LabelledImages]
+    ) -> tuple[LabelledImages, LabelledImages]:
+        codec = self.codec
+        return data if codec is None else (encoded(data[0], codec), encoded(data[1], codec))
+
+    def _base(self) -> Expert | None:
+        """The density that an expert of a classifier stands on."""
+        if not getattr(NETWORKS.get(type(self.config.network).__name__), "adds_to_base", False):
+            return None
+        folder = self.config.model_folder
+        try:
+            digest = str(read_card(folder.parent / BASE).weights.get("sha256"))
+            return find_base(folder, digest, self.device)
+        except CheckpointError as error:
+            raise ValueError(
+                f"an attribute is learned beside the base expert of its family, which is not there: {error} "
+                f"Train {self.config.family}/base first."
+            ) from error
 
     def _card(self) -> Card:
         config = self.config
         return Card(
             family=config.family,
             name=config.name,
-            attribute=config.data.attribute or "image",
+            attribute=CODEC if config.name == CODEC else config.data.attribute or "image",
             values=self.values,
             event_shape=self.data.event_shape,
-            data_range=config.data_range,
+            data_range=None if config.name == CODEC else config.data_range,
             network=self.network_options,
             sampler=config.sampler_settings,
             temperature=1.0 if config.objective.noise_conditioned else config.kernel.implied_temperature,
@@ -415,6 +462,8 @@ class Trainer:
             + (f", without {', '.join(config.data.exclude)}" if config.data.exclude else ""),
             licence=config.licence,
             weight=config.weight,
+            codec="" if self.codec is None else self.codec.digest,
+            base="" if self.base is None else str(self.base.card.weights.get("sha256")),
         )
 
     def facts(self) -> dict:

@@ -114,6 +114,10 @@ class PictureCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
 
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """What comes back of a batch, with noise (batch, *event_shape) on its latents; for training."""
+        return self.decoder(self.encode_batch(images) + noise)
+
     def encode_batch(self, images: Tensor) -> Tensor:
         """Latents of unit scale over this batch, for training; their moments join the running ones."""
         z = self.encoder(images).float()

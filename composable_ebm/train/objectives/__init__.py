@@ -1,8 +1,10 @@
 """What a training may minimise, one objective a file."""
 
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
+from composable_ebm.train.objectives.classification import NoisyClassification
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.reconstruction import Reconstruction
 from composable_ebm.train.objectives.recovery import RecoveryLikelihood
 from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
@@ -11,8 +13,10 @@ __all__ = [
     "DenoisingAtOneLevel",
     "DenoisingScoreMatching",
     "Figures",
+    "NoisyClassification",
     "Objective",
     "Phase",
+    "Reconstruction",
     "RecoveryLikelihood",
     "ScoreMatching",
     "Setting",

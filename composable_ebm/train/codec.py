@@ -1,0 +1,65 @@
+"""What a training of a codec leaves behind, and what a codec makes of data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from composable_ebm.data import LabelledImages, LabelledLatents
+from composable_ebm.energy import Codec
+from composable_ebm.experts.card import Card
+from composable_ebm.experts.networks.codec import PictureCodec
+from composable_ebm.experts.store import save_expert
+from composable_ebm.train.config import TrainConfig
+
+HELD_OUT = 512
+NOISE_LEVELS = (0.1, 0.3)
+SHOWN = 24
+
+__all__ = ["codec_metrics", "codec_sheet", "encoded", "export_codec"]
+
+
+@torch.no_grad()
+def encoded(data: LabelledImages, codec: Codec) -> LabelledLatents:
+    """The same data set as latents of a codec, in 16 bits."""
+    parts = [codec.latents(data.batch(index)).half() for index in torch.arange(len(data)).split(256)]
+    return LabelledLatents(torch.cat(parts).to(data.images.device), data.labels, data.values, data.name)
+
+
+@torch.no_grad()
+def codec_metrics(codec: PictureCodec, data: LabelledImages) -> dict[str, float]:
+    """How well held-out pictures come back.
+
+    Returns:
+        `heldout_squared_error` a pixel, of pictures in [-1, 1]; the same with noise on the latents; and
+        `latent_scale`, their standard deviation, which should be 1.
+    """
+    device = next(codec.parameters()).device
+    x = data.batch(torch.arange(min(len(data), HELD_OUT))).to(device)
+    z = codec.latents(x)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(z.shape, generator=generator).to(device)
+    metrics = {"heldout_squared_error": float((codec.pictures(z) - x).square().mean())}
+    for level in NOISE_LEVELS:
+        error = (codec.pictures(z + level * noise) - x).square().mean()
+        metrics[f"heldout_squared_error_at_{level:g}"] = float(error)
+    return {**metrics, "latent_scale": float(z.std())}
+
+
+def codec_sheet(codec: PictureCodec, data: LabelledImages) -> torch.Tensor:
+    """Held-out pictures and, in the row below, what comes back of them, (2·n, *image)."""
+    x = data.batch(torch.arange(min(len(data), SHOWN))).to(next(codec.parameters()).device)
+    back = codec.reconstruct(x)
+    rows = zip(x.split(8), back.split(8), strict=True)
+    return torch.cat([part for row in rows for part in row])
+
+
+def export_codec(
+    config: TrainConfig, codec: PictureCodec, card: Card, facts: Mapping, data: LabelledImages
+) -> PictureCodec:
+    """Writes the codec with its held-out figures."""
+    metrics = {name: round(value, 5) for name, value in codec_metrics(codec, data).items()}
+    save_expert(config.model_folder, codec, replace(card, metrics=metrics, training=dict(facts)), config.half)
+    return codec
