@@ -30,7 +30,7 @@ lint: .venv/.installed  ## Check style, format and types
 	$(BIN)/mypy
 
 docs: .venv/.installed  ## Build the documentation into site/; warnings are errors
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 train: .venv/.installed  ## Train one expert: make train CONFIG=configs/faces/smile.toml
 	$(if $(CONFIG),,$(error say which expert: make train CONFIG=configs/FAMILY/NAME.toml))

@@ -207,7 +207,7 @@ def live(task: Task, chains: int, seconds: float, changes: int, seed: int) -> li
             rows.append(
                 {"change": name, "asked": dict(asked), "met": shares, "rms_of_those_that_stay": stays}
             )
-            print(row, flush=True)
+            print(rows[-1], flush=True)
         run.cancel()
         run.result()
     return rows
