@@ -180,6 +180,51 @@ def test_parameters_do_not_get_lost_in_a_function(hold):
     assert next(net.parameters()).dtype == torch.float32
 
 
+def test_parameters_of_scores_denoisers_and_classifiers_are_found_in_functions():
+    net, wide = network(2), network(2).double()
+    made = [
+        ceb.from_score(lambda x: net(x), **PLANE),
+        ceb.from_denoiser(lambda x, s: net(x), noise_range=(0.1, 2.0), **PLANE),
+        ceb.from_noise_predictor(lambda x, t: net(x), torch.linspace(0.99, 0.1, 5), **PLANE),
+        ceb.from_classifier(lambda x: net(x), 1, **PLANE),
+    ]
+    for energy in made:
+        assert set(net.parameters()) <= set(energy.parameters())
+        moved = (energy + a).double()
+        assert moved(torch.zeros(3, 2).double()).dtype == torch.float64
+        assert next(net.parameters()).dtype == torch.float32
+    assert ceb.from_score(lambda x: wide(x), **PLANE).state_dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_diffusion_networks_in_16_bits_are_shown_16_bits_and_states_keep_32(kind):
+    net = network(2)
+    coarse = copy.deepcopy(net).to(kind)
+    sigma = torch.tensor(0.5)
+    for make in (
+        lambda f: ceb.from_score(f, **PLANE),
+        lambda f: ceb.from_denoiser(lambda y, s: f(y), noise_range=(0.1, 2.0), **PLANE),
+        lambda f: ceb.from_noise_predictor(lambda y, t: f(y), torch.linspace(0.99, 0.1, 5), **PLANE),
+    ):
+        plain, energy = make(net), make(coarse)
+        assert energy.state_dtype == torch.float32
+        x = torch.randn(4, 2)
+        expected = plain.score(x, noise_level=sigma)
+        torch.testing.assert_close(energy.score(x, noise_level=sigma), expected, rtol=0.05, atol=0.05)
+        assert drawn(energy, ceb.Langevin(0.01)).samples.dtype == torch.float32
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    with pytest.raises(ValueError, match="which it does not in 16 bits: give it in float32"):
+        ceb.from_noise_predictor(lambda x, t: x, alphas.half())
+
+
+def test_not_of_a_score_advises_what_works():
+    wind = ceb.from_score(lambda x: -x, name="wind", **PLANE)
+    for energy in (wind, 2 * wind + a):
+        with pytest.raises(ValueError, match=r"known only by its gradient.*2\*base - "):
+            _ = ~energy
+    assert drawn(2 * a - 0.5 * wind, ceb.Langevin(0.01)).samples.isfinite().all()
+
+
 def test_bare_parameters_of_a_function_are_found():
     assert SCALE in set(ceb.from_callable(decorated(network()), **PLANE).parameters())
 

@@ -88,14 +88,57 @@ def test_diagnostics_do_not_depend_on_units(diagnostic):
     [
         torch.zeros(0, 4),
         torch.randn(3, 4),
-        torch.ones(10, 4),
         torch.full((10, 2), math.nan),
         torch.zeros(10, 0),
     ],
-    ids=["none", "three", "constant", "nan", "no chains"],
+    ids=["none", "three", "nan", "no chains"],
 )
 def test_diagnostics_are_nan_where_they_are_not_defined(diagnostic, draws):
     assert math.isnan(diagnostic(draws))
+
+
+def test_constants_are_as_many_draws_as_there_are():
+    assert ess(torch.ones(10, 4)) == 40
+    assert math.isnan(r_hat(torch.ones(10, 4)))
+
+
+def published(draws):
+    """The bulk ESS of (draws, chains) by Vehtari et al. (2021), as Stan and ArviZ write it, lag by lag."""
+    half = len(draws) // 2
+    x = torch.cat([draws[:half], draws[-half:]], dim=1).double()
+    rank = x.flatten().argsort().argsort().double() + 1
+    z = torch.special.ndtri((rank - 3 / 8) / (x.numel() + 1 / 4)).reshape(x.shape)
+    n, chains = z.shape
+    d = z - z.mean(0)
+    lags = [(d[: n - k] * d[k:]).sum(0).mean() / n for k in range(n)]
+    within = lags[0] * n / (n - 1)
+    total = lags[0] + (z.mean(0).var() if chains > 1 else 0)
+    rho, t, even, odd = [1.0] + [0.0] * n, 1, 1.0, float(1 - (within - lags[1]) / total)
+    rho[1] = odd
+    while t < n - 3 and even + odd > 0:
+        even, odd = (float(1 - (within - lags[t + k]) / total) for k in (1, 2))
+        if even + odd >= 0:
+            rho[t + 1], rho[t + 2] = even, odd
+        t += 2
+    last = t - 2
+    if even > 0:
+        rho[last + 1] = even
+    for k in range(1, last - 1, 2):
+        if rho[k + 1] + rho[k + 2] > rho[k - 1] + rho[k]:
+            rho[k + 1] = rho[k + 2] = (rho[k - 1] + rho[k]) / 2
+    tau = -1 + 2 * sum(rho[: last + 1]) + rho[last + 1]
+    return n * chains / max(tau, 1 / math.log10(n * chains))
+
+
+@pytest.mark.parametrize("num", [*range(4, 24), 60])
+def test_ess_of_few_draws_is_the_published_one(num):
+    generator = torch.Generator().manual_seed(num)
+    for chains in (1, 2, 8):
+        for memory in (-0.5, 0.0, 0.5, 0.95):
+            draws = torch.randn(num, chains, generator=generator)
+            for i in range(1, num):
+                draws[i] += memory * draws[i - 1]
+            assert ess(draws) == pytest.approx(published(draws), rel=1e-3)
 
 
 def test_one_infinite_draw_makes_both_undefined():

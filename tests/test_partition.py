@@ -15,6 +15,17 @@ def shifted(energy: ceb.Energy, nats: float) -> ceb.Energy:
     return ceb.from_callable(lambda x: energy(x) + nats, name="shifted", event_shape=energy.event_shape)
 
 
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+@pytest.mark.parametrize("second", [torch.float32, torch.float64, torch.bfloat16])
+def test_log_z_differences_of_any_two_precisions_are_estimated(first, second):
+    a = ceb.analytic.Gaussian([0.0, 0.0]).to(first)
+    linear = torch.nn.Linear(2, 1).to(second)
+    torch.nn.init.zeros_(linear.weight), torch.nn.init.ones_(linear.bias)
+    b = a + ceb.from_callable(linear, event_shape=(2,), name="one")
+    found = ceb.log_z_difference(a, b, ceb.MALA(0.3), num_chains=32, num_levels=4, burn_in=4)
+    assert found.value == pytest.approx(-1, abs=0.02)
+
+
 def test_log_z_difference_of_far_gaussians_is_exact_to_its_error():
     a = ceb.analytic.Gaussian([0.0, 0.0], 1.0)
     b = shifted(ceb.analytic.Gaussian([4.0, 0.0], 0.5), 3.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy, as_name
-from composable_ebm.energy.closures import parts_of, with_parts
+from composable_ebm.energy.closures import Function, as_module
 from composable_ebm.energy.shown import Normalisation, shown_to
 from composable_ebm.energy.space import Codec
 from composable_ebm.energy.weights import coefficient_type
 
-__all__ = ["from_callable", "from_classifier"]
+__all__ = ["from_callable", "from_classifier", "name_of"]
 
 
 class _Callable(Energy):
@@ -31,10 +30,7 @@ class _Callable(Energy):
         name: str,
     ) -> None:
         super().__init__()
-        self.function = function
-        held = [] if isinstance(function, nn.Module) else parts_of(function)
-        self.modules_ = nn.ModuleList([part for part in held if isinstance(part, nn.Module)])
-        self.parameters_ = nn.ParameterList([part for part in held if isinstance(part, nn.Parameter)])
+        self.function = as_module(function)
         self.event_shape = None if event_shape is None else tuple(event_shape)
         self.data_range = data_range
         self.noise_conditioned = noise_conditioned
@@ -43,17 +39,8 @@ class _Callable(Energy):
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         return self.function(x, noise_level) if self.noise_conditioned else self.function(x)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Callable:
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "function"}, memo))
-        if not isinstance(self.function, nn.Module):
-            old, now = ((*e.modules_, *e.parameters_) for e in (self, new))
-            new.function = with_parts(self.function, {id(a): b for a, b in zip(old, now, strict=True)})
-        return new
-
     def body(self) -> nn.Module | None:
-        return self.function if isinstance(self.function, nn.Module) and not self.noise_conditioned else None
+        return None if isinstance(self.function, Function) or self.noise_conditioned else self.function
 
     @property
     def column(self) -> EllipsisType:
@@ -111,7 +98,7 @@ class _Classifier(Energy):
 
     def __init__(self, model: nn.Module, label: int, noise_conditioned: bool, name: str) -> None:
         super().__init__()
-        self.model = model
+        self.model = as_module(model)
         self.noise_conditioned = noise_conditioned
         self.label = label
         self.name = name

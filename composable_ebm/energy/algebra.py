@@ -63,6 +63,12 @@ def negate(energy: Energy, threshold: float | None = None) -> Energy:
     Raises:
         ValueError: If no threshold is given and the energy does not know its range.
     """
+    if not energy.has_value:
+        raise ValueError(
+            f"a bounded NOT compares the energy with a threshold, and {energy} is known only by its gradient "
+            "(it is a score, as of a diffusion model). To stay away from it take it off what is sampled: "
+            f"2*base - {energy}, or base + w*(base - {energy}), with a base of the same states."
+        )
     if threshold is None:
         if energy.energy_range is None:
             raise ValueError(

@@ -8,6 +8,7 @@ a method is bound to, in the attributes of a callable object, and in lists and d
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from types import CellType, CodeType, FunctionType, MethodType
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["parts_of", "with_parts"]
+__all__ = ["Function", "as_module", "parts_of", "with_parts"]
 
 Part = nn.Module | nn.Parameter
 _PLAIN = (str, bytes, int, float, complex, bool, type(None))
@@ -38,6 +39,37 @@ def parts_of(function: Callable[..., Any]) -> list[Part]:
 def with_parts(function: Callable[..., Any], copies: dict[int, Part]) -> Callable[..., Any]:
     """The same function working with `copies`, modules and parameters by the id of what they replace."""
     return _swapped(function, lambda part: copies.get(id(part), part), {}, 0)
+
+
+class Function(nn.Module):
+    """A function as a module: it has the parameters that the function works with, and copies have copies.
+
+    Args:
+        function: Any callable.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        parts = parts_of(function)
+        self.held = nn.ModuleList([part for part in parts if isinstance(part, nn.Module)])
+        self.bare = nn.ParameterList([part for part in parts if isinstance(part, nn.Parameter)])
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Function:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy({k: v for k, v in vars(self).items() if k != "function"}, memo))
+        old, now = ((*module.held, *module.bare) for module in (self, new))
+        new.function = with_parts(self.function, {id(a): b for a, b in zip(old, now, strict=True)})
+        return new
+
+
+def as_module(function: Callable[..., Any]) -> nn.Module:
+    """A module as it is, and any other function as a `Function`."""
+    return function if isinstance(function, nn.Module) else Function(function)
 
 
 def _swapped(value: Any, swap: Callable[[Part], Part], seen: dict[int, Any], depth: int) -> Any:

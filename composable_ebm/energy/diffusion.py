@@ -30,6 +30,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy, flat, known_by_gradient
+from composable_ebm.energy.adapters import name_of
+from composable_ebm.energy.closures import as_module
 from composable_ebm.energy.parametrisation import Parametrisation, VariancePreserving
 
 FORMS = ("score", "residual")
@@ -44,34 +46,33 @@ class _Score(Energy):
     """Known by its gradient -s(x), or -s(x, σ)."""
 
     has_value = False
+    wide_states = True
 
     def __init__(self, score: Callable[..., Tensor], noise_conditioned: bool) -> None:
         super().__init__()
-        self.score_function = score
+        self.score_function = as_module(score)
         self.noise_conditioned = noise_conditioned
 
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         at = x.detach()
-        score = self.score_function(at, noise_level) if self.noise_conditioned else self.score_function(at)
-        return known_by_gradient(x, -_like(score, x, "a score"))
+        others = (noise_level,) if self.noise_conditioned else ()
+        return known_by_gradient(x, -_like(_answer(self.score_function, at, *others), x, "a score"))
 
 
 class _Denoiser(Energy):
     """(x - D)/σ² as a gradient, or ‖x - D‖²/(2σ²) as an energy."""
 
     noise_conditioned = True
+    wide_states = True
 
-    def __init__(
-        self, denoise: Denoise, module: nn.Module | None, noise_range: Sequence[float], form: str
-    ) -> None:
+    def __init__(self, denoise: Denoise, noise_range: Sequence[float], form: str) -> None:
         super().__init__()
         low, high = map(float, noise_range)
         if not 0 < low < high:
             raise ValueError(f"`noise_range` must be (low, high) with 0 < low < high, got {noise_range}.")
         if form not in FORMS:
             raise ValueError(f"`form` must be one of {', '.join(FORMS)}, got {form!r}.")
-        self.denoise = denoise
-        self.module = module  # so that the network moves with the energy
+        self.denoise = as_module(denoise)
         self.noise_range = (low, high)
         self.form = form
         self.has_value = form != "score"
@@ -83,8 +84,9 @@ class _Denoiser(Energy):
         variance = sigma.square().reshape(-1, *[1] * (x.ndim - 1))
         if self.form == "score":
             at = x.detach()
-            return known_by_gradient(x, (at - _like(self.denoise(at, sigma), at, "a denoiser")) / variance)
-        residual = x - _like(self.denoise(x, sigma), x, "a denoiser")
+            answer = _like(_answer(self.denoise, at, sigma), at, "a denoiser")
+            return known_by_gradient(x, (at - answer) / variance)
+        residual = x - _like(_answer(self.denoise, x, sigma), x, "a denoiser")
         return flat(residual.square() / (2 * variance)).sum(1)
 
 
@@ -99,8 +101,7 @@ def from_score(
     """Any score s(x) = ∇ log p(x) as an energy that is known by its gradient alone.
 
     Args:
-        score: States (batch, *event) -> scores of the same shape. If it is a module, its parameters
-            belong to the energy.
+        score: States (batch, *event) -> scores of the same shape. Its parameters belong to the energy.
         name: What recipes print; the function's own name unless given.
         event_shape: Shape of one state; None accepts any.
         data_range: Smallest and largest value of the data; None if unbounded.
@@ -137,8 +138,7 @@ def from_denoiser(
         >>> face = from_denoiser(network, noise_range=(0.02, 10.0), event_shape=(3, 32, 32))
         >>> out = sample(face + 3 * (smiling - face), num_chains=16)
     """
-    module = denoiser if isinstance(denoiser, nn.Module) else None
-    energy = _Denoiser(denoiser, module, noise_range, form)
+    energy = _Denoiser(denoiser, noise_range, form)
     return _described(energy, denoiser, name, event_shape, data_range)
 
 
@@ -169,7 +169,7 @@ def from_noise_predictor(
     """
     denoise = _Predictor(model, VariancePreserving(alphas_cumprod, predicts))
     noise_range = denoise.parametrisation.noise_range
-    energy = _Denoiser(denoise, denoise, noise_range, form)
+    energy = _Denoiser(denoise, noise_range, form)
     return _described(energy, model, name, event_shape, data_range)
 
 
@@ -217,13 +217,12 @@ class _Predictor(nn.Module):
 
     def __init__(self, model: Callable[..., Any], parametrisation: Parametrisation) -> None:
         super().__init__()
-        self.model = model
+        self.model = as_module(model)
         self.parametrisation = parametrisation
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         how = self.parametrisation
-        answer = self.model(how.shown(x, sigma), how.time(sigma).to(x.dtype))
-        answer = getattr(answer, "sample", answer)
+        answer = _answer(self.model, how.shown(x, sigma), how.time(sigma).to(x.dtype))
         if isinstance(answer, Tensor) and answer.shape[1:2] == (2 * x.shape[1],):
             raise ValueError(
                 f"the network answers {answer.shape[1]} channels for states of {x.shape[1]}: it learned a "
@@ -240,11 +239,23 @@ def _described(
     event_shape: Sequence[int] | None,
     data_range: tuple[float, float] | None,
 ) -> Energy:
-    fallback = getattr(function, "__name__", type(function).__name__)
-    energy.name = name or ("function" if fallback == "<lambda>" else fallback)
+    energy.name = name_of(function, name)
     energy.event_shape = None if event_shape is None else tuple(event_shape)
     energy.data_range = data_range
     return energy
+
+
+def _answer(function: Callable[..., Any], x: Tensor, *others: Any) -> Any:
+    """What a network says, in the type of `x`; one of 16 bits is shown `x` in 16 bits.
+
+    Only the network works in 16 bits: (x - D)/σ² of states in 16 bits would be noise at small σ.
+    """
+    kind = None
+    if isinstance(function, nn.Module) and not isinstance(function, _Predictor):
+        kind = next((p.dtype for p in function.parameters() if p.dtype.itemsize == 2), None)
+    answer = function(x if kind is None else x.to(kind), *others)
+    answer = getattr(answer, "sample", answer)
+    return answer.to(x.dtype) if isinstance(answer, Tensor) and kind is not None else answer
 
 
 def _like(answer: Any, x: Tensor, what: str) -> Tensor:

@@ -75,7 +75,11 @@ class VariancePreserving(Parametrisation):
         alphas = torch.as_tensor(alphas_cumprod, dtype=torch.float32).detach().cpu()
         falling = len(alphas) > 1 and bool((alphas.diff() < 0).all())
         if not falling or not 0 <= float(alphas[-1]) < float(alphas[0]) < 1:
-            raise ValueError("`alphas_cumprod` must fall with time and lie between 0 and 1.")
+            coarse = getattr(alphas_cumprod, "dtype", None) in (torch.float16, torch.bfloat16)
+            raise ValueError(
+                "`alphas_cumprod` must fall with time and lie between 0 and 1"
+                + (", which it does not in 16 bits: give it in float32." if coarse else ".")
+            )
         if predicts not in PREDICTIONS:
             raise ValueError(f"`predicts` must be one of {', '.join(PREDICTIONS)}, got {predicts!r}.")
         self.predicts = predicts

@@ -37,6 +37,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy, Mixture, Sum, carrier, require_values
 from composable_ebm.energy.analytic import Analytic
 from composable_ebm.energy.log_z import LogZ
+from composable_ebm.energy.weights import coefficient_type
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.chains import Chain, Sampler
 from composable_ebm.sampling.kernel import Kernel, Noise
@@ -102,10 +103,11 @@ def log_z_difference(
 
     def works(start: Energy, end: Energy) -> Tensor:
         x = _samples(start, sampler, num_chains, burn_in, init, generator)
-        path = Sum([start, end], [1.0, 0.0])
-        first, last = path.coefficients.to(x), Sum([start, end], [0.0, 1.0]).coefficients.to(x)
+        path, ended = Sum([start, end], [1.0, 0.0]), Sum([start, end], [0.0, 1.0])
+        x = x.to(path.state_dtype or x.dtype)
+        first, last = (each.coefficients.to(x.device, coefficient_type(x)) for each in (path, ended))
         chain = Chain(path, x, sampler, Noise((generator, num_chains)), coefficients=first, record=False)
-        work = x.new_zeros(num_chains)
+        work = torch.zeros(num_chains, dtype=torch.float64, device=x.device)
         for level in range(num_levels):
             with torch.no_grad():
                 leaves = chain.potential.plan(chain.x, None)
@@ -113,7 +115,7 @@ def log_z_difference(
             work = work + step / num_levels
             chain.coefficients = torch.lerp(first, last, (level + 1) / num_levels)
             chain.advance(steps_per_level)
-        return work.double()
+        return work
 
     return from_works(works(a, b), works(b, a), generator)
 

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from composable_ebm.energy import flat
 
+CONSTANT = 1e-15
+"""Draws that differ by less are one and the same."""
+
 __all__ = ["ess", "fisher_divergence", "r_hat"]
 
 
@@ -34,7 +37,8 @@ def ess(draws: Tensor) -> float:
     Args:
         draws: Shape (draws, chains), at least 4 draws.
     Returns:
-        Between 0 and draws · chains · log10(draws · chains); NaN where it is not defined.
+        Between 0 and draws · chains · log10(draws · chains); the number of draws where they are all the
+        same, as in ArviZ, and NaN where it is not defined.
     """
     split = _split(draws)
     if split is None:
@@ -89,23 +93,26 @@ def _potential_reduction(draws: Tensor) -> float:
 def _effective(draws: Tensor) -> float:
     """Geyer's initial monotone sequence on the autocorrelations of all chains together."""
     n, chains = draws.shape
+    total = n * chains
+    if float(draws.max() - draws.min()) < CONSTANT:
+        return float(total)
     centred = draws - draws.mean(dim=0)
     spectrum = torch.fft.rfft(centred, n=2 * n, dim=0)
     autocovariance = torch.fft.irfft(spectrum.abs().square(), n=2 * n, dim=0)[:n] / n
     within = autocovariance[0].mean() * n / (n - 1)
     variance = within * (n - 1) / n + (draws.mean(dim=0).var() if chains > 1 else 0.0)
-    if variance == 0:
-        return math.nan
-    rho = 1 - (within - autocovariance.mean(dim=1)) / variance
+    rho = (1 - (within - autocovariance.mean(dim=1)) / variance).tolist()
     rho[0] = 1.0
-    pairs = rho[: n - n % 2].reshape(-1, 2).sum(dim=1)
-    negative = (pairs < 0).nonzero()
-    last = max(0, (n - 3) // 2)  # where the reference implementations stop at the latest
-    end = min(int(negative[0]), last) if len(negative) else last
-    monotone = pairs[:end].cummin(dim=0).values
-    # The lag after the last positive pair improves the estimate for antithetic chains.
-    tau = -1 + 2 * float(monotone.sum()) + max(0.0, float(rho[2 * end]))
-    total = n * chains
+    # Pairs of lags as long as their sum is positive, up to where the reference implementations stop.
+    pairs = [rho[0] + rho[1]]
+    t = 1
+    while t < n - 3 and pairs[-1] > 0:
+        pairs.append(rho[t + 1] + rho[t + 2])
+        t += 2
+    # The even lag after the last pair improves the estimate for antithetic chains.
+    end, after = len(pairs) - 1, rho[t - 1] if pairs[-1] >= 0 else max(0.0, rho[t - 1])
+    monotone = torch.tensor(pairs[:end]).cummin(dim=0).values.sum() if end else 0.0
+    tau = -1 + 2 * float(monotone) + after
     return total / max(tau, 1 / math.log10(total))
 
 
