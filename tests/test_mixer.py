@@ -163,10 +163,27 @@ def test_live_chains_of_noise_conditioned_energies_settle_at_one_noise_level(eng
     assert torch.allclose(last.denoised, expected, atol=1e-5)
 
 
+PICTURE = Start(torch.zeros(1, 4, 4), level=3.0)
+
+
+def test_chains_are_tended_so_that_they_land_unless_they_begin_at_a_picture(engine):
+    base, hat = diffused("base", ("image",), 0), diffused("hat", ("bare", "hat"), 1)
+    live = Live(engine.submit, base + (hat - hat["any"]), 16, 0)
+    assert live.tended
+    assert not Live(engine.submit, base, 2, 0, start=PICTURE).tended
+    wanted = base + (~hat - hat["any"])
+    live.steer(wanted)
+    frame = next(
+        f for f in live.run.frames() if f.composition is wanted and f.met is not None and f.met.all()
+    )
+    assert frame.alive.all()
+    assert not live.fits(expert(event_shape=(1, 4, 4)))  # whose chains know no noise to go up to
+
+
 def test_steered_chains_go_on_from_where_they_are(engine):
     base, hat = diffused("base", ("image",), 0), diffused("hat", ("bare", "hat"), 1)
     mix = base + 4 * (hat - hat["any"])
-    live = Live(engine.submit, mix, 64, 0, steps_per_second=200)
+    live = Live(engine.submit, mix, 64, 0, start=PICTURE, steps_per_second=200)
     settled(live, START_STEPS + 20)
     for energy, stir in ((base + 2 * (hat - hat["any"]), NUDGE), (base + 4 * (~hat - hat["any"]), STIR)):
         settled(live, STIR_STEPS)
@@ -198,7 +215,7 @@ def test_steering_stirs_by_as_much_as_chains_carry_at_least(engine):
             )
 
     run = Told()
-    live = Live(lambda *_, **__: run, base + hat, 2, 0)
+    live = Live(lambda *_, **__: run, base + hat, 2, 0, start=PICTURE)
 
     def at(level, energy):
         run.frame = ceb.Frame(1, None, None, None, torch.tensor(level), None, energy)
@@ -211,7 +228,7 @@ def test_steering_stirs_by_as_much_as_chains_carry_at_least(engine):
     live.steer(base + ~hat)
     live.steer(base + 5 * ~hat)  # has not begun with ~hat yet, so that stir is still to come
     levels = [start for start, _, _ in asked]
-    assert levels == pytest.approx([10.0, 5.0, NUDGE, STIR, STIR])
+    assert levels == pytest.approx([3.0, 5.0, NUDGE, STIR, STIR])
     assert all(stop == pytest.approx(HOLD) and steps == STIR_STEPS + 1 for _, stop, steps in asked)
 
 
@@ -264,7 +281,7 @@ def test_live_chains_share_a_batch_and_every_network_pass_with_others_of_the_sam
     for live in lives:
         soon(lambda live=live: live.run.num_steps > START_STEPS)
     assert all(live.run.shared for live in lives)
-    assert engine.potentials_made == 1
+    assert engine.potentials_made == 2  # of the mix, and of what carries it
     lives[0].run.cancel()  # somebody leaves
     assert settled(lives[1], 3).alive.all()
     assert "in a batch with other requests" in lives[0].run.result().path

@@ -1,12 +1,15 @@
 """Several visitors of the mixer on one engine: what they share, and what one of them cannot do to another."""
 
+import dataclasses
+import re
+import shutil
 import threading
 import time
 
 import pytest
 import torch
 from helpers import card, network
-from mixer_toys import write_models
+from mixer_toys import diffused, write_models
 from PIL import Image
 
 import composable_ebm as ceb
@@ -14,10 +17,11 @@ from composable_ebm.experts import catalogue
 from composable_ebm.experts.library import Library
 from demos.mixer import pictures
 from demos.mixer import runs as runs_module
+from demos.mixer.answers import Answers
 from demos.mixer.explore import Axis
 from demos.mixer.runs import Runs
 from demos.mixer.state import Limits, Request
-from demos.mixer.visitors import MAX_VISITORS, Visitors
+from demos.mixer.visitors import MAX_TAUGHT, MAX_VISITORS, Visitors
 
 RECIPE = "Toys/digit[3] + 0.5*Toys/slanted"
 OTHER = "Toys/digit[3] + 2*~Toys/slanted"
@@ -26,7 +30,11 @@ TIMEOUT = 30
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return write_models(tmp_path_factory.mktemp("models"))
+    folder = write_models(tmp_path_factory.mktemp("models"))
+    base = diffused("base", ("image",), 0, attribute="image", family="Noisy")
+    options = {**base.network.options, "type": "DiffusedEnergy"}
+    ceb.save_expert(folder / "Noisy/base", base.network, dataclasses.replace(base.card, network=options))
+    return folder
 
 
 @pytest.fixture
@@ -219,12 +227,15 @@ def test_a_second_run_of_a_visitor_takes_the_place_of_the_first(runs):
     second.end()
 
 
-def test_shaken_chains_go_back_to_noise_and_others_cannot_be_shaken(runs):
+def test_shaken_chains_begin_anew_from_other_noise(runs):
     assert not runs.shake("a")  # nothing runs
     visitor = Visitor(runs, "a")
+    (run,) = playing(visitor)
+    assert runs.shake("a")
+    soon(lambda: visitor.run is not run)
     playing(visitor)
-    assert not runs.shake("a")  # the toys know no noise
-    visitor.end()
+    assert run.done
+    assert stopped(visitor.end())
 
 
 def test_chains_follow_the_recipe_and_where_they_cannot_others_begin(runs):
@@ -326,3 +337,68 @@ def test_chains_that_diverge_are_told_of_and_start_over_with_another_recipe(runs
     visitor.steer(RECIPE)
     soon(lambda: bool(run.frame.alive.all()))
     visitor.end()
+
+
+# -- what visitors teach ------------------------------------------------------------------------------
+
+
+def marks(count=3, **changes):
+    shades = {"yes": 250, "no": 5}
+    uris = {
+        kind: [pictures.data_uri(Image.new("L", (4, 4), shade + i % 5)) for i in range(count)]
+        for kind, shade in shades.items()
+    }
+    return {"family": "Noisy", "name": "So bright!", **uris, **changes}
+
+
+def test_a_visitor_teaches_an_expert_that_composes_is_theirs_alone_and_can_be_kept(runs, models):
+    *_, last = runs.teach(marks(), "a")
+    assert (last["kind"], last["name"]) == ("taught", "so_bright")
+    assert "told right while they were left out" in last["sure"]
+    answers = Answers(runs, keeps=True)
+    recipe = "Noisy/base + 3*ratio(Noisy/so_bright, Noisy/so_bright[any])"
+    assert answers.read({"recipe": recipe}, "a")["words"] == "so bright"
+    visitor = Visitor(runs, "a", recipe)
+    playing(visitor)
+    assert stopped(visitor.end())
+    assert "unknown expert" in answers.read({"recipe": recipe}, "b")["problem"]
+    *_, more = runs.teach(marks(5), "a")  # more marks, in place of the first
+    assert more["kind"] == "taught"
+    assert len(runs.visitors["a"].taught) == 1
+    with pytest.raises(ValueError, match="saves nothing"):
+        Answers(runs, keeps=False).keep({"name": "Noisy/so_bright"}, "a")
+    said = answers.keep({"name": "Noisy/so_bright"}, "a")["said"]
+    try:
+        assert str(models / "Noisy/so_bright") in said
+        answers.world({}, "b")
+        assert answers.read({"recipe": recipe}, "b")["words"] == "so bright"
+        with pytest.raises(ValueError, match="saved already"):
+            answers.keep({"name": "Noisy/so_bright"}, "a")
+    finally:
+        shutil.rmtree(models / "Noisy/so_bright")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"yes": []}, "Mark 3 pictures as yes"),
+        ({"no": "data:"}, "Mark 3 pictures as yes"),
+        ({"yes": ["x", "y", "z"]}, "no picture that can be read"),
+        ({"name": "../.."}, "begins with a letter"),
+        ({"name": None}, "begins with a letter"),
+        ({"name": "base"}, "There is an expert Noisy/base already"),
+        ({"family": "Toys"}, "has no base to teach beside"),
+        ({"family": "Yard"}, "nothing to teach beside"),
+    ],
+)
+def test_what_cannot_be_taught_is_said(runs, changes, message):
+    *_, last = runs.teach(marks(**changes), "a")
+    assert last["kind"] == "error"
+    assert re.search(message, last["problem"])
+
+
+def test_a_visitor_teaches_so_many_experts_and_no_more(runs):
+    for i in range(MAX_TAUGHT):
+        runs.visitors["a"].taught[f"Noisy/own{i}"] = object()
+    *_, last = runs.teach(marks(), "a")
+    assert "forget one first" in last["problem"]

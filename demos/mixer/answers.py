@@ -16,6 +16,7 @@ from composable_ebm.experts import Card
 from . import mix, pictures, starts, state
 from .explore import Axis
 from .heat import pushes
+from .lessons import forgotten, kept
 from .runs import FAILURES, Message, Runs, sentences, understood
 from .state import Request
 from .terms import parts
@@ -141,7 +142,7 @@ class Answers:
     # -- what runs --------------------------------------------------------------------------------------
 
     def run(self, sent: Sent, by: str) -> Iterator[Message]:
-        """The messages of a run: "play", "sample", "grid" or "alone"."""
+        """The messages of a run: "play", "sample", "grid", "alone" or "teach"."""
         counts = (sent.get("chains"), sent.get("steps"), sent.get("seed"))
         asked = state.clamped(sent.get("recipe"), *counts, self.runs.limits)
         kind = sent.get("kind")
@@ -149,6 +150,8 @@ class Answers:
             return self.runs.grid(asked, lambda: (_axis(sent.get("across")), _axis(sent.get("up"))), by)
         if kind == "alone":
             return self.runs.alone(asked, by)
+        if kind == "teach":
+            return self.runs.teach(sent, by)
         begin = self.runs.play if kind == "play" else self.runs.sample
         return begin(asked, by, sent.get("start"))
 
@@ -212,12 +215,14 @@ class Answers:
 
     def forget(self, sent: Sent, by: str) -> Message:
         """Forgets an expert that the visitor taught."""
-        self.runs.visitors[by].taught.pop(str(sent.get("name")), None)
+        forgotten(str(sent.get("name")), self.runs.visitors[by])
         return {}
 
     def keep(self, sent: Sent, by: str) -> Message:
         """Saves an expert that the visitor taught among the models."""
-        raise ValueError("Nothing can be saved yet.")
+        if not self.keeps:
+            raise ValueError("This server is open to everyone and saves nothing.")
+        return {"said": f"Saved in {kept(str(sent.get('name')), self.runs.visitors[by])}, with its card."}
 
 
 def _axis(sent: Any) -> Axis:

@@ -11,14 +11,14 @@ from torch import Tensor
 from composable_ebm import Annealed, Energy, Run
 from composable_ebm.energy import Sum
 from composable_ebm.sampling.block import Sampler
+from composable_ebm.sampling.live import Live as Tending
 from composable_ebm.sampling.sample import calibrated_sampler, check_positive_term, initial_states
 from composable_ebm.sampling.schedule import Curve, Schedule
 
 # Noise levels in data units, for energies that know them. At HOLD details move and things keep their
 # place. From STIR down glasses come and go in a dozen steps, while hair and skin mostly stay; from 0.8
-# they do not. NUDGE is for the same experts with other weights, SHAKE for chains that still miss something:
-# from there on hair changes too.
-HOLD, NUDGE, STIR, SHAKE = 0.2, 1.0, 2.0, 4.0
+# they do not. NUDGE is for the same experts with other weights.
+HOLD, NUDGE, STIR = 0.2, 1.0, 2.0
 START_STEPS, STIR_STEPS = 24, 16
 
 Submit = Callable[..., Run]
@@ -45,10 +45,11 @@ class Start(NamedTuple):
 class Live:
     """Running chains of a recipe that may change while they run.
 
-    Noise-conditioned energies start with a quick anneal from noise, and then stay at one small noise
-    level. A new recipe takes over the states as they are, stirred a little by noise that is annealed
-    away again, so that the chains can leave what the old recipe held them to. All other energies run
-    with the kernel that they were calibrated with, unannealed.
+    Noise-conditioned energies come down from noise, and then stay at one small noise level. The engine tends
+    them: after a change it takes those that do not meet the new recipe as far up as they need, and begins
+    those anew that are lost. Chains that start from a picture are not tended, as they would leave it: a new
+    recipe takes over their states as they are, stirred a little by noise that is annealed away again. All
+    other energies run with the kernel that they were calibrated with, unannealed.
 
     Args:
         submit: Begins their run.
@@ -61,6 +62,7 @@ class Live:
         steps_per_second: Most steps a second.
     Attributes:
         energy: What they were last told to follow.
+        tended: Whether the engine has them land after every change.
         run: Their run.
     Raises:
         ValueError: If the energy cannot be sampled.
@@ -80,6 +82,12 @@ class Live:
     ) -> None:
         self.energy = energy
         self._level = _start_level(energy)
+        self.tended = start is None and num_steps is None and _is_tendable(energy)
+        pace = {"frames_per_second": frames_per_second, "steps_per_second": steps_per_second}
+        if self.tended:
+            tending = Tending(level=HOLD)
+            self.run = submit(energy, num_chains, None, seed, live=tending, on_divergence="report", **pace)
+            return
         init, mask = None, None
         if start is not None:
             if self._level is not None and start.mask is None:
@@ -96,14 +104,15 @@ class Live:
             init=init,
             mask=mask,
             held="clean" if mask is None else "noisy",
-            frames_per_second=frames_per_second,
-            steps_per_second=steps_per_second,
             on_divergence="report",
+            **pace,
         )
 
     def fits(self, energy: Energy) -> bool:
         """Whether `energy` can take over these states."""
-        return energy.event_shape == self.energy.event_shape and energy.data_range == self.energy.data_range
+        same = energy.event_shape == self.energy.event_shape and energy.data_range == self.energy.data_range
+        codecs = [None if each.codec is None else each.codec.key for each in (energy, self.energy)]
+        return same and codecs[0] == codecs[1] and (not self.tended or _is_tendable(energy))
 
     def steer(self, energy: Energy) -> None:
         """Goes on from the current states towards another recipe, from the next step on.
@@ -111,19 +120,15 @@ class Live:
         Raises:
             ValueError: If it cannot be sampled; then everything stays as it was.
         """
+        if self.tended:
+            self.run.steer(energy)
+            self.energy = energy
+            return
         level = None
         if _start_level(energy) is not None:
             level = max(NUDGE if _parts(self.energy) == _parts(energy) else STIR, self._carried())
         self.run.steer(energy, _sampler(energy, level), STIR_STEPS + 1)
         self.energy, self._level = energy, level
-
-    def shake(self) -> bool:
-        """Goes on towards the same recipe from much more noise; whether it knows noise at all."""
-        if _start_level(self.energy) is None:
-            return False
-        self._level = max(SHAKE, self._carried())
-        self.run.steer(self.energy, _sampler(self.energy, self._level), STIR_STEPS + 1)
-        return True
 
     def _carried(self) -> float:
         """As much noise as the states carry, or more: levels only fall until a new recipe comes."""
@@ -137,6 +142,16 @@ def check(energy: Energy) -> None:
     """Raises ValueError if chains of `energy` cannot be begun."""
     check_positive_term(energy)
     calibrated_sampler(energy)
+
+
+def _is_tendable(energy: Energy) -> bool:
+    """Whether the engine can take chains of an energy up and down between noise levels."""
+    sampler, _ = calibrated_sampler(energy)
+    return (
+        isinstance(sampler, Annealed)
+        and sampler.schedule.noise_level is not None
+        and sampler.schedule.predict
+    )
 
 
 def _start_level(energy: Energy) -> float | None:

@@ -18,11 +18,12 @@ from composable_ebm.potential.plan import LeafPlan, fuse
 from . import pictures, starts
 from .clock import FrameClock
 from .explore import Axis, strip, weight_grid
+from .lessons import taught
 from .line import Queue
 from .live import Live
 from .offer import Offer
 from .session import FAILURES, Session, sentences
-from .state import Limits, Request
+from .state import MAX_SEED, Limits, Request
 from .stream import stream
 from .terms import Term, asked_of, satisfied, terms
 from .visitors import Visitors
@@ -69,9 +70,12 @@ class Runs:
         """Loads the experts of `recipe` and all that first frames need, so that no visitor waits for it."""
         with suppress(*FAILURES):
             energy = understood(recipe, self.library)
-            for frame in Live(self.engine.submit, energy, 4, 0, num_steps=3).run.frames():
+            run = Live(self.engine.submit, energy, 4, 0).run
+            for frame in run.frames():
                 pictures.data_uri(pictures.montage(frame.images))
                 terms(energy, frame.states, frame.noise_level)
+                if frame.step > 2:
+                    run.cancel()
 
     def close(self) -> None:
         """Ends all runs, and the engine."""
@@ -105,7 +109,7 @@ class Runs:
             self._follow(session, visitor)
 
     def shake(self, visitor: str) -> bool:
-        """Stirs the visitor's chains, if they play; whether they do."""
+        """Begins the visitor's chains anew from other noise, if they play; whether they do."""
         session = self.visitors[visitor].session
         return session is not None and session.shake()
 
@@ -140,6 +144,11 @@ class Runs:
     def alone(self, asked: Request, visitor: str) -> Iterator[Message]:
         """The mix and every expert alone, from the same noise."""
         return self._run(visitor, self._samplers, lambda session: self._alone(asked, session, visitor))
+
+    def teach(self, sent: Any, visitor: str) -> Iterator[Message]:
+        """An expert taught from marked pictures."""
+        begin = lambda _: taught(sent, self.visitors[visitor], self.offer, self.library)  # noqa: E731
+        return self._run(visitor, self._samplers, begin)
 
     # -- how it is told ---------------------------------------------------------------------------------
 
@@ -188,14 +197,14 @@ class Runs:
         self, asked: Request, session: Session, visitor: str, sent: Any, num_steps: int | None = None
     ) -> Iterator[Message]:
         clock, plans = FrameClock(self.library.device), _Plans()
-        recipe, frame, ending = asked.recipe, None, ""
+        recipe, seed, frame, ending = asked.recipe, asked.seed, None, ""
         while recipe or frame is None:
             energy = self.understood(recipe, visitor)
             live = Live(
                 session.submit,
                 energy,
                 asked.num_chains,
-                asked.seed,
+                seed,
                 start=starts.started(sent, energy, asked.num_chains),
                 num_steps=num_steps,
                 frames_per_second=clock.frames_per_second,
@@ -216,7 +225,7 @@ class Runs:
                     ending = "Stopped, as nothing was moved for a while. Press Play to go on."
                     session.stop()
             live.run.result()  # raises what went wrong, if anything did
-            recipe, sent = session.take_next(), None
+            recipe, sent, seed = session.take_next(), None, (seed + 1) % MAX_SEED
             if frame is None:  # stopped before the first step
                 yield {"kind": "end", "said": "Stopped before it began."}
                 return
@@ -333,8 +342,12 @@ class _Plans:
         if self._plan is None or self._plan[0] != keys:
             self._plan = keys, fuse(energy, stack=False)
         found = terms(frame.composition, frame.states, frame.noise_level, self._plan[1])
-        level = None if frame.noise_level is None else round(float(frame.noise_level), 2)
-        return _told(found, marked=level is None or level <= SETTLED) | {"level": level}
+        level = None if frame.noise_level is None else round(float(frame.noise_level.max()), 2)
+        told = _told(found, marked=level is None or level <= SETTLED) | {"level": level}
+        if frame.met is None or frame.noise_level is None:
+            return told
+        resting = frame.noise_level <= SETTLED  # the others are on their way
+        return told | {"misses": (resting & ~frame.met).nonzero().flatten().tolist()}
 
 
 SETTLED = 0.5  # noise level in data units from which on what is still missing will hardly come by itself

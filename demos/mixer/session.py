@@ -62,10 +62,14 @@ class Session:
         return self._stopped
 
     def shake(self) -> bool:
-        """Stirs running chains, so that those which miss something may find it; whether any run."""
+        """Begins running chains anew, from other noise; whether any run."""
         with self._steering:
             self._moved = time.monotonic()
-            return self.live is not None and self.live.shake()
+            if self.live is None or self.live.run.done:
+                return False
+            self._next = self.followed
+            self.live.run.cancel()
+            return True
 
     def play(self, recipe: str, live: Live) -> None:
         """From now on these chains follow the visitor, from `recipe` on."""

@@ -350,7 +350,7 @@ find("sample").addEventListener("click", sample);
 find("stop").addEventListener("click", stop);
 const shake = async () => {
     const said = await ask("shake");
-    says(said.shaken ? "Shaken: the chains look again." : "These chains know no noise to be shaken with.");
+    says(said.shaken ? "Shaken: the chains begin anew from other noise." : "Nothing runs that could be shaken.");
 };
 find("shake").addEventListener("click", shake);
 find("undo").addEventListener("click", () => undo());
@@ -508,17 +508,18 @@ const open = async () => {
     teach.teachPanel({
         teach: async (wanted, progress) => {
             tell.teach = (message) => progress(message.said);
+            const was = state.busy;
             const last = await run("teach", wanted);
+            if (last?.kind !== "taught" && was === "play") play();
             return last?.kind === "taught" ? last : { problem: last?.problem ?? last?.said ?? "It was interrupted." };
         },
-        changed: async (name) => {
+        changed: async (name, weight, gone) => {
             await openWorld();
-            if (name) {
-                const mix = structuredClone(state.mix ?? { family: name.split("/")[0], base: true, picks: {} });
-                mix.picks[name] = { role: "AND", together: false, values: { yes: 3 } };
-                await change(mix);
-            } else draw();
-            play();
+            const mix = structuredClone(state.mix ?? { family: state.family, base: true, picks: {} });
+            if (name) mix.picks[name] = { role: "AND", together: false, values: { yes: weight } };
+            else delete mix.picks[gone];
+            await change(mix);
+            if (name || state.busy === "play") play();
         },
     });
     openTab("Why");

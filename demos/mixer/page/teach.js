@@ -14,9 +14,9 @@ let actions = {};
 const name = make("input", { type: "text", id: "taught-name", maxlength: 24, placeholder: "tired", autocomplete: "off", oninput: () => draw() });
 const line = make("p", { id: "teach-says", role: "status" });
 const panel = make("div");
-const start = button("Teach", () => teach(), { id: "teach-go", class: "main" });
+const start = button("Teach it", () => teach(), { id: "teach-go", class: "main" });
 
-/** `act` = {run(message) -> result, changed(name)}: how a run is begun, and what to do when experts changed. */
+/** `act` = {teach(wanted, progress) -> result, changed(name, weight, gone)}: how a run is begun, and what to do when experts changed. */
 export const teachPanel = (act) => {
     actions = act;
     root.replaceChildren(
@@ -97,7 +97,7 @@ const teach = async (wanted = { family, name: name.value.trim(), ...marks }) => 
     if (said.problem) return;
     remember({ ...wanted, name: said.name, sure: said.sure });
     draw();
-    await actions.changed(`${wanted.family}/${said.name}`);
+    await actions.changed(`${wanted.family}/${said.name}`, said.weight);
 };
 
 const forget = async (each) => {
@@ -105,7 +105,7 @@ const forget = async (each) => {
     stored(localStorage, KEY, taught);
     await ask("forget", { name: `${each.family}/${each.name}` });
     draw();
-    await actions.changed(null);
+    await actions.changed(null, 0, `${each.family}/${each.name}`);
 };
 
 const save = async (each) => {

@@ -1,0 +1,97 @@
+"""Teaching an expert from a handful of marked pictures."""
+
+import pytest
+import torch
+from mixer_toys import diffused
+
+import composable_ebm as ceb
+from composable_ebm.data import load_data
+from composable_ebm.experts.store import load_folder, save_expert
+from composable_ebm.train.teach import Lesson, teach
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return load_data("faces", "test", num_images=300)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return ceb.load_expert("faces/base")
+
+
+def marked(data, attribute, count, seed=0):
+    """(yes, no, all others, their labels)"""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    labels = data.labels[attribute][order]
+    yes, no = (order[labels == value][:count] for value in (1, 0))
+    rest = torch.tensor([i for i in order.tolist() if i not in {*yes.tolist(), *no.tolist()}])
+    return data.batch(yes), data.batch(no), data.batch(rest), data.labels[attribute][rest]
+
+
+def accuracy(expert, x, labels, level=None):
+    chosen = expert.network(x, level).argmin(1)
+    return float((chosen == labels).float().mean())
+
+
+def test_an_expert_taught_from_twelve_and_twelve_knows_pictures_it_has_not_seen(faces, base):
+    yes, no, rest, labels = marked(faces, "curly", 12)
+    curly = teach(base, "curls", yes, no)
+    told = curly.card.metrics
+    assert accuracy(curly, rest, labels) > 0.85
+    noisy = rest + torch.randn(rest.shape, generator=torch.Generator().manual_seed(0))
+    assert accuracy(curly, noisy, labels, torch.tensor(1.0)) > 0.8  # through noise as large as the picture
+    assert told["heldout_low"] < told["heldout_accuracy"] < told["heldout_high"] <= 1
+    assert abs(told["heldout_accuracy"] - accuracy(curly, rest, labels)) < 0.2
+    assert curly.card.training["seconds"] < 10
+
+
+def test_more_marks_make_it_surer(faces, base):
+    found = []
+    for count in (6, 40):
+        yes, no, rest, labels = marked(faces, "beard", count, seed=1)
+        found.append(accuracy(teach(base, "bearded", yes, no), rest, labels))
+    assert found[1] > found[0]
+    assert found[1] > 0.85
+
+
+def test_it_composes_and_is_saved_as_any_other(faces, base, tmp_path):
+    yes, no, *_ = marked(faces, "grey_hair", 12)
+    grey = teach(base, "silver", yes, no, Lesson(copies=8))
+    x = faces.batch(torch.arange(4))
+    kept = base(x, noise_level=torch.tensor(0.1))
+    marginal = grey["any"](x, noise_level=torch.tensor(0.1))
+    both = grey.network(x, torch.tensor(0.1))
+    assert torch.allclose(both.mean(1), kept, rtol=1e-4)  # c is ±½ of a logit
+    assert bool((marginal < kept).all())
+    mix = ceb.given(base, grey, ceb.load_expert("faces/smile"))
+    out = ceb.sample(mix, num_chains=4, num_steps=40, seed=0)
+    judged = ceb.load_expert("faces/grey_hair").network(out.samples, None).argmin(1)
+    assert judged.float().mean() >= 0.5
+    save_expert(tmp_path / "faces/silver", grey.network, grey.card)
+    again = load_folder(tmp_path / "faces/silver")
+    assert torch.equal(again(x), grey(x))
+    assert str(again) == "faces/silver"
+    assert again.card.data == "12 pictures marked yes and 12 marked no"
+
+
+def test_the_same_marks_teach_the_same(faces, base):
+    yes, no, *_ = marked(faces, "smile", 4)
+    first, second = (teach(base, "glad", yes, no, Lesson(copies=4)) for _ in range(2))
+    assert torch.equal(first.network.value_head.weight, second.network.value_head.weight)
+
+
+def test_what_cannot_be_taught_is_refused(faces, base):
+    yes, no, *_ = marked(faces, "smile", 3)
+    with pytest.raises(ValueError, match="`yes` must hold 3 pictures at least, got 2"):
+        teach(base, "glad", yes[:2], no)
+    with pytest.raises(ValueError, match=r"`no` must have shape \(n, \*\(3, 32, 32\)\)"):
+        teach(base, "glad", yes, no[:, :1])
+    with pytest.raises(ValueError, match="named by letters"):
+        teach(base, "so glad", yes, no)
+    with pytest.raises(ValueError, match="nothing to teach beside"):
+        teach(ceb.load_expert("faces/smile"), "glad", yes, no)
+    toy = diffused("base", ("image",), 0, attribute="image")  # by its card, a network of another kind
+    marks = torch.ones(3, *toy.card.event_shape)
+    with pytest.raises(ValueError, match="a ConvEnergy takes no other head"):
+        teach(toy, "wide", marks, -marks)
