@@ -198,6 +198,19 @@ ZOO = {
         nn.Flatten(), nn.Linear(192, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1), nn.Flatten(0)
     ),
     "unet": Net(unet, down=conv(3, 4), low=conv(4, 6), out=conv(10, 2)),
+    "unet, sixteen channels": Net(unet, down=conv(3, 16), low=conv(16, 6), out=conv(22, 2)),
+    "transformer": Net(
+        lambda self, x: self.layer(x.flatten(2)).mean((1, 2)),
+        layer=nn.TransformerEncoderLayer(64, 4, 32, batch_first=True, dropout=0.0),
+    ),
+    "transformer, evaluated": Net(
+        lambda self, x: self.layers(x.flatten(2)).square().sum((1, 2)),
+        layers=nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(64, 4, 32, batch_first=True, norm_first=True, activation="gelu"),
+            2,
+            enable_nested_tensor=False,
+        ).eval(),
+    ),
     "attention by hand": Net(attention, qkv=nn.Linear(3, 12), out=nn.Linear(4, 1)),
     "weights shared": Net(twice, first=conv(3, 4), shared=conv(4, 4)),
     "shapes in python": Net(branches, conv=nn.Conv2d(3, 2, 3)),
@@ -317,6 +330,7 @@ WITH_CONVOLUTIONS_IN_C = {
         "instance norm",
     ),
     "weights shared",
+    "unet, sixteen channels",
 }
 
 
@@ -406,13 +420,6 @@ REFUSED = {
     "a change of a buffer": (
         nn.Sequential(conv(3, 2), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(128, 1), nn.Flatten(0)),
         "changes a tensor of the network",
-    ),
-    "transformer": (
-        Net(
-            lambda self, x: self.layer(x.flatten(2)).mean((1, 2)),
-            layer=nn.TransformerEncoderLayer(64, 4, 32, batch_first=True, dropout=0.0).eval(),
-        ),
-        "transformer_encoder_layer",
     ),
     "scripted": (torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Flatten(0))), "compiled"),
 }  # fmt: skip

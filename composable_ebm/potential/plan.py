@@ -48,6 +48,9 @@ class _ByHand(torch.autograd.Function):
         return ctx.pull_back(cotangent), None
 
 
+PAUSE = 64
+"""How many evaluations go by until a form that refused such states is asked again: to ask takes time."""
+
 Reader = tuple[nn.Module, list[Energy]]
 """A network and the leaves that read it."""
 
@@ -68,6 +71,8 @@ class Group:
         self.noise_conditioned = readers[0][1][0].noise_conditioned
         self.path = ""
         self.refusal: str | None = None
+        self._pause = 0
+        self._refused: tuple[object, ...] = ()
         special = special_form(self.networks[0])
         self.special: Form | None = None if special is None else special(self.networks)
         single = len(readers) == 1 and special is None
@@ -85,12 +90,17 @@ class Group:
         """The form that gives outputs and pulls cotangents back without a graph, or None where none serves:
         outputs (networks, batch, ...), or those of the one network alone if `single`."""
         level = noise_level if self.noise_conditioned else None
+        kind = (x.shape, x.dtype, x.device)
+        if self._pause and kind == self._refused:
+            self._pause -= 1
+            return None
         self.refusal = None
         for form in (self.special, self.traced):
             if form is not None:
                 self.refusal = form.refuses(x, level)
                 if self.refusal is None:
                     return partial(self._evaluate, form, level)
+        self._pause, self._refused = PAUSE, kind
         return None
 
     def _evaluate(self, form: Form, level: Tensor | None, x: Tensor) -> tuple[Tensor, Pullback]:

@@ -110,6 +110,8 @@ SHAPE_ONLY = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"),
 }
 """Operations that look at the shape and type of a tensor, not at its values."""
+RANDOM_AT_TIMES = {"dropout", "feature_dropout", "alpha_dropout", "scaled_dot_product_attention"}
+"""Operations that draw random numbers by an option, which their rules refuse."""
 LIKE = {"view_as", "reshape_as", "expand_as", "type_as"}
 """Operations that look at the shape or type of a second tensor only."""
 PARTS = {"chunk", "split", "split_with_sizes", "unbind", "tensor_split"}
@@ -148,7 +150,7 @@ class _Recorder(TorchDispatchMode):
         if any(id(tensor) in self.stale for tensor in tensors):
             raise Unreadable(f"{name} reads a tensor that was changed in place through a view")
         dynamic = [tensor for tensor in tensors if id(tensor) in self.values]
-        if torch.Tag.nondeterministic_seeded in func.tags and name not in ("dropout", "feature_dropout"):
+        if torch.Tag.nondeterministic_seeded in func.tags and not (dynamic and name in RANDOM_AT_TIMES):
             raise Unreadable(f"{name} draws random numbers")
         if func._schema.is_mutable:
             return self._in_place(func, name, args, kwargs, dynamic)
@@ -271,8 +273,13 @@ def record(
             inputs.append((level, trace.noise_level))
             arguments.append(level)
         recorder = _Recorder(inputs, held, known)
-        with recorder:
-            output = network(*arguments)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # transformer layers operation by operation
+        try:
+            with recorder:
+                output = network(*arguments)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     if not isinstance(output, Tensor):
         raise Unreadable(f"it gives {type(output).__name__}, not a tensor")
     found = recorder.values.get(id(output))

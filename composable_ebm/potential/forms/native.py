@@ -107,6 +107,10 @@ def _can(node: Node) -> bool:
     name = node.operation
     if name == "add":
         return len(inputs) == 2 and inputs[1].shape == shape and arguments["alpha"] == 1
+    if name == "cat":
+        return (
+            len(shape) == 4 and len(inputs) == len(arguments["tensors"]) == 2 and arguments["dim"] in (1, -3)
+        )
     if len(inputs) != 1:
         return False
     known: dict[str, Callable[[], bool]] = {
@@ -118,6 +122,8 @@ def _can(node: Node) -> bool:
         "layer_norm": lambda: list(arguments["normalized_shape"]) == [*shape[1:]] and len(shape) == 2,
         "avg_pool2d": lambda: _windows_side_by_side(node),
         "adaptive_avg_pool2d": lambda: set(arguments["output_size"]) == {1},
+        "upsample_nearest2d": lambda: _whole_factors(shape, node.output.shape),
+        "pow": lambda: arguments["exponent"] == 2,
         "sum": lambda: over_all(node) is not None,
         "mean": lambda: over_all(node) is not None,
     }
@@ -142,6 +148,10 @@ def _plain_convolution(arguments: dict) -> bool:
     sides = (weight.shape[2:], padding, stride)
     once = arguments["groups"] == 1 and set(arguments["dilation"]) == {1}
     return once and all(len({*side}) == 1 for side in sides) and padding[0] < weight.shape[2]
+
+
+def _whole_factors(before: Sequence[int], after: Sequence[int]) -> bool:
+    return len(before) == 4 and not any(b % a for a, b in zip(before[2:], after[2:], strict=True))
 
 
 def _windows_side_by_side(node: Node) -> bool:

@@ -13,8 +13,8 @@
 
 #include "vectors.h"
 
-enum { CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING };
-enum { IDENTITY, SILU, RELU, TANH, SIGMOID, ELU, GELU, GELU_BY_TANH };
+enum { CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING };
+enum { IDENTITY, SILU, RELU, TANH, SIGMOID, ELU, GELU, GELU_BY_TANH, SQUARE };
 
 typedef struct {
     int height, width, channels;     /* channels as stored: padded, but for a thin image that comes in */
@@ -49,6 +49,26 @@ INLINE float *values(Memory m, const Image *i) {
 }
 INLINE float *gradient(Memory m, const Image *i) {
     return place(m, i->gradient_at) + i->gradient_border * (gradient_pitch(i) + i->channels);
+}
+
+/* Places are used again by what comes later, so zeros are written around an image before it is. */
+static void clear_border(float *image, int height, int width, int channels, int border) {
+    size_t line = (size_t)(width + 2 * border) * channels, side = (size_t)border * channels;
+    if (!border) return;
+    memset(image, 0, border * line * sizeof(float));
+    for (int row = 0; row < height; row++) {
+        float *start = image + (border + row) * line;
+        memset(start, 0, side * sizeof(float));
+        memset(start + line - side, 0, side * sizeof(float));
+    }
+    memset(image + (border + height) * line, 0, border * line * sizeof(float));
+}
+
+INLINE void open_values(Memory m, const Image *i) {
+    clear_border(place(m, i->at), i->height, i->width, i->channels, i->border);
+}
+INLINE void open_gradient(Memory m, const Image *i) {
+    clear_border(place(m, i->gradient_at), i->height, i->width, i->channels, i->gradient_border);
 }
 
 INLINE void tile(const int pixels, const int vectors, const float **x, int rows, ptrdiff_t row_step,
@@ -286,6 +306,9 @@ INLINE vec activation(const Operation *o, vec a, vec *slope) {
         value = o->number * power_of_two(a * 1.44269504f);
         *slope = WHERE(above, one, value);
         return WHERE(above, a, value - o->number);
+    case SQUARE:
+        *slope = 2.0f * a;
+        return a * a;
     case GELU: { /* erf by Abramowitz and Stegun 7.1.26, right to 1.5e-7 */
         vec size = WHERE(above, a, -a) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * size);
         vec p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
@@ -446,14 +469,58 @@ INLINE void windows(const Operation *o, const Image *in, const Image *out, Memor
         }
 }
 
+/* The channels of two images one after the other, and back. */
+INLINE void join(const Operation *o, const Image *first, const Image *second, const Image *out, Memory m, const int back) {
+    for (int row = 0; row < out->height; row++)
+        for (int column = 0; column < out->width; column++) {
+            float *whole = back ? gradient(m, out) + row * gradient_pitch(out) : values(m, out) + row * pitch(out);
+            whole += (ptrdiff_t)column * out->channels;
+            for (int k = 0; k < 2; k++) {
+                const Image *i = k ? second : first;
+                float *part = back ? gradient(m, i) + row * gradient_pitch(i) : values(m, i) + row * pitch(i);
+                part += (ptrdiff_t)column * i->channels;
+                for (int c = 0; c < i->channels; c += LANES) {
+                    if (!back) STORE(whole + c, LOAD(part + c));
+                    else STORE(part + c, o->adds >> k & 1 ? LOAD(part + c) + LOAD(whole + c) : LOAD(whole + c));
+                }
+                whole += i->channels;
+            }
+        }
+}
+
+/* Every pixel as a window of equal ones, and back. */
+INLINE void spread(const Operation *o, const Image *in, const Image *out, Memory m, const int back) {
+    int channels = in->channels;
+    for (int row = 0; row < in->height; row++)
+        for (int column = 0; column < in->width; column++) {
+            float *one = back ? gradient(m, in) + row * gradient_pitch(in) : values(m, in) + row * pitch(in);
+            one += (ptrdiff_t)column * channels;
+            for (int c = 0; c < channels; c += LANES) {
+                vec total = back && !(o->adds & 1) ? SPLAT(0.0f) : LOAD(one + c);
+                for (int y = row * o->kernel_height; y < (row + 1) * o->kernel_height; y++) {
+                    float *many = back ? gradient(m, out) + y * gradient_pitch(out) : values(m, out) + y * pitch(out);
+                    many += (ptrdiff_t)column * o->kernel_width * channels + c;
+                    for (int x = 0; x < o->kernel_width; x++, many += channels) {
+                        if (back) total += LOAD(many);
+                        else STORE(many, total);
+                    }
+                }
+                if (back) STORE(one + c, total);
+            }
+        }
+}
+
 static void forward(const Operation *ops, int count, const Image *images, const float *weights, Memory m) {
     for (const Operation *o = ops; o < ops + count; o++) {
         const Image *in = images + o->first, *out = images + o->out;
+        open_values(m, out);
         switch (o->kind) {
         case CONVOLUTION: convolve(o, in, out, weights, m); break;
         case ACTIVATION: activate(o, in, out, m); break;
         case SUM: add(in, images + o->second, out, m); break;
         case NORMALISATION: normalise(o, in, out, weights, m); break;
+        case CONCATENATION: join(o, in, images + o->second, out, m, 0); break;
+        case UPSAMPLING: spread(o, in, out, m, 0); break;
         default: windows(o, in, out, m, 0);
         }
     }
@@ -463,10 +530,14 @@ static void backward(const Operation *ops, int count, const Image *images, const
                      float *dx) {
     for (const Operation *o = ops + count - 1; o >= ops; o--) {
         const Image *in = images + o->first, *out = images + o->out;
+        int two = o->kind == SUM || o->kind == CONCATENATION;
+        if (!(o->adds & 1) && !o->thin) open_gradient(m, in);
+        if (two && !(o->adds & 2)) open_gradient(m, images + o->second);
         switch (o->kind) {
         case CONVOLUTION:
             if (o->thin) {
                 Planes planes = planes_of(o, in);
+                memset(place(m, o->thin), 0, out->channels * planes.size * sizeof(float));
                 to_planes(out, &planes, gradient(m, out), place(m, o->thin));
                 thin_back(o, in, out->channels, &planes, weights + o->backward_weight, place(m, o->thin), dx);
             } else {
@@ -479,6 +550,8 @@ static void backward(const Operation *ops, int count, const Image *images, const
             pass_back(out, images + o->second, NULL, o->adds & 2, m);
             break;
         case NORMALISATION: normalise_back(o, in, out, weights, m); break;
+        case CONCATENATION: join(o, in, images + o->second, out, m, 1); break;
+        case UPSAMPLING: spread(o, in, out, m, 1); break;
         default: windows(o, in, out, m, 1);
         }
     }
@@ -487,8 +560,10 @@ static void backward(const Operation *ops, int count, const Image *images, const
 /* An image, channels first, into memory. */
 static void take(const Image *in, int channels, const float *x, Memory m) {
     int area = in->height * in->width;
+    open_values(m, in);
     for (int row = 0; row < in->height; row++) {
         float *target = values(m, in) + row * pitch(in);
+        if (channels < in->channels) memset(target, 0, (size_t)in->width * in->channels * sizeof(float));
         for (int column = 0; column < in->width; column++)
             for (int c = 0; c < channels; c++)
                 target[column * in->channels + c] = x[c * area + row * in->width + column];
@@ -525,6 +600,7 @@ static void outputs_of(const Network *n, const float *x, float *outputs, Memory 
 
 static void gradient_of(const Network *n, const float *cotangents, float *dx, Memory m) {
     float *last = gradient(m, n->images + n->result);
+    open_gradient(m, n->images + n->result);
     memset(last, 0, n->images[n->result].channels * sizeof(float));
     memcpy(last, cotangents, n->outputs * sizeof(float));
     backward(n->operations, n->count, n->images, n->weights, m, dx);
@@ -532,7 +608,7 @@ static void gradient_of(const Network *n, const float *cotangents, float *dx, Me
 }
 
 /* Outputs of images first .. first + rows, (images, outputs). `kept` has n->kept floats for each image, and
-   `memory` n->memory, zero where it was never written. With gradients (images, ...) not NULL, those of the first
+   `memory` n->memory. With gradients (images, ...) not NULL, those of the first
    output come at once, and nothing is kept. */
 void network_outputs(const Network *n, int first, int rows, const float *images, float *outputs,
                      float *gradients, float *kept, float *memory) {

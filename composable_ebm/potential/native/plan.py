@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +16,20 @@ from composable_ebm.potential.trace import Node, Value
 __all__ = ["ACTIVATIONS", "BLOCK", "MOST_CHANNELS", "Image", "Operation", "Part", "Plan", "Unfit", "over_all"]
 
 BLOCK = 16
-CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING = range(5)
+CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING = range(7)
+TWO = (SUM, CONCATENATION)
 IDENTITY = 0
-ACTIVATIONS = {"silu": 1, "relu": 2, "leaky_relu": 2, "tanh": 3, "sigmoid": 4, "elu": 5, "gelu": 6}
+ACTIVATIONS = {
+    "silu": 1,
+    "relu": 2,
+    "leaky_relu": 2,
+    "tanh": 3,
+    "sigmoid": 4,
+    "elu": 5,
+    "gelu": 6,
+    "square": 8,
+    "pow": 8,
+}
 MOST_CHANNELS = 1024
 
 
@@ -151,6 +162,13 @@ class Plan:
                 raise Unfit
             out = self._image(*sizes[0])
             self._operation(SUM, first, out, second=other)
+        elif name == "cat":
+            out = self._concatenation([self.place[value] for value in node.inputs])
+        elif name == "upsample_nearest2d":
+            sides = node.output.shape[2:]
+            rows, columns = (after // before for after, before in zip(sides, shape[2:], strict=True))
+            out = self._image((sides[0], sides[1]), self.real[first])
+            self._operation(UPSAMPLING, first, out, kernel_height=rows, kernel_width=columns)
         elif name in ACTIVATIONS:
             number = {"leaky_relu": "negative_slope", "elu": "alpha"}.get(name)
             by_tanh = arguments.get("approximate") == "tanh"  # the next one
@@ -267,6 +285,13 @@ class Plan:
         self._operation(POOLING, first, out, kernel_height=kernel[0], kernel_width=kernel[1], number=factor)
         return out
 
+    def _concatenation(self, parts: Sequence[int]) -> int:
+        if len(parts) != 2 or self.real[parts[0]] % BLOCK or self._sides(parts[0]) != self._sides(parts[1]):
+            raise Unfit
+        out = self._image(self._sides(parts[0]), sum(self.real[part] for part in parts))
+        self._operation(CONCATENATION, parts[0], out, second=parts[1])
+        return out
+
     def _reduction(self, first: int, node: Node) -> int:
         image, real = self.images[first], self.real[first]
         factor = 1.0 if node.operation == "sum" else 0.0
@@ -280,10 +305,9 @@ class Plan:
 
     def _lay_out(self) -> None:
         """Gives images and operations their places, and says which gradients have parts already."""
-        shared = self.shared
         users: dict[int, int] = {}
         for operation in self.operations:
-            for read in (operation.first, operation.second) if operation.kind == SUM else (operation.first,):
+            for read in _reads(operation):
                 users[read] = users.get(read, 0) + 1
         for number, image in enumerate(self.images):
             image.border = self.paddings.get(number, 0)
@@ -291,45 +315,85 @@ class Plan:
             if producer is not None and producer.kind == CONVOLUTION and not producer.thin:
                 sides = (producer.kernel_height, producer.kernel_width)
                 image.gradient_border = max((side - 1) // producer.stride + 1 for side in sides)
-        slopes_over: dict[int, int] = {}
+        if any(self.images[i].border or self.images[i].gradient_border for i in self.shared.values()):
+            raise Unfit
+        over: set[int] = set()  # images whose values are overwritten with slopes
         for operation in self.operations:
-            image = self.images[operation.first]
+            number = operation.first
+            image = self.images[number]
             area = image.height * image.width * image.channels
             if operation.kind in (ACTIVATION, NORMALISATION):
                 operation.kept = self.kept
                 self.kept += _up(area + (image.channels if operation.kind == NORMALISATION else 0))
-                only = users[operation.first] == 1 and operation.first not in shared.values()
-                if operation.kind == ACTIVATION and only and not image.border and operation.first:
-                    slopes_over[operation.first] = operation.kept
-        place = self.kept
+                lonely = users[number] == 1 and number not in (0, *self.shared, *self.shared.values())
+                if operation.kind == ACTIVATION and lonely and not image.border:
+                    image.at = operation.kept
+                    over.add(number)
+        written: set[int] = set()
+        for operation in reversed(self.operations):
+            for bit, read in enumerate(_reads(operation)):
+                whole = self.shared.get(read, read)
+                operation.adds |= (whole in written) << bit
+                written.add(whole)
+        self._place_the_rest(over)
+
+    def _place_the_rest(self, over: set[int]) -> None:
+        """Places of what nobody needs on the way back, and of gradients: used again by what comes later.
+
+        Times are those of the operations forward, 0 to n - 1, and back, n to 2n - 1.
+        """
+        n, shared = len(self.operations), self.shared
+        spans: list[tuple[int, int, int, Callable[[int], None]]] = []  # from, until, size, and who is told
+
+        def reserve(thing: Image | Operation, name: str, start: int, end: int, size: int) -> None:
+            spans.append((start, end, size, lambda place: setattr(thing, name, place)))
+
+        made = {shared.get(o.out, o.out): k for k, o in enumerate(self.operations)}
+        readers: dict[int, list[int]] = {}
+        for k, operation in enumerate(self.operations):
+            for read in _reads(operation):
+                readers.setdefault(shared.get(read, read), []).append(k)
+            if operation.thin:
+                image = self.images[operation.first]
+                planes = self.images[operation.out].channels * _planes(operation, image)
+                reserve(operation, "thin", 2 * n - 1 - k, 2 * n - 1 - k, planes)
         for number, image in enumerate(self.images):
             if number in shared:
                 continue
-            for border, name in ((image.border, "at"), (image.gradient_border, "gradient_at")):
-                if name == "at" and number in slopes_over:
-                    image.at = slopes_over[number]
-                    continue
-                setattr(image, name, place)
-                place += _up((image.height + 2 * border) * (image.width + 2 * border) * image.channels)
+            first, last = made.get(number, 0), max(readers.get(number, [n]))
+            sizes = [
+                (image.height + 2 * border) * (image.width + 2 * border) * image.channels
+                for border in (image.border, image.gradient_border)
+            ]
+            if number not in over:
+                reserve(image, "at", first, last, sizes[0])
+            back = max(n, 2 * n - 1 - last)
+            reserve(image, "gradient_at", back, 2 * n - 1 - first if number else 2 * n, sizes[1])
+        self.rest = _packed(spans, self.kept) - self.kept + BLOCK
         for flat, source in shared.items():
-            if self.images[source].border or self.images[source].gradient_border:
-                raise Unfit
             self.images[flat].at = self.images[source].at
             self.images[flat].gradient_at = self.images[source].gradient_at
-        for operation in self.operations:
-            if operation.thin:
-                operation.thin = place
-                place += _up(
-                    self.images[operation.out].channels * _planes(operation, self.images[operation.first])
-                )
-        self.rest = place - self.kept + BLOCK
-        written: set[int] = set()
-        for operation in reversed(self.operations):
-            reads = (operation.first, operation.second) if operation.kind == SUM else (operation.first,)
-            for bit, read in enumerate(reads):
-                whole = shared.get(read, read)
-                operation.adds |= (whole in written) << bit
-                written.add(whole)
+
+
+def _reads(operation: Operation) -> tuple[int, ...]:
+    return (operation.first, operation.second) if operation.kind in TWO else (operation.first,)
+
+
+def _packed(spans: list[tuple[int, int, int, Callable[[int], None]]], start: int) -> int:
+    """Gives every span of time a place that no other has meanwhile, the largest first; returns the end."""
+    placed: list[tuple[int, int, int, int]] = []  # from, until, place, end
+    for begin, end, size, tell in sorted(spans, key=lambda span: -span[2]):
+        size = _up(size)
+        place = start
+        for _, _, low, high in sorted(
+            (p for p in placed if p[0] <= end and begin <= p[1]), key=lambda p: p[2]
+        ):
+            if place + size <= low:
+                break
+            place = max(place, high)
+        placed.append((begin, end, place, place + size))
+        tell(place)
+    return max((p[3] for p in placed), default=start)
 
 
 def _planes(operation: Operation, image: Image) -> int:

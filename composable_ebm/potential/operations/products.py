@@ -23,6 +23,8 @@ from composable_ebm.potential.trace import Value
 __all__ = ["RULES"]
 
 aten = torch.ops.aten
+WORTH_PACKING = 1 << 19
+"""From so many multiplications on a product is worth oneDNN's call, which takes 10 us longer."""
 FEW_CHANNELS = 16
 """Up to this many channels after space to depth, it is faster than the strided convolution (CPU)."""
 
@@ -30,15 +32,44 @@ FEW_CHANNELS = 16
 def _linear(input: Value, weight: Any, bias: Any = None) -> Step:
     if isinstance(weight, Value) or isinstance(bias, Value):
         raise NotImplementedError("with a weight that depends on the states")
-    return _Linear(weight, bias)
+    rows = input.shape.numel() // max(input.shape[-1], 1)
+    return _Linear(weight, bias, packed=rows * weight.numel() >= WORTH_PACKING)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Step:
+    """softmax(q kᵀ · scale) v, the three of them from the states."""
+    changing = all(isinstance(each, Value) for each in (query, key, value))
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa or not changing:
+        raise NotImplementedError("with a mask or dropout")
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pullback]:
+        weights = torch.softmax(q @ k.mT * factor, dim=-1)
+
+        def pull(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            by_scores = aten._softmax_backward_data(g @ v.mT, weights, -1, weights.dtype) * factor
+            return by_scores @ k, by_scores.mT @ q, weights.mT @ g
+
+        return weights @ v, pull
+
+    return step
 
 
 class _Linear:
     """A product with a constant matrix; the way back is packed when it is first gone."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.forward = PackedLinear(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None, packed: bool) -> None:
+        self.weight, self.packed = weight, packed
+        self.forward = PackedLinear(weight, bias, packed)
         self.backward: PackedLinear | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -46,7 +77,7 @@ class _Linear:
 
     def pull(self, g: Tensor) -> Tensor:
         if self.backward is None:
-            self.backward = PackedLinear(self.weight.T)
+            self.backward = PackedLinear(self.weight.T, packed=self.packed)
         return self.backward(g)
 
 
@@ -202,6 +233,7 @@ def _channels_last(x: Tensor) -> Tensor:
 RULES: dict[str, Rule] = {
     "linear": _linear,
     "matmul": _matmul,
+    "scaled_dot_product_attention": _attention,
     "mm": lambda self, mat2: _matmul(self, mat2),
     "bmm": lambda self, mat2: _matmul(self, mat2),
     "addmm": _add_product,
