@@ -7,7 +7,7 @@ ARGS ?=
 CONFIG ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help mixer test lint docs train bench demos clean
+.PHONY: help mixer test lint docs train bench gpu demos clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ train: .venv/.installed  ## Train one expert: make train CONFIG=configs/faces/sm
 	$(BIN)/composable-ebm train $(CONFIG) $(ARGS)
 
 bench: .venv/.installed  ## Run every benchmark
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
 		echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+gpu: .venv/.installed  ## Run the tests and the benchmark that need a card, into one file
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 demos: .venv/.installed  ## Run every demo script
 	@set -e; for script in $(sort $(wildcard demos/*.py)); do \

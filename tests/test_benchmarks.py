@@ -85,3 +85,12 @@ def test_contestants_take_turns(timing):
 
 def test_exponent_is_the_slope_of_a_power_law(timing):
     assert timing.exponent([1, 2, 4, 8], [0.1 * n**0.7 for n in (1, 2, 4, 8)]) == 0.7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_the_gpu_benchmark_says_so(rivals, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu.py"])
+    import gpu
+
+    with pytest.raises(SystemExit, match="sees no card"):
+        gpu.main()

@@ -46,9 +46,9 @@ class TracedForm:
         self._checked: set[Hashable] = set()  # lists of operations that were held against autograd
 
     def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
-        """Why it does not serve such states now: what stopped it. None where it does."""
+        """What stopped it from serving such states; None where it does, empty where nothing need be said."""
         if x.device.type != "cpu":
-            return "states on another device than the CPU"
+            return ""  # there autograd is the form: a step is captured whole
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         if self._compiled is not None:
