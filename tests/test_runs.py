@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
+from run_helpers import DATA, run, small, squares, weights
 
 import composable_ebm as ceb
-from composable_ebm.data import LabelledImages
 from composable_ebm.train import Trainer
 from composable_ebm.train.checkpoint import checkpoints
-from composable_ebm.train.config import ConvEnergy, DataConfig, DiffusedEnergy, GenerationConfig, TrainConfig
+from composable_ebm.train.config import ConvEnergy, DataConfig, DiffusedEnergy
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
 from composable_ebm.train.stopping import TrainingStoppedError
@@ -29,44 +28,10 @@ from composable_ebm.train.stopping import TrainingStoppedError
 ROOT = Path(__file__).parents[1]
 
 
-def squares(seed, size=8, count=64, values=("left", "right")):
-    """Bright squares on the left (value 0) or the right (value 1)."""
-    labels = torch.randint(2, (count,), generator=torch.Generator().manual_seed(seed))
-    images = torch.zeros(count, 1, size, size, dtype=torch.uint8)
-    for value in (0, 1):
-        images[labels == value, :, 2:6, 4 * value : 4 * value + 4] = 255
-    return LabelledImages(images, {"side": labels}, {"side": values}, "squares")
-
-
-DATA = (squares(0), squares(1))
-
-
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return TrainConfig(
-        family="squares",
-        name="side",
-        data=DataConfig(attribute="side"),
-        network=ConvEnergy(widths=(4, 4), hidden=8),
-        objective=ContrastiveDivergence(cd_steps=2, buffer_size=64),
-        generation=GenerationConfig(num_steps=3),
-        batch_size=8,
-        num_iterations=8,
-        log_every=2,
-        save_every=4,
-        evaluate_every=100,
-        cpu=True,
-    )
-
-
-def run(config, data=DATA):
-    trainer = Trainer(config, data=data)
-    return trainer.run(), trainer
-
-
-def weights(expert):
-    return torch.cat([p.detach().flatten() for p in expert.network.parameters()])
+    return small()
 
 
 # -- whose run it is -------------------------------------------------------------------------------
@@ -92,7 +57,7 @@ def test_more_iterations_go_on_and_places_may_move(config, capsys):
     run(config)
     _, longer = run(replace(config, num_iterations=12, save_every=3, licence="CC0"))
     assert longer.step == 12
-    assert "to 12 instead of 8 iterations" in capsys.readouterr().out
+    assert "to 12 iterations instead of 8 iterations" in capsys.readouterr().out
 
 
 OTHERS = {
@@ -171,6 +136,12 @@ def test_a_base_of_another_size_or_network_is_refused_not_half_loaded(config):
     with pytest.raises(ValueError, match=r"`init`: no expert named 'squares/bas'.*Did you mean squares/base"):
         run(replace(start, init="squares/bas"))
     run(start)  # the same with values
+
+
+def test_a_network_that_does_not_fit_into_memory_is_refused_before_it_is_built(config):
+    huge = replace(config, network=ConvEnergy(widths=(100_000, 100_000), hidden=8))
+    with pytest.raises(ValueError, match=r"million weights for images 1×8×8.* GB where .* free.*--data.size"):
+        run(huge)
 
 
 # -- files that were cut, changed, or in use --------------------------------------------------------

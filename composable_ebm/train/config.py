@@ -280,6 +280,9 @@ class TrainConfig:
             uploaded to; "" for none.
         fresh: Throws away what an earlier training left in the run's folder, and may replace an expert
             that was trained on other pictures.
+        minutes: Ends after so many, whatever `num_iterations` says, with the rate at zero; 0 for no limit.
+        keep_best: Ends with the weights that did best on held-out pictures, and writes the expert each time
+            they do better.
     """
 
     family: str = "digits"
@@ -313,12 +316,16 @@ class TrainConfig:
     latents: bool = False
     push_to_hub: str = ""
     fresh: bool = False
+    minutes: float = 0.0
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "num_iterations", "log_every", "evaluate_every", "save_every", "accumulate")
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.minutes < 0:
+            raise ValueError(f"`minutes` must be at least 0, got {self.minutes}.")
         if not self._is_trainable():
             raise ValueError(
                 f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: "

@@ -23,7 +23,7 @@ HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)
 METRICS = "metrics.jsonl"
 
-__all__ = ["METRICS", "calibrated", "export", "held_out_metrics", "sample_values"]
+__all__ = ["METRICS", "calibrated", "export", "export_unfinished", "held_out_metrics", "sample_values"]
 
 
 def sample_values(expert: Expert, per_value: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -43,7 +43,8 @@ def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
         `heldout_energy` and `noise_energy`, means over data and noise in nats under the right labels,
         and `heldout_cd`, their difference, which falls as the expert learns, if it has energies;
         `heldout_accuracy` of choosing the value with the least energy, if it has several;
-        `heldout_denoising`, its denoising error over that of its Gaussian skeleton, if it has one.
+        `heldout_denoising`, its denoising error over that of its Gaussian skeleton, and `heldout_loss`, that
+        and half the cross entropy of its values at the same noise, if it has a skeleton.
     """
     device = next(expert.network.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -74,34 +75,62 @@ def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
     if outputs.shape[1] > 1:
         metrics["heldout_accuracy"] = float((outputs.argmin(1) == labels).float().mean())
     if isinstance(expert.network, GaussianSkeleton):
-        metrics["heldout_denoising"] = _denoising_error(expert.network, x, labels, generator)
+        metrics |= _denoising(expert.network, x, labels, generator)
     return metrics
 
 
-def _denoising_error(
+def _denoising(
     network: GaussianSkeleton, x: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
-) -> float:
-    """Mean squared error of x̃ - σ² ∂E/∂x̃ over the Gaussian's own, mean over noise levels."""
-    errors = []
+) -> dict[str, float]:
+    """Mean squared error of x̃ - σ² ∂E/∂x̃ over the Gaussian's own, mean over noise levels, and the loss."""
+    errors, entropies = [], []
     for level in DENOISING_LEVELS:
         sigma = torch.full((len(x),), level, device=x.device)
         noisy = x + level * torch.randn(x.shape, generator=generator).to(x.device)
         with torch.enable_grad():
             noisy.requires_grad_()
-            energy = network(noisy, sigma).gather(1, labels[:, None])
-            (gradient,) = torch.autograd.grad(energy.sum(), noisy)
+            outputs = network(noisy, sigma)
+            (gradient,) = torch.autograd.grad(outputs.gather(1, labels[:, None]).sum(), noisy)
         error = (noisy.detach() - level**2 * gradient - x).square().mean()
         errors.append(float(error / network.denoiser_error(sigma[0])))
-    return sum(errors) / len(errors)
+        entropies.append(float(torch.nn.functional.cross_entropy(-outputs.detach(), labels)))
+    denoising, entropy = (sum(figures) / len(figures) for figures in (errors, entropies))
+    return {"heldout_denoising": denoising, "heldout_loss": denoising + entropy / 2}
 
 
-def export(config: TrainConfig, expert: Expert, facts: Mapping, data: LabelledImages) -> Expert:
-    """Writes the expert with the energies of its own samples, its metrics and its training curve."""
+def export(
+    config: TrainConfig,
+    expert: Expert,
+    facts: Mapping,
+    data: LabelledImages,
+    figures: Mapping[str, float] | None = None,
+) -> Expert:
+    """Writes the expert with the energies of its own samples, its metrics and its training curve.
+
+    Args:
+        config: Says where.
+        expert: What is written.
+        facts: How the training went.
+        data: Held-out images.
+        figures: More metrics.
+    """
+    card = calibrated(expert, data)
+    card = replace(card, metrics={**card.metrics, **(figures or {})})
+    return _write(config, expert, card, facts)
+
+
+def export_unfinished(config: TrainConfig, expert: Expert, facts: Mapping, metrics: Mapping) -> None:
+    """Writes the expert as it is in the middle of a training: it can be sampled, and is not calibrated."""
+    rounded = {name: round(value, 4) for name, value in metrics.items()}
+    _write(config, expert, replace(expert.card, metrics=rounded), {**facts, "unfinished": True})
+
+
+def _write(config: TrainConfig, expert: Expert, card: Card, facts: Mapping) -> Expert:
     curve = config.run_folder / METRICS
-    card = expert.card
     training = {"machine": _machine(next(expert.network.parameters()).device), **facts}
-    card = replace(calibrated(expert, data), training=training)
-    card = save_expert(config.model_folder, expert.network, card, half=config.half)
+    card = save_expert(
+        config.model_folder, expert.network, replace(card, training=training), half=config.half
+    )
     if curve.exists():
         write_atomic(config.model_folder / METRICS, curve.read_bytes())
     return Expert.standing(expert.network, card, expert.codec, expert.base)

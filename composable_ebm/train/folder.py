@@ -49,6 +49,7 @@ def folder_config(root: str | Path, attribute: str = "", models: str | Path = "m
         models=str(models),
         init=str(base) if attribute and _learned_from(base, root) else "",
         half=True,
+        keep_best=True,
     )
 
 

@@ -23,6 +23,7 @@ __all__ = ["PICTURES", "check_expert", "check_identity", "identity", "run_digest
 UNSHAPING = {
     *("family", "name", "models", "runs", "fresh", "push_to_hub", "licence", "weight", "half", "cpu"),
     *("num_iterations", "minutes", "log_every", "evaluate_every", "save_every", "largest_gap"),
+    "keep_best",
     *("generation", "init", "data"),
 }
 """Settings that say where things go, how long or how often, which may change between two starts of a run."""

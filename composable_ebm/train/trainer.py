@@ -11,7 +11,6 @@ import errno
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -22,12 +21,15 @@ from tqdm.auto import tqdm
 from composable_ebm.data import LabelledImages, LabelledLatents
 from composable_ebm.data.ranges import as_states
 from composable_ebm.data.summary import summary
-from composable_ebm.experts.card import Card, CheckpointError
+from composable_ebm.experts.card import CheckpointError
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
 from composable_ebm.experts.networks import NETWORKS
-from composable_ebm.experts.networks.codec import CODECS, PictureCodec
+from composable_ebm.experts.networks.codec import PictureCodec
 from composable_ebm.experts.store import BASE, CODEC, find_base, load_codec, load_folder, read_card
+from composable_ebm.files import write_atomic
+from composable_ebm.train.best import Best
+from composable_ebm.train.budget import Budget
 from composable_ebm.train.checkpoint import (
     flatten_optimiser,
     load_checkpoint,
@@ -36,24 +38,23 @@ from composable_ebm.train.checkpoint import (
 )
 from composable_ebm.train.codec import encoded, export_codec
 from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.export import export
+from composable_ebm.train.divergence import TrainingDivergedError, advice, finite
+from composable_ebm.train.export import export, export_unfinished, held_out_metrics
 from composable_ebm.train.folder import folder_digest
 from composable_ebm.train.identity import PICTURES, identity, run_digest
 from composable_ebm.train.journal import Journal
 from composable_ebm.train.objectives.base import Figures, Setting
+from composable_ebm.train.preparation import build, card_of, check_memory, load_split
 from composable_ebm.train.processes import launch_command
 from composable_ebm.train.run_folder import RunFolder
 from composable_ebm.train.start import start_from
 from composable_ebm.train.stopping import StopSignals, TrainingStoppedError
+from composable_ebm.train.verdict import judge
 
 MAX_ROLLBACKS = 3
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 __all__ = ["Trainer", "TrainingDivergedError", "train"]
-
-
-class TrainingDivergedError(RuntimeError):
-    """A training that diverged again and again; the last good expert was written, if there was one."""
 
 
 def train(
@@ -90,10 +91,6 @@ def _counted(figure: Tensor) -> Tensor:
     return figure if figure.ndim else torch.stack([figure, torch.ones_like(figure)])
 
 
-def _finite(network: nn.Module) -> bool:
-    return all(bool(value.isfinite().all()) for value in network.state_dict().values())
-
-
 class Trainer:
     """Everything one training needs, and its loop.
 
@@ -123,27 +120,22 @@ class Trainer:
         )
         self.device = self.accelerator.device
         self.codec = load_codec(config.model_folder.parent / CODEC, "cpu") if config.latents else None
-        data = data or (self._load("train"), self._load("validation"))
+        if data is None:
+            with self.accelerator.main_process_first():  # so that one process renders or downloads
+                data = load_split(config.data, "train"), load_split(config.data, "validation")
         if self.accelerator.is_main_process and config.data.name == "folder":
             tqdm.write(summary(*data, config.data.attribute))
+        self.pictures = data
         train_data, self.held_out = data = self._as_latents(data)
         self.data = train_data.to(self.device)
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
 
-        torch.manual_seed(config.seed)  # the same weights on every rank
-        kind = type(config.network).__name__
-        sizes: dict[str, object] = {
-            "event_shape": list(self.data.event_shape),
-            "num_values": len(self.values),
-        }
-        if kind in CODECS:
-            sizes = {"image_shape": list(self.data.event_shape)}
         self.base = self._base()
-        self.network_options = {**sizes, **asdict(config.network), "type": kind}
-        self.card = self._card()  # before the training: it refuses names that no recipe could hold
-        network: nn.Module = {**NETWORKS, **CODECS}[kind](**sizes, **asdict(config.network))
-        if isinstance(network, PictureCodec):
-            self.card = replace(self.card, event_shape=network.event_shape)
+        # Before the training: it refuses names that no recipe could hold.
+        self.card = card_of(config, self.data, self.values, self.codec, self.base)
+        check_memory(self.card, self.device)
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        network = build(self.card)
         start_from(network, config.init, self.data, len(self.values))
         self.identity = identity(config, data, self.values, self.accelerator.num_processes)
         self.folder = RunFolder(config, self.identity)
@@ -182,6 +174,8 @@ class Trainer:
         self.seconds = 0.0
         self.rollbacks = 0
         self.rate_factor = 1.0
+        self.budget = Budget(config)
+        self.best = Best()
         self._pending: list[Figures] = []
 
     # -- the loop -------------------------------------------------------------------------------
@@ -209,13 +203,13 @@ class Trainer:
     def _run(self, stop: StopSignals) -> Expert:
         config, first = self.config, self.accelerator.is_main_process
         self._resume()
-        if self.step >= config.num_iterations and (expert := self._finished()):
+        if self.budget.done(self.step) and (expert := self._finished()):
             if config.push_to_hub and first:
                 self._publish()
             return expert
         journal = Journal(config, first, resume_at=self.step)
         progress = tqdm(
-            total=config.num_iterations,
+            total=None if config.minutes else config.num_iterations,
             initial=self.step,
             desc=f"{config.family}/{config.name}",
             disable=not first,
@@ -224,7 +218,7 @@ class Trainer:
         try:
             self._iterate(stop, journal, progress)
             progress.close()
-            expert = self._export() if first else self.expert()
+            expert = self._ending() if first else self.expert()
         finally:
             progress.close()
             journal.close()
@@ -235,32 +229,63 @@ class Trainer:
         return expert
 
     def _iterate(self, stop: StopSignals, journal: Journal, progress: tqdm) -> None:
-        config = self.config
+        config, budget = self.config, self.budget
         good = self._snapshot()
         start = time.perf_counter() - self.seconds
-        while self.step < config.num_iterations:
+        while not budget.done(self.step):
             if stop.requested:
                 self._stop(stop.requested)
             self._pending.append(self._iteration())
             self.step += 1
             progress.update()
             self.seconds = time.perf_counter() - start
-            last = self.step == config.num_iterations
-            saving = last or self.step % config.save_every == 0
+            if config.minutes and self.step % config.log_every:
+                continue
+            budget.tick(self._shared_seconds())
+            last = budget.done(self.step)
+            saving = last or budget.due(self.step, config.save_every)
             if saving or self.step % config.log_every == 0:
                 metrics = self._read_pending()
                 if not self._healthy(metrics):
-                    good_step = int(good["step"])
                     self._roll_back(good, metrics)
-                    progress.update(good_step - progress.n)
+                    progress.update(self.step - progress.n)
                     continue
                 journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
-                progress.set_postfix(loss=f"{metrics['loss']:.3f}", rate=f"{self._rate():.1e}")
-            if last or self.step % config.evaluate_every == 0:
+                progress.set_postfix(loss=f"{metrics['loss']:.3f}", left=budget.left(self.step))
+            if last or budget.due(self.step, config.evaluate_every):
                 self._evaluate(journal)
             if saving:
                 good = self._snapshot()
                 self._save(good)
+
+    def _shared_seconds(self) -> float:
+        """The seconds of the training, the same on all processes where they decide anything."""
+        if not self.config.minutes or self.accelerator.num_processes == 1:
+            return self.seconds
+        return float(self.accelerator.reduce(torch.tensor(self.seconds, device=self.device), "mean"))
+
+    def _ending(self) -> Expert:
+        """Writes what was trained, and says what it is worth where the best is kept."""
+        config = self.config
+        if not config.keep_best or isinstance(self.average.module, PictureCodec):
+            return self._export()
+        network = self.best.network(self.average.module)
+        expert = Expert.standing(network, self.card, self.codec, self.base)
+        verdict = None
+        if expert.has_value and not expert.binary:
+            held_out, known = (held_out_metrics(expert, data) for data in (self.held_out, self._labelled()))
+            verdict = judge(expert, *self.pictures, held_out, known, config.run_folder / "verdict.png")
+            write_atomic(config.run_folder / "verdict.txt", f"{verdict}\n".encode())
+        facts = {**self.facts(), "best_iteration": self.best.step or self.step}
+        expert = export(config, expert, facts, self.held_out, verdict.figures if verdict else None)
+        if verdict:
+            tqdm.write(str(verdict))
+        return expert
+
+    def _labelled(self) -> LabelledImages:
+        """Pictures that are learned from, those of middling values left out."""
+        attribute = self.config.data.attribute
+        return self.data.where(attribute) if attribute else self.data
 
     def _stop(self, signal_number: int) -> None:
         """Ends a training that was asked to, after saving what it has."""
@@ -270,7 +295,7 @@ class Trainer:
             self._save(self._snapshot())
         raise TrainingStoppedError(
             f"{self.config.family}/{self.config.name} stopped at iteration {self.step} of "
-            f"{self.config.num_iterations}. The same command goes on from {self._last_saved()}, as if it had "
+            f"{self.budget}. The same command goes on from {self._last_saved()}, as if it had "
             "not been stopped.",
             signal_number,
         )
@@ -284,7 +309,8 @@ class Trainer:
         folder = self.config.model_folder
         try:
             training = read_card(folder).training
-            if training.get("run") != run_digest(self.identity) or training.get("iterations") != self.step:
+            same = training.get("run") == run_digest(self.identity) and "unfinished" not in training
+            if not same or training.get("iterations") != self.step:
                 return None
             expert = load_folder(folder, self.device)
         except CheckpointError:
@@ -292,7 +318,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             tqdm.write(
                 f"this training is finished, after {self.step} iterations: nothing was done. For more give "
-                "a larger --num-iterations; to start anew, --fresh."
+                f"{'more --minutes' if self.config.minutes else 'a larger --num-iterations'}; to start anew, "
+                "--fresh."
             )
         return expert
 
@@ -344,7 +371,7 @@ class Trainer:
     def _rate(self) -> float:
         """Held, then falling linearly to zero."""
         optimiser = self.config.optimiser
-        done = self.step / self.config.num_iterations
+        done = self.budget.progress(self.step)
         fall = 1 - max(0.0, done - optimiser.hold) / (1 - optimiser.hold)
         return optimiser.learning_rate * self.rate_factor * fall
 
@@ -378,31 +405,16 @@ class Trainer:
         message = f"diverged at iteration {step} ({what}); back to {self.step}"
         if self.rollbacks > MAX_ROLLBACKS:
             written = "No expert was written, since there is none that is finite."
-            if _finite(self.average.module) and self.step:
+            if finite(self.average.module) and self.step:
                 written = f"The expert of that iteration was written to {config.model_folder}."
                 if self.accelerator.is_main_process:
                     self._export()
             self.accelerator.wait_for_everyone()
             raise TrainingDivergedError(
-                f"{config.family}/{config.name} {message} for the last time. {written} {self._advice()}"
+                f"{config.family}/{config.name} {message} for the last time. {written} {advice(config)}"
             )
         if self.accelerator.is_main_process:
             tqdm.write(f"{message}, at half the learning rate ({self.rollbacks} of {MAX_ROLLBACKS})")
-
-    def _advice(self) -> str:
-        """What to change after a divergence, of what there is to change."""
-        objective = {f.name for f in fields(self.config.objective)}
-        higher = [f"--objective.{n.replace('_', '-')}" for n in ("energy_l2", "data_noise") if n in objective]
-        more = [
-            f"--objective.{n.replace('_', '-')}" for n in ("cd_steps", "langevin_steps") if n in objective
-        ]
-        parts = [
-            f"a lower --optimiser.learning-rate (now {self.config.optimiser.learning_rate:g})",
-            f"a lower --optimiser.grad-clip (now {self.config.optimiser.grad_clip:g})",
-            *([f"a higher {' or '.join(higher)}"] if higher else []),
-            *([f"more {' or '.join(more)}"] if more else []),
-        ]
-        return f"Try {', or '.join(parts)}, with --fresh."
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -422,8 +434,10 @@ class Trainer:
         network = self.average.module
         if isinstance(network, PictureCodec):
             journal.evaluate_codec(self.step, network, self.held_out, self.seconds)
-        else:
-            journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
+            return
+        metrics = journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
+        if self.config.keep_best and self.best.offer(self.step, metrics, network):
+            export_unfinished(self.config, self.expert(), self.facts(), metrics)
 
     def _as_latents(
         self, data: tuple[LabelledImages, LabelledImages]
@@ -444,27 +458,6 @@ class Trainer:
                 f"an attribute is learned beside the base expert of its family, which is not there: {error} "
                 f"Train {self.config.family}/base first."
             ) from error
-
-    def _card(self) -> Card:
-        config = self.config
-        return Card(
-            family=config.family,
-            name=config.name,
-            attribute=CODEC if config.name == CODEC else config.data.attribute or "image",
-            values=self.values,
-            event_shape=self.data.event_shape,
-            data_range=None if config.name == CODEC else config.data_range,
-            network=self.network_options,
-            sampler=config.sampler_settings,
-            temperature=1.0 if config.objective.noise_conditioned else config.kernel.implied_temperature,
-            noise_conditioned=config.objective.noise_conditioned,
-            data=f"{self.data.name}, {len(self.data)} images"
-            + (f", without {', '.join(config.data.exclude)}" if config.data.exclude else ""),
-            licence=config.licence,
-            weight=config.weight,
-            codec="" if self.codec is None else self.codec.digest,
-            base="" if self.base is None else str(self.base.card.weights.get("sha256")),
-        )
 
     def facts(self) -> dict:
         """How the training went, for the card."""
@@ -499,7 +492,7 @@ class Trainer:
             "rollbacks": self.rollbacks,
             "rate_factor": self.rate_factor,
             "identity": self.identity,
-            "num_iterations": self.config.num_iterations,
+            "planned": str(self.budget),
         }
         return {
             "step": self.step,
@@ -523,11 +516,12 @@ class Trainer:
         self._pending = []
 
     def _save(self, snapshot: dict) -> None:
+        best = {"best_loss": self.best.loss, "best_step": self.best.step} if self.best.weights else {}
         save_checkpoint(
             self.folder.checkpoints,
             int(snapshot["step"]),
-            snapshot["tensors"],
-            snapshot["facts"],
+            {**snapshot["tensors"], **self.best.tensors()},
+            {**snapshot["facts"], **best},
             self.accelerator.process_index,
             self.accelerator.wait_for_everyone,
         )
@@ -540,33 +534,13 @@ class Trainer:
         tensors = load_checkpoint(path, self.accelerator.process_index)
         self._restore({"step": facts["step"], "facts": facts, "tensors": tensors})
         self.rollbacks, self.rate_factor = facts["rollbacks"], facts["rate_factor"]
+        self.best.restore(facts, tensors)
+        self.budget.tick(self.seconds)
         if not self.accelerator.is_main_process:
             return
         for problem in damaged:
             tqdm.write(f"passed over a damaged checkpoint: {problem}")
-        planned = facts["num_iterations"]
-        if self.step < self.config.num_iterations:
-            other = f", to {self.config.num_iterations} instead of {planned} iterations"
-            tqdm.write(f"resuming from {path}{other if planned != self.config.num_iterations else ''}")
-
-    def _load(self, split: str) -> LabelledImages:
-        wanted = self.config.data
-        with self.accelerator.main_process_first():  # so that one process renders or downloads
-            data = wanted.load(split)
-        attribute = wanted.attribute
-        if "+" in attribute:
-            data = data.jointly(attribute)
-        if not attribute:
-            return data
-        values = data.attribute(attribute)
-        if len(values) < 2:
-            raise ValueError(
-                f"attribute {attribute!r} of {data.name} has only the value {values[0]!r}; an expert needs "
-                "images of two or more. Leave the attribute out to learn p(x)."
-            )
-        labelled = data.where(attribute)
-        if not len(labelled):
-            raise ValueError(
-                f"none of the {len(data)} images of {data.name} has a label for {attribute!r}: add some."
-            )
-        return data if wanted.between and split == "train" else labelled
+        planned = facts["planned"]
+        if not self.budget.done(self.step):
+            other = f", to {self.budget} instead of {planned}"
+            tqdm.write(f"resuming from {path}{other if planned != str(self.budget) else ''}")

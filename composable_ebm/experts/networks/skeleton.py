@@ -20,7 +20,7 @@ from torch.nn import functional as F
 __all__ = ["GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton", "images_to_fit", "principal_axes"]
 
 FIT_IMAGES = 10_000
-FIT_NUMBERS = 2**27  # half a gigabyte of them
+FIT_NUMBERS = 2**26  # a quarter of a gigabyte of them
 EXACT = 1024  # the largest matrix that is worth an exact decomposition
 
 
