@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import ipaddress
 import sys
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -20,9 +21,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from composable_ebm.energy import Energy
 from composable_ebm.experts import page as models_page
 from composable_ebm.experts.hub import push_to_hub
+from composable_ebm.experts.library import Library
 from composable_ebm.experts.recipe import parse
+from composable_ebm.pipelines import load_pipeline
 from composable_ebm.sampling import Chain, ChainDivergedError, sample
 from composable_ebm.sampling.sample import calibrated_sampler
 
@@ -44,6 +48,8 @@ class Sample:
         device: Where to run, such as cpu or cuda.
         num_threads: Threads of the CPU.
         report: Whether to print what the run says about itself.
+        pipeline: A pipeline of diffusers that the recipe may name, a folder or a name on the Hub; it is
+            called by its kind, sd, sdxl, sd3, flux, dit or unet, and its prompts are quoted.
     """
 
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
@@ -54,6 +60,7 @@ class Sample:
     device: str = "cpu"
     num_threads: int | None = None
     report: bool = True
+    pipeline: str | None = None
 
     def run(self) -> int:
         if self.out.suffix.lower() != ".png":
@@ -62,7 +69,12 @@ class Sample:
             if self.num_threads < 1:
                 raise ValueError(f"`--num-threads` must be at least 1, got {self.num_threads}.")
             torch.set_num_threads(self.num_threads)
-        energy = parse(self.recipe).to(_device(self.device))
+        device = _device(self.device)
+        names: Mapping[str, Energy] | None = None
+        if self.pipeline is not None:
+            own = load_pipeline(self.pipeline, device)
+            names = ChainMap({own.name: own}, Library())  # type: ignore[arg-type]
+        energy = parse(self.recipe, names).to(device)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         total = calibrated_sampler(energy)[1] if self.num_steps is None else self.num_steps
         with tqdm(total=max(total, 0), unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
@@ -281,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = own[argv[0]](tuple(argv[1:])) if argv and argv[0] in own else _read(argv)
     try:
         return command.run()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _complain(error, 2)
     except ChainDivergedError as error:
         return _complain(error, 1)

@@ -243,8 +243,8 @@ def _draw(generation: Generation, request: dict, energy: Energy, shard: int) -> 
     )
     tensors = {
         "samples": result.samples.cpu().contiguous(),
-        "energies": result.energies.cpu(),
-        "diverged": result.divergence.chains.cpu(),
+        "energies": result.energies.cpu().contiguous(),  # they may be a column of a network's outputs
+        "diverged": result.divergence.chains.cpu().contiguous(),
     }
     provenance = {**result.provenance(), "shard": str(shard), "sha256": _digest(tensors)}
     try:

@@ -31,6 +31,8 @@ HEAVY = {
     "dicebear": {"data"},
     "resvg_py": {"data"},
     "pickle": set(),
+    "diffusers": {"pipelines"},
+    "transformers": set(),
 }
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem != "__init__")
 

@@ -8,8 +8,10 @@ pytest.importorskip("transformers")
 import diffusers
 import pipeline_toys as toys
 import torch
+from PIL import Image
 
 import composable_ebm as ceb
+from composable_ebm.cli import main
 
 STEPS, WEIGHT = 5, 3.0  # of 1000: with others DDIM steps to a level beside the next one
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -363,3 +365,14 @@ def test_what_compares_energies_is_refused(sd):
     other = ceb.from_pipeline(toys.stable_diffusion(), num_steps=2)
     with pytest.raises(ValueError, match="the latents of"):
         sd + other["a castle"]
+
+
+def test_a_pipeline_in_a_folder_is_sampled_from_the_command_line(tmp_path, monkeypatch):
+    toys.stable_diffusion().save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    recipe = 'sd + 3*(sd["a castle"] - sd)'
+    command = ["sample", recipe, "--pipeline", "tiny", "--num-chains", "2", "--num-steps", "2"]
+    assert main([*command, "--out", "castle.png"]) == 0
+    with Image.open("castle.png") as picture:
+        assert picture.text["recipe"] == '-2*sd + 3*sd["a castle"]'
+    assert main(["sample", "sd", "--pipeline", "nowhere", "--out", "nowhere.png"]) == 2

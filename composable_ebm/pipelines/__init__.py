@@ -14,7 +14,7 @@ Nothing here imports `diffusers`: what is used of a pipeline are its parts and t
 """
 
 from composable_ebm.pipelines.denoiser import Condition, PromptedDenoiser
-from composable_ebm.pipelines.kinds import from_pipeline
+from composable_ebm.pipelines.kinds import from_pipeline, load_pipeline
 from composable_ebm.pipelines.prompts import Pipeline, Prompt
 
-__all__ = ["Condition", "Pipeline", "Prompt", "PromptedDenoiser", "from_pipeline"]
+__all__ = ["Condition", "Pipeline", "Prompt", "PromptedDenoiser", "from_pipeline", "load_pipeline"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from composable_ebm.pipelines.adapter import PipelineDenoiser
 from composable_ebm.pipelines.flow import Flux, StableDiffusion3
 from composable_ebm.pipelines.prompts import Pipeline
@@ -21,7 +23,7 @@ KINDS: dict[str, type[PipelineDenoiser]] = {
     "DDIMPipeline": PixelNetwork,
 }
 
-__all__ = ["KINDS", "from_pipeline"]
+__all__ = ["KINDS", "from_pipeline", "load_pipeline"]
 
 
 def from_pipeline(
@@ -76,3 +78,20 @@ def from_pipeline(
     denoiser.weight = kind.weight if weight is None else float(weight)
     denoiser.num_steps = kind.num_steps if num_steps is None else int(num_steps)
     return Pipeline(denoiser, name or kind.short_name)
+
+
+def load_pipeline(place: str, device: torch.device | str = "cpu", **options: Any) -> Pipeline:
+    """A pipeline of `diffusers` from a folder or the Hub, as `from_pipeline` makes it; safetensors only.
+
+    Args:
+        place: A folder, or a name on the Hub.
+        device: Where to put it.
+        options: For `from_pipeline`.
+    Raises:
+        ImportError: If `diffusers` is not installed.
+    """
+    try:
+        from diffusers import DiffusionPipeline  # optional, and slow to load
+    except ImportError as error:
+        raise ImportError(f"{place} needs diffusers: pip install 'composable_ebm[diffusers]'.") from error
+    return from_pipeline(DiffusionPipeline.from_pretrained(place, use_safetensors=True).to(device), **options)
