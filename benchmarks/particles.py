@@ -204,10 +204,9 @@ def live(task: Task, chains: int, seconds: float, changes: int, seed: int) -> li
             shares, met_at_once, frame = _follow(run, seconds)
             moved = (frame.denoised - before).flatten(1).square().mean(1).sqrt()
             stays = float(moved[met_at_once].mean()) if bool(met_at_once.any()) else None
-            rows.append(
-                {"change": name, "asked": dict(asked), "met": shares, "rms_of_those_that_stay": stays}
-            )
-            print(rows[-1], flush=True)
+            row = {"change": name, "asked": dict(asked), "met": shares, "rms_of_those_that_stay": stays}
+            rows.append(row)
+            print(row, flush=True)
         run.cancel()
         run.result()
     return rows
