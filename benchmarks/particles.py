@@ -34,8 +34,8 @@ from composable_ebm.evaluation.task import Task, requests, task_of
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.particles import Population, drawn
+from composable_ebm.sampling.request import calibrated_sampler
 from composable_ebm.sampling.result import leaf_energies
-from composable_ebm.sampling.sample import calibrated_sampler
 
 Drawn = tuple[Tensor, int, int]
 """Samples, gradients taken for each of them, and distinct ancestors."""

@@ -28,7 +28,7 @@ from composable_ebm.experts.library import Library
 from composable_ebm.experts.recipe import parse
 from composable_ebm.pipelines import load_pipeline
 from composable_ebm.sampling import Chain, ChainDivergedError, sample
-from composable_ebm.sampling.sample import calibrated_sampler
+from composable_ebm.sampling.request import calibrated_sampler
 
 __all__ = ["main"]
 

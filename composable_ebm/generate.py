@@ -42,7 +42,8 @@ from composable_ebm.energy import Energy
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.recipe import parse
 from composable_ebm.files import write_atomic
-from composable_ebm.sampling.sample import calibrated_sampler, sample
+from composable_ebm.sampling.request import calibrated_sampler
+from composable_ebm.sampling.sample import sample
 
 REQUEST = "generation.json"
 SHARD, SHARDS = "shard-{:05d}.safetensors", "shard-*.safetensors"

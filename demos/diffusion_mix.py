@@ -23,7 +23,7 @@ from tqdm import tqdm
 import composable_ebm as ceb
 from composable_ebm.data import load_data
 from composable_ebm.plotting import INK, figure, image_grid, save_figure
-from composable_ebm.sampling.sample import calibrated_sampler
+from composable_ebm.sampling.request import calibrated_sampler
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 NUM_CHAINS, NUM_STEPS, SEED = 12, 160, 5

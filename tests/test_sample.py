@@ -5,7 +5,7 @@ import torch
 from helpers import Quadratic, expert, gaussians, points, seeded
 
 import composable_ebm as ceb
-from composable_ebm.sampling.sample import calibrated_sampler
+from composable_ebm.sampling.request import calibrated_sampler
 
 a, b, c = gaussians()
 

@@ -250,7 +250,7 @@ class Energy(nn.Module, ABC):
 
     # -- structure ------------------------------------------------------------------------------
 
-    shares: ClassVar[tuple[str, ...]] = ()
+    shares: tuple[str, ...] = ()
     """Parts that others may hold as well: moving or casting this energy gives it copies of them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -35,7 +35,8 @@ from composable_ebm.sampling.joint import as_one_batch
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
-from composable_ebm.sampling.sample import calibrated_sampler, sample
+from composable_ebm.sampling.request import calibrated_sampler
+from composable_ebm.sampling.sample import sample
 from composable_ebm.sampling.schedule import Schedule, constant
 
 NOISE_LEVEL = 0.1

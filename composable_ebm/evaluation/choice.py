@@ -16,7 +16,8 @@ from composable_ebm.evaluation.task import Request, Task
 from composable_ebm.experts.expert import Expert, given
 from composable_ebm.partition.bennett import calibrate
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.sample import calibrated_sampler, sample
+from composable_ebm.sampling.request import calibrated_sampler
+from composable_ebm.sampling.sample import sample
 
 # Pairs of requests, of which every picture can meet only one.
 ALTERNATIVES: dict[str, tuple[tuple[Request, Request], ...]] = {

@@ -23,7 +23,8 @@ from composable_ebm.experts.catalogue import load_expert
 from composable_ebm.experts.expert import Expert
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.langevin import Langevin
-from composable_ebm.sampling.sample import calibrated_sampler, sample
+from composable_ebm.sampling.request import calibrated_sampler
+from composable_ebm.sampling.sample import sample
 
 RIVALS = ("ebmkit", "diffusion", "contrastive", "joint")
 # Families of other experts of the same data, and how they compose. The first two are trained for it: their

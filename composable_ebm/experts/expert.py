@@ -100,7 +100,7 @@ class Expert(Energy):
         Grathwohl et al. (2020), arXiv 1912.03263, eq. 4 and 5, for E(x, y) and its marginal.
     """
 
-    shares = ("network",)
+    shares: tuple[str, ...] = ("network",)
 
     def __init__(
         self,

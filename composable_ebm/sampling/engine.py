@@ -19,11 +19,10 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy
 from composable_ebm.sampling.block import Block, Held, Sampler
-from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.live import Live, LiveBlock
+from composable_ebm.sampling.request import Beginning, Images, NumSteps, Request
 from composable_ebm.sampling.result import SampleResult
-from composable_ebm.sampling.run import OnFrame, Request, Run
-from composable_ebm.sampling.sample import Images, prepare
+from composable_ebm.sampling.run import OnFrame, Pace, Run
 from composable_ebm.sampling.turns import Turns
 
 _log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Engine:
         self,
         composition: Energy,
         num_chains: int | None = None,
-        num_steps: int | Literal["calibrated"] | None = "calibrated",
+        num_steps: NumSteps = "calibrated",
         seed: int = 0,
         *,
         on_frame: OnFrame | None = None,
@@ -118,69 +117,61 @@ class Engine:
         """
         if schedule_steps is not None and schedule_steps < 1:
             raise ValueError(f"`schedule_steps` must be at least 1, got {schedule_steps}.")
-        asked = prepare(
+        if live and num_steps is not None:
+            raise ValueError("live chains have no end: give num_steps=None.")
+        request = Request(
             composition,
             num_chains=num_chains,
-            num_steps=None if num_steps == "calibrated" else num_steps,
+            num_steps=num_steps,
             sampler=sampler,
             init=init,
             seed=seed,
-            generator=None,
-            coefficients=None,
             mask=mask,
             held=held,
             num_warmup=num_warmup,
             on_divergence=on_divergence,
-            device=self.device,
         )
-        if live and num_steps is not None:
-            raise ValueError("live chains have no end: give num_steps=None.")
-        # Of an endless run all chains are looked at: there is no draw at its end.
-        x = asked.x if num_steps is not None else asked.x[: asked.num_chains]
-        noise = Noise((asked.generator, len(x)))
-        total = None if num_steps is None else num_warmup + asked.num_steps
-        pace = (frame_every, frames_per_second, steps_per_second)
-        request = Request(total, seed, num_warmup, on_divergence, *pace, share, alone)
-        self._check_size(composition, len(x))
-        if live:
-            tended = LiveBlock(
-                composition,
-                x,
-                asked.sampler,
-                noise,
-                Live() if live is True else live,
-                schedule_steps or asked.num_steps,
-                at_rest=init is not None,
-                mask=asked.mask,
-                held=held,
-            )
-            if init is not None:
-                x = x + tended.sigma * noise.normal(x)
-        block = (
-            tended
-            if live
-            else Block(
-                composition,
-                x,
-                asked.sampler,
-                noise,
-                num_steps=schedule_steps or num_warmup + asked.num_steps,
-                ends=total is not None and schedule_steps is None,
-                mask=asked.mask,
-                held=held,
-                num_warmup=num_warmup,
-                record=total is not None,
-            )
-        )
-        run = Run(
-            block,
-            request,
-            num_chains=asked.num_chains,
-            calibrated=sampler is None,
-            wake=self._wake,
-        )
+        pace = Pace(frame_every, frames_per_second, steps_per_second, share, alone)
+        asked = request.begin(self.device)
+        self._check_size(composition, len(asked.x))
+        total = num_warmup + asked.num_steps if request.ends else None
+        block = self._block(request, asked, schedule_steps, live)
+        x = asked.x
+        if isinstance(block, LiveBlock) and init is not None:
+            x = x + block.sigma * block.noise.normal(x)
+        run = Run(block, request, pace, num_chains=asked.num_chains, total=total, wake=self._wake)
         self._accept(run, x, on_frame)
         return run
+
+    def _block(
+        self, request: Request, asked: Beginning, schedule_steps: int | None, live: Live | bool
+    ) -> Block:
+        """The rows of a request in a batch."""
+        composition, warmup = request.composition, request.num_warmup
+        if live:
+            return LiveBlock(
+                composition,
+                asked.x,
+                asked.sampler,
+                asked.noise,
+                Live() if live is True else live,
+                schedule_steps or asked.num_steps,
+                at_rest=request.init is not None,
+                mask=asked.mask,
+                held=request.held,
+            )
+        return Block(
+            composition,
+            asked.x,
+            asked.sampler,
+            asked.noise,
+            num_steps=schedule_steps or warmup + asked.num_steps,
+            ends=request.ends and schedule_steps is None,
+            mask=asked.mask,
+            held=request.held,
+            num_warmup=warmup,
+            record=request.ends,
+        )
 
     def _check_size(self, composition: Energy, size: int) -> None:
         if size > self.max_batch:

@@ -13,15 +13,15 @@ from torch import Tensor
 from composable_ebm.energy import Energy
 from composable_ebm.sampling.block import Block, Hold, Rows, Sampler
 from composable_ebm.sampling.kernel import expand
+from composable_ebm.sampling.request import Request, calibrated_sampler, check_positive_term
 from composable_ebm.sampling.result import SampleResult
-from composable_ebm.sampling.sample import calibrated_sampler, check_positive_term
 
 OnFrame = Callable[["Frame"], object]
 
 EARLY = 0.25
 """Share of the time between two frames that one may come too soon, to keep the rate that was asked for."""
 
-__all__ = ["Frame", "OnFrame", "Request", "Run", "Steering"]
+__all__ = ["Frame", "OnFrame", "Pace", "Run", "Steering"]
 
 
 class Frame(NamedTuple):
@@ -73,24 +73,18 @@ class Steering(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
-    """How a run is to be carried out; see `Engine.submit`.
+class Pace:
+    """How a run is shown and how fast it goes; see `Engine.submit`.
 
-    Attributes:
-        total: Steps, warm-up included; None for a run without an end.
     Raises:
         ValueError: If a number makes no sense.
     """
 
-    total: int | None
-    seed: int
-    num_warmup: int
-    on_divergence: str
-    frame_every: int
-    frames_per_second: float | None
-    steps_per_second: float | None
-    share: float
-    alone: bool
+    frame_every: int = 1
+    frames_per_second: float | None = None
+    steps_per_second: float | None = None
+    share: float = 1.0
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.frame_every < 1:
@@ -115,9 +109,10 @@ class Run:
         self,
         block: Block,
         request: Request,
+        pace: Pace,
         *,
         num_chains: int,
-        calibrated: bool,
+        total: int | None,
         wake: Callable[[], None],
     ) -> None:
         self.composition = block.energy
@@ -127,7 +122,9 @@ class Run:
         # For the engine, whose thread alone touches the block.
         self.block = block
         self.request = request
-        self.calibrated = calibrated
+        self.pace = pace
+        self.total = total  # steps, warm-up included; None without an end
+        self.calibrated = request.sampler is None
         self.start = time.perf_counter()
         self.shared = False
         self._wake = wake
@@ -277,8 +274,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether all its steps are taken, or it was told to end."""
-        total = self.request.total
-        return self.cancelled or (total is not None and self.num_steps >= total)
+        return self.cancelled or (self.total is not None and self.num_steps >= self.total)
 
     def take_steering(self) -> Steering | None:
         """What it was told to follow since this was last asked."""
@@ -292,7 +288,7 @@ class Run:
         if self.finished:
             return self._frame is None or self._frame.step != self.num_steps
         is_time = time.perf_counter() >= self._next_frame - EARLY * self._seconds_per_frame
-        return self._wanted and self.num_steps % self.request.frame_every == 0 and is_time
+        return self._wanted and self.num_steps % self.pace.frame_every == 0 and is_time
 
     def show(self, rows: Rows) -> None:
         """Makes a frame of its chains."""
@@ -320,7 +316,7 @@ class Run:
 
     @property
     def _seconds_per_frame(self) -> float:
-        return 1 / self.request.frames_per_second if self.request.frames_per_second else 0.0
+        return 1 / self.pace.frames_per_second if self.pace.frames_per_second else 0.0
 
     def end(self, result: SampleResult | None, error: BaseException | None = None) -> None:
         """Hands over the result, or the error."""

@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import time
-from numbers import Integral
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Mixture, Not, NotCarriedError, Sum, carrier
-from composable_ebm.energy.weights import as_tensor
+from composable_ebm.energy import Energy
 from composable_ebm.potential.plan import FusedPotential
 from composable_ebm.sampling import graphs
-from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Held, Rows, Sampler
 from composable_ebm.sampling.chains import Callback, Chain, divergence_of, evaluating, trace_of
-from composable_ebm.sampling.kernel import Noise
-from composable_ebm.sampling.particles import Particles, carried
+from composable_ebm.sampling.particles import Particles
+from composable_ebm.sampling.request import Images, Request
 from composable_ebm.sampling.result import SampleResult, check_terms, draw_from
-from composable_ebm.sampling.settings import from_settings
 
-DEFAULT_STEPS = 200
-DEFAULT_CHAINS = 16
-
-__all__ = ["calibrated_sampler", "check_positive_term", "initial_states", "sample"]
-
-
-@runtime_checkable
-class Images(Protocol):
-    """A data set to start chains from."""
-
-    def __len__(self) -> int: ...
-    def batch(self, index: Tensor) -> Tensor: ...
+__all__ = ["conclude", "sample"]
 
 
 @torch.inference_mode(False)  # the gradient is needed, whatever mode the caller is in
@@ -40,7 +25,7 @@ def sample(
     energy: Energy,
     *others: object,
     num_chains: int | None = None,
-    num_steps: int | None = None,
+    num_steps: int | Literal["calibrated"] = "calibrated",
     sampler: Sampler | None = None,
     init: Tensor | Images | None = None,
     seed: int | None = None,
@@ -105,11 +90,10 @@ def sample(
     ):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if seed is not None and generator is not None:
-        raise ValueError("give a `seed` or a `generator`, not both.")
+    if num_steps is None:
+        raise ValueError("`sample` comes to an end: give `num_steps`, or submit the run to an `Engine`.")
     seed = 0 if seed is None and generator is None else seed
-    coefficients = as_tensor(coefficients)
-    asked = prepare(
+    request = Request(
         energy,
         num_chains=num_chains,
         num_steps=num_steps,
@@ -123,15 +107,16 @@ def sample(
         num_warmup=num_warmup,
         on_divergence=on_divergence,
     )
+    asked = request.begin()
     start = time.perf_counter()
     total = num_warmup + asked.num_steps
     chain = Chain(
         energy,
         asked.x,
         asked.sampler,
-        Noise((asked.generator, len(asked.x))),
+        asked.noise,
         num_steps=total,
-        coefficients=coefficients,
+        coefficients=request.coefficients,
         mask=asked.mask,
         held=held,
         num_warmup=num_warmup,
@@ -165,81 +150,6 @@ def sample(
         warmup=num_warmup,
         on_divergence=on_divergence,
     )
-
-
-class Prepared(NamedTuple):
-    """A request that makes sense, with its starting states drawn."""
-
-    x: Tensor
-    generator: torch.Generator
-    sampler: Sampler
-    num_steps: int
-    mask: Tensor | None
-    num_chains: int
-
-
-def prepare(
-    energy: Energy,
-    *,
-    num_chains: int | None,
-    num_steps: int | None,
-    sampler: Sampler | None,
-    init: Tensor | Images | None,
-    seed: int | None,
-    generator: torch.Generator | None,
-    coefficients: Tensor | None,
-    mask: Tensor | None,
-    held: str,
-    num_warmup: int,
-    on_divergence: str,
-    device: torch.device | None = None,
-) -> Prepared:
-    """Checks a request and draws its starting states; arguments as those of `sample`.
-
-    Args:
-        device: Where the energy must be; wherever it is unless given.
-    """
-    if not isinstance(energy, Energy):
-        raise TypeError(
-            f"`energy` must be an Energy, got {type(energy).__name__}; wrap it with from_callable."
-        )
-    init, mask = as_tensor(init), as_tensor(mask)
-    check_positive_term(energy, coefficients)
-    if sampler is None:
-        sampler, calibrated_steps = calibrated_sampler(energy, coefficients)
-        if isinstance(sampler, Particles) and init is not None:
-            sampler = sampler.plain
-        num_steps = calibrated_steps if num_steps is None else num_steps
-    num_steps = DEFAULT_STEPS if num_steps is None else num_steps
-    for name, value in (("num_steps", num_steps), ("num_warmup", num_warmup)):
-        if not isinstance(value, Integral) or value < 0:
-            raise ValueError(f"`{name}` must be a whole number of at least 0, got {value!r}.")
-    if on_divergence not in ("raise", "report"):
-        raise ValueError(f'`on_divergence` must be "raise" or "report", got {on_divergence!r}.')
-    if held not in ("clean", "noisy"):
-        raise ValueError(f'`held` must be "clean" or "noisy", got {held!r}.')
-    if held == "noisy" and (mask is None or not ((mask == 0) | (mask == 1)).all()):
-        raise ValueError('held="noisy" needs a `mask` of zeros and ones, which says what is held.')
-    if mask is not None and init is None:
-        raise ValueError("a `mask` holds part of given states: give them as `init`.")
-    device = _device(energy, init, device)
-    if generator is None:
-        generator = torch.Generator(device).manual_seed(0 if seed is None else int(seed))
-    count = num_chains
-    if isinstance(sampler, Particles):
-        if init is not None:
-            raise ValueError(
-                "Particles start from noise, and weigh how the chains came from there; chains that start at "
-                f"`init` run without weights: sampler=Annealed({sampler.kernel}, schedule)."
-            )
-        carried(sampler, energy, coefficients)  # complains where there is none
-        count = sampler.count(_checked_count(num_chains))
-    x = initial_states(energy, count, init, generator, device)
-    if init is None and (start_level := _start_level(sampler)) is not None:
-        x = start_level * torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-    fitting = None if mask is None else _fitting_mask(mask, x, energy)
-    asked = _checked_count(num_chains) if isinstance(sampler, Particles) else len(x)
-    return Prepared(x, generator, sampler, int(num_steps), fitting, asked)
 
 
 def conclude(
@@ -302,177 +212,6 @@ def conclude(
         ),
         has_value=block.energy.has_value,
     )
-
-
-def initial_states(
-    energy: Energy,
-    num_chains: int | None,
-    init: Tensor | Images | None,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Tensor:
-    """The states that chains start from, (num_chains, *event), checked against the energy."""
-    _checked_count(num_chains)
-    if isinstance(init, Tensor):
-        if not init.is_floating_point():
-            low, high = energy.data_range or (0.0, 1.0)
-            raise ValueError(
-                f"`init` must be floating point in [{low:g}, {high:g}], got {init.dtype}. "
-                f"From bytes: init.float() / 255 * {high - low:g} + {low:g}."
-            )
-        init = energy.states(init)
-        init = init.to(energy.state_dtype or init.dtype)
-        energy.check_states(init)
-        if num_chains is not None and num_chains != len(init):
-            raise ValueError(
-                f"`num_chains` is {num_chains} but `init` holds {len(init)} states; give one of them."
-            )
-        if not init.isfinite().all():
-            raise ValueError("`init` holds values that are not finite.")
-        if energy.binary and not ((init == 0) | (init == 1)).all():
-            raise ValueError(
-                f"{energy} lives on bits, and `init` holds other values than 0 and 1: draw bits from them, "
-                "torch.bernoulli(init) for grey levels in [0, 1]."
-            )
-        return init.detach().clone()
-    count = _checked_count(num_chains)
-    if init is not None:
-        index = torch.randint(len(init), (count,), generator=generator, device=device)
-        states = energy.states(init.batch(index.cpu()).to(device))
-        states = states.to(energy.state_dtype or states.dtype)
-        energy.check_states(states)
-        return states
-    if energy.event_shape is None:
-        raise ValueError(
-            f"{energy} does not know the shape of its states; give `init`, shape (batch, *event)."
-        )
-    wide = (b.dtype for b in energy.buffers() if b.is_floating_point())
-    like = torch.empty(
-        count, *energy.event_shape, device=device, dtype=energy.state_dtype or next(wide, None)
-    )
-    if energy.data_range is None:
-        return like.normal_(generator=generator)
-    low, high = energy.data_range
-    u = like.uniform_(generator=generator)
-    return (u < 0.5).to(u.dtype) if energy.binary else low + (high - low) * u
-
-
-def _checked_count(num_chains: int | None) -> int:
-    if num_chains is not None and (not isinstance(num_chains, Integral) or num_chains < 1):
-        raise ValueError(f"`num_chains` must be a whole number of at least 1, got {num_chains!r}.")
-    return DEFAULT_CHAINS if num_chains is None else int(num_chains)
-
-
-def _fitting_mask(mask: Tensor, x: Tensor, energy: Energy) -> Tensor:
-    if energy.codec is not None and mask.shape[-2:] == energy.codec.image_shape[-2:]:
-        mask = energy.codec.encode_mask(mask)
-    try:
-        torch.broadcast_to(mask, x.shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"`mask` must broadcast over the states, shape {tuple(x.shape)}, got {tuple(mask.shape)}."
-        ) from error
-    return mask.to(x)
-
-
-def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tuple[Sampler, int]:
-    """The sampler and number of steps that the experts of a composition were calibrated with.
-
-    Of several experts, the one with the most steps decides. The step is divided by the sum over
-    networks of their absolute net weight, so that adding experts does not blow up the chain; a ratio
-    of two values of one expert adds nothing. The temperature stays. Where that kernel cannot sample the
-    composition, as `Gibbs` cannot when a network joins an RBM, its relaxation takes its place. An
-    annealing over noise levels becomes `Particles` that go by the experts' verdict where the composition
-    is one density times probabilities.
-
-    Args:
-        energy: A composition.
-        coefficients: Replaces its coefficients, (n,) or (batch, n).
-    Raises:
-        ValueError: If no leaf has settings, or their kernels differ.
-    """
-    known = [leaf for leaf in energy.leaves() if leaf.sampler_settings]
-    if not known:
-        raise ValueError(
-            f"{energy} was not calibrated with a sampler; give one, e.g. sampler=Langevin(step_size=0.01)."
-        )
-    kinds = {str(leaf.sampler_settings["kernel"]) for leaf in known if leaf.sampler_settings}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the experts of {energy} were calibrated with different kernels, {sorted(kinds)}: give one."
-        )
-    settings = max((leaf.sampler_settings or {} for leaf in known), key=lambda s: s.get("num_steps", 0))
-    coefficients = energy.coefficients if coefficients is None else coefficients
-    sampler, num_steps = from_settings(settings, 1 / max(1.0, _total_weight(energy, coefficients)))
-    if isinstance(sampler, Annealed):
-        kernel = sampler.kernel.suited(energy, coefficients)
-        return _weighing(Annealed(kernel, sampler.schedule), energy, coefficients), num_steps
-    return sampler.suited(energy, coefficients), num_steps
-
-
-def _weighing(sampler: Annealed, energy: Energy, coefficients: Tensor) -> Annealed:
-    """The sampler as particles where that is possible."""
-    if sampler.schedule.noise_level is None or not sampler.schedule.predict:
-        return sampler
-    try:
-        carrier(energy, coefficients)
-    except NotCarriedError:
-        return sampler
-    return Particles(sampler.kernel, sampler.schedule, verdict=True)
-
-
-def _total_weight(energy: Energy, coefficients: Tensor) -> float:
-    """A bound on the gradient of a composition, in units of the gradient of one expert."""
-    if not isinstance(energy, (Sum, Mixture, Not)):
-        return 1.0
-    own, blocks = energy.split(coefficients)
-    bounds = [_total_weight(child, block) for child, block in zip(energy.operands, blocks, strict=True)]
-    if not isinstance(energy, Sum):
-        return max(bounds)
-    net: dict[int, Tensor] = {}
-    for i, (term, bound) in enumerate(zip(energy.operands, bounds, strict=True)):
-        shared = id(term.body() or term)
-        net[shared] = net.get(shared, torch.zeros(())) + own[..., i].cpu() * bound
-    return float(torch.stack(torch.broadcast_tensors(*net.values())).abs().sum(0).max())
-
-
-def _start_level(sampler: Sampler) -> float | None:
-    curve = sampler.schedule.noise_level if isinstance(sampler, Annealed) else None
-    return None if curve is None else curve(0.0)
-
-
-def check_positive_term(energy: Energy, coefficients: Tensor | None = None) -> None:
-    """Raises ValueError if exp(-E) has no reason to be a density."""
-    coefficients = energy.coefficients if coefficients is None else coefficients
-    if coefficients.shape[-1:] != (energy.num_coefficients,):
-        return  # refused, with its shape, once the batch is known
-    if isinstance(energy, Mixture):
-        for component, block in zip(energy.operands, energy.split(coefficients)[1], strict=True):
-            check_positive_term(component, block)
-    if isinstance(energy, Sum) and not (energy.split(coefficients)[0] > 0).any(dim=-1).all():
-        raise ValueError(
-            f"{energy} has no term with a positive weight, so exp(-E) has no reason to be a density: "
-            "add the expert to start from, e.g. base + ratio(a, b), or use ~a for a bounded NOT."
-        )
-
-
-def _device(energy: Energy, init: object, wanted: torch.device | None = None) -> torch.device:
-    tensors = [*energy.parameters(), *energy.buffers()]
-    if isinstance(init, Tensor):
-        tensors.append(init)
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        raise ValueError(
-            f"the energies and `init` are on several devices, {sorted(map(str, devices))}: move them to one."
-        )
-    if wanted is None:
-        return devices.pop() if devices else torch.device("cpu")
-    wanted = torch.empty(0, device=wanted).device  # cuda means cuda:0
-    if devices and devices != {wanted}:
-        raise ValueError(
-            f"{energy} is on {devices.pop()}, this engine on {wanted}: move it, energy.to({str(wanted)!r})."
-        )
-    return wanted
 
 
 def _finished(start: float) -> float:

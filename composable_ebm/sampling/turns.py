@@ -19,15 +19,15 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Rows
 from composable_ebm.sampling.graphs import settings_of
 from composable_ebm.sampling.joint import JointBatch, PotentialPool, Saved
 from composable_ebm.sampling.live import LiveBlock
+from composable_ebm.sampling.request import calibrated_sampler, calibrated_steps
 from composable_ebm.sampling.result import SampleResult
 from composable_ebm.sampling.run import Run, Steering
-from composable_ebm.sampling.sample import DEFAULT_STEPS, calibrated_sampler, conclude
+from composable_ebm.sampling.sample import conclude
 
 STEPS_AHEAD = 2
 """Steps that are queued on a CUDA device before anyone waits for one, so that they can be interrupted."""
@@ -99,10 +99,10 @@ class Turns:
         if batch.like.device.type == "cuda":
             self._wait_for_the_device()
         now = time.perf_counter()
-        requests = [self._runs[block].request for block in blocks]
+        paces = [self._runs[block].pace for block in blocks]
         self._charged = max(self._charged, batch.charged)
-        batch.charged = self._charged + (now - start) / sum(request.share for request in requests)
-        if (rate := requests[0].steps_per_second) is not None:
+        batch.charged = self._charged + (now - start) / sum(pace.share for pace in paces)
+        if (rate := paces[0].steps_per_second) is not None:
             batch.due = max(batch.due + 1 / rate, now)
         self._tend(batch)
         self._account(blocks)
@@ -224,7 +224,7 @@ class Turns:
             else:
                 sampler = suited
         if sampler is not None:
-            carried, total = block.sigma or 0.0, run.request.total
+            carried, total = block.sigma or 0.0, run.total
             left = None if total is None else max(1, total - block.num_steps)
             steps = steering.schedule_steps or left or calibrated_steps(steering.energy)
             block.follow(sampler, x, steps, ends=left is not None and steering.schedule_steps is None)
@@ -269,13 +269,7 @@ class Turns:
 
 def _kind(run: Run, x: Tensor) -> Hashable:
     """What two runs must have alike to be rows of one batch."""
-    block, request = run.block, run.request
+    block, pace = run.block, run.pace
     absent = tuple(value is None for value in (*block.dynamics, block.sigma))
     states = tuple(x.shape[1:]), x.dtype, x.device, block.energy.binary
-    return settings_of(block.kernel), states, absent, request.steps_per_second, run if request.alone else None
-
-
-def calibrated_steps(energy: Energy) -> int:
-    """The steps that the experts of a composition were calibrated with, or the default."""
-    known = [leaf.sampler_settings.get("num_steps", 0) for leaf in energy.leaves() if leaf.sampler_settings]
-    return max(known, default=0) or DEFAULT_STEPS
+    return settings_of(block.kernel), states, absent, pace.steps_per_second, run if pace.alone else None

@@ -12,7 +12,7 @@ from composable_ebm import Annealed, Energy, Run
 from composable_ebm.energy import Sum
 from composable_ebm.sampling.block import Sampler
 from composable_ebm.sampling.live import Live as Tending
-from composable_ebm.sampling.sample import calibrated_sampler, check_positive_term, initial_states
+from composable_ebm.sampling.request import calibrated_sampler, check_positive_term, initial_states
 from composable_ebm.sampling.schedule import Curve, Schedule
 
 # Noise levels in data units, for energies that know them. At HOLD details move and things keep their

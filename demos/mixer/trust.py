@@ -9,7 +9,7 @@ import torch
 
 from composable_ebm.energy import Energy, Sum
 from composable_ebm.experts import Card, Expert
-from composable_ebm.sampling.sample import check_positive_term
+from composable_ebm.sampling.request import check_positive_term
 
 from .terms import parts
 

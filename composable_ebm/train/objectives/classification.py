@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class _ClassificationPhase(Phase):
 
     def loss(self, model: nn.Module, network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Figures]:
         low, high = map(math.log, network.noise_range)  # type: ignore[arg-type]
-        draw = {"generator": self.generator, "device": x.device}
+        draw: Any = {"generator": self.generator, "device": x.device}
         objective = self.objective
         normal = objective.log_sigma_mean + objective.log_sigma_std * torch.randn(len(x), **draw)
         uniform = low + (high - low) * torch.rand(len(x), **draw)
