@@ -32,6 +32,8 @@ SIZES = {
         "noise_range": NOISE_RANGE,
     },
     "Denoiser": {"hidden": 8, "components": 4, "noise_range": NOISE_RANGE},
+    "ConfinedEnergy": {"hidden": 8, "layers": 2, "noise_range": NOISE_RANGE},
+    "NoisyClassifier": {"width": 4, "blocks": 1, "hidden": 8, "noise_range": NOISE_RANGE},
     "RBM": {"hidden": 3},
     "RBM of reals": {"hidden": 3, "visible": "reals", "scale": 0.7},
 }
@@ -58,14 +60,17 @@ def expert(kind: str, values: int, seed: int = 0) -> ceb.Expert:
         noise_conditioned="noise_level" in inspect.signature(network.forward).parameters,
         energy_range=dict.fromkeys((*names, "any"), (-1.0, 1.0)),
     )
-    return ceb.Expert.standing(network.eval().requires_grad_(False), card)
+    base = expert("ConfinedEnergy", 1) if kind == "NoisyClassifier" else None
+    return ceb.Expert.standing(network.eval().requires_grad_(False), card, base=base)
 
 
 def _experts() -> dict[str, ceb.Energy]:
     made: dict[str, ceb.Energy] = {}
     for kind in SIZES:
         three = expert(kind, 3)
-        made |= {f"{kind} alone": expert(kind, 1), f"{kind} at a value": three["1"], f"{kind} at any": three}
+        if kind != "NoisyClassifier":  # which tells values apart
+            made[f"{kind} alone"] = expert(kind, 1)
+        made |= {f"{kind} at a value": three["1"], f"{kind} at any": three}
         if three.has_value:
             made[f"not a value of {kind}"] = ~three["1"]
     return made

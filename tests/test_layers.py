@@ -15,7 +15,7 @@ FLOORS = (
     "potential plotting",
     "sampling experts",
     "boltzmann partition train pipelines",
-    "evaluation",
+    "evaluation testing",
     "cli generate",
 )
 """From the ground up; a room imports only from floors below its own."""
