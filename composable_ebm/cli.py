@@ -151,7 +151,7 @@ class Evaluate:
         family: Family of experts, such as faces.
         out: File of results, a .json; results/FAMILY.json unless given. The plots go beside it.
         parts: What to measure: rows, negation, alternatives, detection, agreement, stability.
-        forms: Ways to compose, ratio, weight 1, sum, base ratio, tuned; rivals ebmkit, diffusion,
+        forms: Ways to compose, ratio, chains, weight 3, sum, base ratio; rivals ebmkit, diffusion,
             contrastive, joint.
         weight: Weight of every ratio; what each expert was calibrated with unless given.
         samples: Samples of each row of the first form.
@@ -168,7 +168,7 @@ class Evaluate:
     out: Path | None = None
     parts: tuple[str, ...] = ("rows", "negation", "alternatives", "detection", "agreement", "stability")
     forms: tuple[str, ...] = (
-        *("ratio", "weight 1", "sum", "base ratio", "tuned"),
+        *("ratio", "chains", "weight 3", "sum", "base ratio"),
         *("ebmkit", "diffusion", "contrastive", "joint"),
     )
     weight: float | None = None

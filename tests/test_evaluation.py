@@ -121,12 +121,12 @@ def test_the_sum_form_adds_experts_and_the_ratio_form_counts_the_base_once(exper
     ratio = compose("ratio", request, terms, base, 2.0)
     log_p = [experts[n]["any"](x) - e(x) for n, e in (("side", right_side), ("size", large))]
     assert torch.allclose(ratio(x), base(x) - 2 * sum(log_p), atol=1e-5)
-    bayes = compose("weight 1", request, terms, base, 2.0)
-    assert torch.allclose(bayes(x), base(x) - sum(log_p), atol=1e-5)
+    taste = compose("weight 3", request, terms, base)
+    assert torch.allclose(taste(x), base(x) - 3 * sum(log_p), atol=1e-5)
     # Without a base, the last attribute brings p(x) along.
     carried = compose("ratio", request, terms, None, 1.0)
     assert torch.allclose(carried(x), large(x) - log_p[0], atol=1e-5)
-    with pytest.raises(ValueError, match="`form` must be one of ratio, weight 1, sum"):
+    with pytest.raises(ValueError, match="`form` must be one of ratio, chains, weight 3, sum"):
         compose("base ratio", request, terms, None)
 
 

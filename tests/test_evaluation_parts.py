@@ -12,13 +12,12 @@ from composable_ebm.data import LabelledImages
 from composable_ebm.evaluation import choice, family, rivals
 from composable_ebm.evaluation.agreement import agreement, stability
 from composable_ebm.evaluation.choice import alternatives, negation
-from composable_ebm.evaluation.composition import compose, sample_row
+from composable_ebm.evaluation.composition import sample_row
 from composable_ebm.evaluation.diversity import diversity, marginals, matched
 from composable_ebm.evaluation.family import Evaluation, Progress, evaluate_family
 from composable_ebm.evaluation.report import curve, table
 from composable_ebm.evaluation.rows import bounds, evaluate_row
 from composable_ebm.evaluation.task import held_out_combinations, requests, satisfying, task_of
-from composable_ebm.evaluation.tuning import WEIGHTS, choose, tune
 
 JUDGE = toy_task.Measure()
 
@@ -124,25 +123,6 @@ def test_marginals_are_those_of_real_images_of_the_same_requests(pool):
     assert found["right"]["shares"] == [0.75, 0.25]
     assert found["right"]["largest_difference"] == pytest.approx(0.25, abs=0.08)
     assert found["right"]["entropy_data"] == pytest.approx(math.log(2), abs=0.02)
-
-
-# -- weights -------------------------------------------------------------------------------------
-
-
-def test_the_smallest_weight_within_one_standard_error_is_chosen():
-    at = torch.tensor([1.0] * 100 + [2.0] * 100 + [3.0] * 100)
-    correct = torch.tensor(
-        [i < 60 for i in range(100)] + [i < 97 for i in range(100)] + [i < 98 for i in range(100)]
-    )
-    weight, shares = choose(at, correct, (1.0, 2.0, 3.0))
-    assert weight == 2.0
-    assert shares == [0.6, 0.97, 0.98]
-
-
-def test_exact_experts_need_no_weight_above_one(task):
-    found = tune(task, JUDGE, samples=140)
-    assert found["weights"]["left"] == 1.0
-    assert len(found["curves"]["right"]) == len(WEIGHTS)
 
 
 # -- NOT and OR ----------------------------------------------------------------------------------
@@ -266,7 +246,7 @@ def test_an_evaluation_writes_everything_and_reads_as_a_table(task, pool, monkey
     monkeypatch.setattr("composable_ebm.evaluation.agreement.MULTIPLES", (1, 2))
     evaluation = Evaluation(
         "folder",
-        forms=("ratio", "tuned", "joint"),
+        forms=("ratio", "chains", "joint"),
         samples=70,
         other_samples=60,
         seeds=(0, 1),
@@ -283,12 +263,12 @@ def test_an_evaluation_writes_everything_and_reads_as_a_table(task, pool, monkey
     assert [(row["form"], row["seed"]) for row in found["rows"]] == [
         ("ratio", 0),
         ("ratio", 1),
-        ("tuned", 0),
-        ("tuned", 1),
+        ("chains", 0),
+        ("chains", 1),
     ]
     assert min(curve(found, "ratio", "accuracy_convolutional", [2])) > 0.9
     text = table(found)
-    for words in ("spread over seeds", "NOT, %", "chains at T = 1", "steps, times", "tuned weights", "AUROC"):
+    for words in ("spread over seeds", "NOT, %", "chains at T = 1", "steps, times", "AUROC"):
         assert words in text
 
 
@@ -323,13 +303,6 @@ def test_a_family_without_experts_is_refused_by_name(monkeypatch, tmp_path):
     monkeypatch.setenv("COMPOSABLE_EBM_MODELS", str(tmp_path))
     with pytest.raises(ValueError, match="'cats' has no experts to compose; families with experts"):
         task_of("cats")
-
-
-def test_the_tuned_form_takes_a_weight_for_each_attribute(task):
-    x = torch.rand(4, *toy_task.SHAPE)
-    left, right = (task.terms[n][1](x) - task.experts[n]["any"](x) for n in ("left", "right"))
-    tuned = compose("tuned", {"left": 1, "right": 1}, task.terms, task.base, {"left": 2.0, "right": 3.0})
-    assert torch.allclose(tuned(x), task.base(x) + 2 * left + 3 * right, atol=1e-4)
 
 
 # -- the joint model's labels ------------------------------------------------------------------------

@@ -25,12 +25,9 @@ ALTERNATIVES: dict[str, tuple[tuple[Request, Request], ...]] = {
     "faces": (({"beard": 1, "curly": 0}, {"beard": 0, "curly": 1}),),
     "shapes": (({"at_r0c0": 1}, {"at_r3c3": 1}),),
 }
-PROPORTIONS = (0.5, 0.8)
-METHODS = ("random choice", "weight 1", "uncalibrated", "calibrated")
+PROPORTIONS = (0.5, 0.8, 0.95)
+METHODS = ("random choice", "uncalibrated", "calibrated")
 CALIBRATION_CHAINS = 256
-# Sharper posteriors than this and the few steps at each level no longer carry proportions down to no
-# noise: at weight 6, 80:20 became 67:33.
-WEIGHT = 2.0
 
 __all__ = ["alternatives", "negation"]
 
@@ -83,7 +80,7 @@ def negation(task: Task, judge: Judge, samples: int, seed: int) -> dict[str, dic
 
 
 def alternatives(task: Task, judge: Judge, samples: int, seed: int) -> list[dict]:
-    """Proportions of an OR, asked for at 50:50 and 80:20.
+    """Proportions of an OR, asked for at 50:50, 80:20 and 95:5.
 
     Args:
         task: What there is to compose.
@@ -93,9 +90,8 @@ def alternatives(task: Task, judge: Judge, samples: int, seed: int) -> list[dict
     Returns:
         For each pair, proportion and method: `share` of the first among samples that show exactly one,
         its error in points, and the accuracy, the share that shows one. The methods are "random choice"
-        of one request per sample at the experts' own weights, and mixtures: at "weight 1", where every
-        posterior is a density of its own and no log Z is missing; at weight 2 "uncalibrated", and
-        "calibrated", with log Z at every noise level.
+        of one request for each sample, and mixtures, "uncalibrated", whose components come as often as
+        their log Z has it, and "calibrated", with the log Z of each.
     """
     found = []
     for pair in ALTERNATIVES.get(task.family, ()):
@@ -126,14 +122,10 @@ Drawing = Callable[[float, int, torch.Generator], Tensor]
 
 def _ways_to_write(pair: Sequence[Request], task: Task, seed: int) -> dict[str, Drawing]:
     """Method -> how it draws, for the methods that there are for a pair."""
-    certain, bare, components = (
-        [compose("ratio", request, task.terms, task.base, w) for request in pair] for w in (None, 1.0, WEIGHT)
-    )
+    components = [compose("ratio", request, task.terms, task.base) for request in pair]
     sampler, num_steps = calibrated_sampler(components[0])
     plain = Mixture(components)
     mixtures = {"uncalibrated": plain}
-    if plain.key != Mixture(bare).key:
-        mixtures["weight 1"] = Mixture(bare)
     if isinstance(sampler, Annealed) and sampler.schedule.noise_level is not None:
         try:
             carrier(plain)
@@ -145,7 +137,7 @@ def _ways_to_write(pair: Sequence[Request], task: Task, seed: int) -> dict[str, 
 
     def choose(share: float, samples: int, generator: torch.Generator) -> Tensor:
         first = torch.rand(samples, generator=generator) < share
-        return draw([certain[0 if one else 1] for one in first.tolist()], generator)[0]
+        return draw([components[0 if one else 1] for one in first.tolist()], generator)[0]
 
     def mix(mixture: Mixture, share: float, samples: int, generator: torch.Generator) -> Tensor:
         return sample(

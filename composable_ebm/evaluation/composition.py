@@ -19,11 +19,15 @@ from torch import Tensor
 from composable_ebm.energy import Energy, ratio
 from composable_ebm.evaluation.task import Request, Task
 from composable_ebm.experts.expert import Expert, given
-from composable_ebm.sampling.block import Sampler
 from composable_ebm.sampling.engine import Engine
+from composable_ebm.sampling.particles import Particles
+from composable_ebm.sampling.request import calibrated_sampler, calibrated_steps
 
-FORMS = ("ratio", "weight 1", "sum", "base ratio", "tuned")
+FORMS = ("ratio", "chains", "weight 3", "sum", "base ratio")
 
+UNWEIGHED = ("chains", "weight 3")
+"""Forms whose chains carry no weights."""
+TASTE = 3.0
 MOST_CHAINS = 512
 """Chains that step together."""
 
@@ -35,44 +39,37 @@ def compose(
     request: Request,
     terms: Mapping[str, Mapping[int, Expert]],
     base: Expert | None,
-    weights: Mapping[str, float] | float | None = None,
+    weight: float | None = None,
 ) -> Energy:
     """The composition that asks for `request`.
 
     "sum" is Σ Eᵢ(x, aᵢ). "ratio" is `given`, which counts p(x) once; without a base expert the last
-    attribute asked for brings p(x) along. "base ratio" is base + Σ wᵢ (Eᵢ(x, aᵢ) - E_base(x)), the
-    formula of composable diffusion. "weight 1" is "ratio" as Bayes' rule has it, "tuned" is "ratio" at
-    weights chosen on other seeds.
+    attribute asked for brings p(x) along. "chains" and "weight 3" are the same composition for chains
+    without weights (see `sample_row`), the latter at weight 3. "base ratio" is
+    base + Σ wᵢ (Eᵢ(x, aᵢ) - E_base(x)), the formula of composable diffusion.
 
     Args:
         form: One of `FORMS`.
         request: What to ask for.
         terms: Attribute -> value -> its expert.
         base: The expert of p(x), if the family has one.
-        weights: w of the ratios, one for all or by attribute; what each was calibrated with unless given.
+        weight: w of the ratios; what each was calibrated with unless given.
     """
     chosen = {name: terms[name][value] for name, value in request.items()}
     if form == "sum":
         return functools.reduce(operator.add, chosen.values())
 
-    def strength(name: str) -> float:
-        if form == "weight 1":
-            return 1.0
-        if weights is None:
-            return chosen[name].card.weight
-        return weights[name] if isinstance(weights, Mapping) else weights
-
+    weight = TASTE if form == "weight 3" else weight
     if form == "base ratio" and base is not None:
-        return sum((strength(n) * ratio(e, base) for n, e in chosen.items()), base)
-    if form not in ("ratio", "weight 1", "tuned"):
+        own = {n: e.given_weight if weight is None else weight for n, e in chosen.items()}
+        return sum((own[n] * ratio(e, base) for n, e in chosen.items()), base)
+    if form not in ("ratio", *UNWEIGHED):
         raise ValueError(
             f"`form` must be one of {', '.join(FORMS)} (base ratio only with a base), got {form!r}."
         )
-    others = list(chosen)
-    energy: Energy = chosen[others.pop()] if base is None else base
-    for name in others:
-        energy = given(energy, chosen[name], weight=strength(name))
-    return energy
+    others = list(chosen.values())
+    ground: Energy = others.pop() if base is None else base
+    return given(ground, *others, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class Row:
 
 
 def draw(
-    expressions: Sequence[Energy], generator: torch.Generator, sampler: Sampler | None = None
+    expressions: Sequence[Energy], generator: torch.Generator, weighed: bool = True
 ) -> tuple[Tensor, float, int]:
     """One sample of each composition, from noise by the settings stored in the experts.
 
@@ -102,7 +99,7 @@ def draw(
     Args:
         expressions: One for each sample.
         generator: Draws the seeds of the requests.
-        sampler: In place of the stored one.
+        weighed: Whether chains may be particles.
     Returns:
         Samples (expressions, *event), seconds, and gradient evaluations per sample.
     """
@@ -114,11 +111,15 @@ def draw(
     with Engine(max_batch=MOST_CHAINS) as engine:
         runs = []
         for members in groups.values():
+            sampler, _ = calibrated_sampler(expressions[members[0]])
+            if isinstance(sampler, Particles) and not weighed:
+                sampler = sampler.plain
             for part in range(0, len(members), MOST_CHAINS // 2):
                 own = members[part : part + MOST_CHAINS // 2]
                 run = engine.submit(
                     expressions[own[0]],
                     num_chains=len(own),
+                    num_steps=calibrated_steps(expressions[own[0]]),
                     seed=int(torch.randint(2**31, (), generator=generator)),
                     sampler=sampler,
                     on_divergence="report",
@@ -137,10 +138,11 @@ def sample_row(
     form: str,
     asked: Sequence[Request],
     task: Task,
-    weights: Mapping[str, float] | float | None,
+    weight: float | None,
     seed: int,
 ) -> Row:
     """Draws one sample for each request."""
-    expressions = [compose(form, request, task.terms, task.base, weights) for request in asked]
-    samples, seconds, evaluations = draw(expressions, torch.Generator().manual_seed(seed))
+    expressions = [compose(form, request, task.terms, task.base, weight) for request in asked]
+    generator = torch.Generator().manual_seed(seed)
+    samples, seconds, evaluations = draw(expressions, generator, weighed=form not in UNWEIGHED)
     return Row(samples, list(asked), seconds, evaluations)

@@ -30,7 +30,6 @@ from composable_ebm.evaluation.report import plot, plot_agreement
 from composable_ebm.evaluation.rivals import RIVALS, Missing, sample_rival
 from composable_ebm.evaluation.rows import bounds, evaluate_row
 from composable_ebm.evaluation.task import Task, requests, task_of
-from composable_ebm.evaluation.tuning import tune
 from composable_ebm.files import write_atomic
 
 PARTS = ("rows", "negation", "alternatives", "detection", "agreement", "stability")
@@ -58,7 +57,7 @@ class Evaluation:
         sizes: Numbers of attributes asked for at once; all unless given.
         held_out: Asks only for combinations that no expert saw.
         combinations: Those combinations; the ones that all cards name unless given.
-        judges: Kinds of judges; the first one's features measure distances, the last one tunes.
+        judges: Kinds of judges; the first one's features measure distances.
         root: Folder of the data.
         cache: Where judges are kept.
         progress: Where finished parts are kept until the whole is done.
@@ -140,7 +139,7 @@ def evaluate_family(evaluation: Evaluation, out: str | Path) -> dict:
     plan = _plan(evaluation, task)
     parts = [name for name in PARTS[1:] if name in evaluation.parts]
     alone = [name for name in ALONE if name in parts]
-    total = len(plan) + len(parts) + len(alone) * (len(task.all_experts) - 1) + _tunes(evaluation)
+    total = len(plan) + len(parts) + len(alone) * (len(task.all_experts) - 1)
     progress = Progress(_progress_folder(evaluation, result), total, f"evaluate {evaluation.family}")
     result.update(_all_rows(setting, plan, progress))
     for name in parts:
@@ -203,20 +202,11 @@ def _plan(evaluation: Evaluation, task: Task) -> list[tuple[str, int, int]]:
     return plan if "rows" in evaluation.parts else []
 
 
-def _tunes(evaluation: Evaluation) -> bool:
-    return "tuned" in evaluation.forms and "rows" in evaluation.parts
-
-
 def _all_rows(setting: _Setting, plan: list[tuple[str, int, int]], progress: Progress) -> dict:
-    """The rows, the weights that were tuned for them, and why some could not be drawn."""
-    evaluation = setting.evaluation
+    """The rows, and why some could not be drawn."""
     found: dict = {"rows": [], "missing": {}}
-    if _tunes(evaluation):
-        last = list(setting.judges.values())[-1]
-        found["tuned"] = progress.part("tuned", partial(tune, setting.task, last, evaluation.other_samples))
     for form, size, seed in plan:
-        weights = found["tuned"]["weights"] if form == "tuned" else evaluation.weight
-        row = progress.part(f"row {form} {size} {seed}", partial(_row, setting, form, size, seed, weights))
+        row = progress.part(f"row {form} {size} {seed}", partial(_row, setting, form, size, seed))
         if "missing" in row:
             found["missing"][form] = row["missing"]
         else:
@@ -224,9 +214,7 @@ def _all_rows(setting: _Setting, plan: list[tuple[str, int, int]], progress: Pro
     return found
 
 
-def _row(
-    setting: _Setting, form: str, size: int, seed: int, weights: dict[str, float] | float | None
-) -> dict:
+def _row(setting: _Setting, form: str, size: int, seed: int) -> dict:
     """One row: the same requests for every form."""
     evaluation, task = setting.evaluation, setting.task
     count = evaluation.samples if form == evaluation.forms[0] else evaluation.other_samples
@@ -239,7 +227,7 @@ def _row(
         if form in RIVALS:
             row = sample_rival(form, asked, task, seed)
         else:
-            row = sample_row(form, asked, task, weights, seed)
+            row = sample_row(form, asked, task, evaluation.weight, seed)
     except Missing as error:
         return {"missing": str(error)}
     return evaluate_row(row, task, setting.judges, setting.pool, setting.train)

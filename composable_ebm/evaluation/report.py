@@ -11,9 +11,9 @@ from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED,
 
 SKY, OCHRE = "#7fb2d9", "#b8860b"
 STYLES = {
-    "ratio": (BLUE, "ratio form"),
-    "weight 1": (SKY, "ratio form, weight 1"),
-    "tuned": (GREEN, "ratio form, tuned weights"),
+    "ratio": (BLUE, "given, particles"),
+    "chains": (SKY, "given, chains without weights"),
+    "weight 3": (GREEN, "given, chains at weight 3"),
     "base ratio": (PURPLE, "ratio to the base"),
     "sum": (ORANGE, "plain sum"),
     "joint": (INK, "joint model"),
@@ -30,7 +30,6 @@ def table(result: dict) -> str:
     sections = [
         _accuracies(result),
         _figures(result),
-        _tuned(result),
         _negation(result),
         _alternatives(result),
         _detection(result),
@@ -157,12 +156,6 @@ def _spread(values: Sequence[float]) -> str | None:
         return None
     mean = sum(values) / len(values)
     return f"{100 * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)):.1f}"
-
-
-def _tuned(result: dict) -> Iterator[str]:
-    if "tuned" in result:
-        weights = result["tuned"]["weights"]
-        yield "tuned weights: " + ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
 
 
 def _negation(result: dict) -> Iterator[str]:
