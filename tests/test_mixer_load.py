@@ -92,7 +92,7 @@ class Server:
         """What the page is answered."""
         headers = {"content-type": "application/json", "x-visitor": "visitor-of-a-test"}
         return httpx.post(
-            f"{self.url}/mixer/{path}", content=json.dumps(content), headers=headers, timeout=60
+            f"{self.url}/ask/{path}", content=json.dumps(content), headers=headers, timeout=60
         ).json()
 
 
@@ -112,7 +112,7 @@ class Visitor:
 
     async def ask(self, path, **content):
         """What the page is answered."""
-        answer = await self.client.post(f"{self.url}/mixer/{path}", json=content, headers=self.headers)
+        answer = await self.client.post(f"{self.url}/ask/{path}", json=content, headers=self.headers)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -133,7 +133,7 @@ class Visitor:
         await asyncio.gather(reading, return_exceptions=True)
 
     async def _read(self, asked):
-        asking = self.client.stream("POST", f"{self.url}/mixer/run", json=asked, headers=self.headers)
+        asking = self.client.stream("POST", f"{self.url}/ask/run", json=asked, headers=self.headers)
         async with asking as stream:
             async for line in stream.aiter_lines():
                 message = json.loads(line)
@@ -286,12 +286,27 @@ def test_a_password_stands_before_all_that_the_page_does():
         headers = {"x-visitor": "visitor-of-a-test"}
         assert "Log in" in client.get("/").text
         for path in ("world", "read", "run", "keep"):
-            assert client.post(f"/mixer/{path}", json={}, headers=headers).status_code == 401
-        assert client.get("/mixer/thumb/0").status_code == 401
+            assert client.post(f"/ask/{path}", json={}, headers=headers).status_code == 401
+        assert client.get("/ask/thumb/0").status_code == 401
         client.cookies.set("access-token-x", "good")
         assert "One-click starts" in client.get("/").text
-        assert client.post("/mixer/world", json={}, headers=headers).status_code == 200
-        assert client.post("/mixer/world", json={}).status_code == 400  # other sites cannot name a visitor
+        assert client.post("/ask/world", json={}, headers=headers).status_code == 200
+        assert client.post("/ask/world", json={}).status_code == 400  # other sites cannot name a visitor
+    runs.close()
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_a_proxy_may_show_the_page_under_a_path(stripped):
+    server, runs = app.build(Limits())
+    with TestClient(server, root_path="/mixer") as client:
+        place = "" if stripped else "/mixer"
+        page = client.get(f"{place}/").text
+        assert 'src="page/main.js"' in page  # relative to wherever it is shown
+        assert "http" not in page.replace("http-equiv", "")
+        assert client.get(f"{place}/page/main.js").status_code == 200
+        assert client.get(f"{place}/gradio_api/upload").status_code == 404
+        headers = {"x-visitor": "visitor-of-a-test"}
+        assert client.post(f"{place}/ask/world", json={}, headers=headers).status_code == 200
     runs.close()
 
 
@@ -463,7 +478,7 @@ def test_an_upload_of_a_hundred_megabytes_is_refused(server):
     for path, headers in (
         ("upload", {**form, **declared}),
         ("call/sample", as_json),
-        ("../mixer/read", {**as_json, "x-visitor": "visitor-of-a-test"}),
+        ("../ask/read", {**as_json, "x-visitor": "visitor-of-a-test"}),
     ):
         try:
             url = f"{server.url}/gradio_api/{path}".replace("/gradio_api/..", "")
@@ -492,7 +507,7 @@ def test_an_upload_of_a_hundred_megabytes_is_refused(server):
         "page/..%2f..%2f..%2f..%2fetc%2fpasswd",
         "page/..%2fapp.py",
         "page/starts.toml",
-        "mixer/thumb/999",
+        "ask/thumb/999",
         "docs",
         "openapi.json",
     ],

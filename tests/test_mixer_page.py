@@ -3,12 +3,15 @@
 import shutil
 import time
 import zipfile
+from pathlib import Path
 
 import pytest
+from helpers import card, network
 from mixer_toys import decode
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import composable_ebm as ceb
 from demos.mixer import state
 from demos.mixer.state import Request
 
@@ -16,6 +19,7 @@ expect = pytest.importorskip("playwright.sync_api").expect
 
 pytestmark = pytest.mark.browser
 
+AXE = "node_modules/axe-core/axe.min.js"
 MIX = "Toys/digit[3] + Toys/slanted"
 SOFT, HARD = "ratio(Yard/hat, Yard/hat[any])", "ratio(~Yard/hat, Yard/hat[any])"
 
@@ -356,16 +360,15 @@ def test_grids_strips_films_and_programs(page, tmp_path):
 
 
 def test_new_experts_appear_on_reload_and_failures_are_told(page, toys):
-    shutil.copytree(toys / "Toys/thick", toys / "Toys/wide")
+    wide = card("wide", ("narrow", "wide"), "Toys", (1, 16, 16))
+    ceb.save_expert(toys / wide.full_name, network(wide), wide)
     try:
-        config = toys / "Toys/wide/config.json"
-        config.write_text(config.read_text().replace('"thick"', '"wide"'))
         page.reload()
         page.locator("body[data-ready]").wait_for()
         page.get_by_role("checkbox", name="wide").check()
         expect(_recipe(page)).to_have_value(f"{MIX} + Toys/wide")
     finally:
-        shutil.rmtree(toys / "Toys/wide")
+        shutil.rmtree(toys / wide.full_name)
     page.locator("#advanced").evaluate("element => { element.open = true; }")
     page.get_by_text("What these experts cannot do").click()
     expect(page.get_by_text("Makes blobs.").first).to_be_visible()
@@ -383,6 +386,29 @@ def test_starts_and_surprises_are_one_click_and_one_key(page):
     expect(_button(page, "Stop")).to_be_disabled()
     page.keyboard.press("?")
     expect(page.get_by_role("dialog")).to_contain_text("Surprise me")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_no_violation(browser, toy_page, scheme):
+    """Where `npm install axe-core` was run, in the checkout or a folder above it."""
+    found = [folder / AXE for folder in Path(__file__).resolve().parents if (folder / AXE).is_file()]
+    if not found:
+        pytest.skip("there is no axe-core; npm install axe-core")
+    page = browser.new_page(color_scheme=scheme, bypass_csp=True)
+    _open(page, f"{toy_page}/?still")
+    page.add_script_tag(path=found[0])
+    _button(page, "Sample").click()
+    _sampled(page)
+    page.locator("#picture").focus()
+    page.keyboard.press("ArrowRight")
+    page.locator("#advanced").evaluate("element => { element.open = true; }")
+    for tab in ("Why", "Explore", "Start from", "Teach"):
+        page.get_by_role("tab", name=tab).click()
+        said = page.evaluate(
+            "async () => (await axe.run()).violations.map((each) => each.id + each.nodes[0].html)"
+        )
+        assert said == [], tab
+    page.close()
 
 
 @pytest.mark.parametrize("width", [360, 800, 1280, 2560])

@@ -9,9 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi.responses import Response
+from torch import Tensor
 
-from composable_ebm import Energy
+from composable_ebm import Annealed, Energy
 from composable_ebm.experts import Card
+from composable_ebm.sampling.sample import calibrated_sampler
 
 from . import mix, pictures, starts, state
 from .explore import Axis
@@ -19,10 +21,10 @@ from .heat import pushes
 from .lessons import forgotten, kept
 from .runs import FAILURES, Message, Runs, sentences, understood
 from .state import Request
-from .terms import parts
+from .terms import parts, reweighted
 from .trust import doubts
 
-THUMB_SEED, THUMB_SHARE = 11, 0.25
+THUMB_SEED, THUMB_SHARE, THUMB_WEIGHT = 11, 0.25, 3.0
 THUMB_PATIENCE = 120.0  # seconds
 
 Sent = dict[str, Any]
@@ -47,18 +49,29 @@ class Answers:
         """Loads the experts of the first mix and draws a picture of every start."""
         self.runs.warm_up(self.runs.offer.first)
         for start in self.runs.offer.starts:
+            if self.runs.closed:
+                break
             with suppress(*FAILURES):
-                energy = understood(start.recipe, self.runs.library)
-                run = self.runs.engine.submit(
-                    energy, 1, seed=THUMB_SEED, share=THUMB_SHARE, on_divergence="report"
-                )
-                content = pictures.png(pictures.montage(run.result().images))
+                content = pictures.png(pictures.montage(self._drawing(start.recipe)))
                 with self._drawn:
                     self._thumbs[start.recipe] = content
                     self._drawn.notify_all()
         with self._drawn:
             self._thumbs.setdefault("", b"")  # no more will come
             self._drawn.notify_all()
+
+    def _drawing(self, recipe: str) -> Tensor:
+        """One picture of a recipe, (1, *image): drawn without particles, so all the more is asked for."""
+        energy = understood(recipe, self.runs.library)
+        strong = {part.name: THUMB_WEIGHT * part.weight for part in parts(energy) if part.against is not None}
+        energy = reweighted(energy, strong)
+        sampler, _ = calibrated_sampler(energy)
+        if isinstance(sampler, Annealed):
+            sampler = Annealed(sampler.kernel, sampler.schedule)
+        run = self.runs.engine.submit(
+            energy, 1, seed=THUMB_SEED, share=THUMB_SHARE, sampler=sampler, on_divergence="report"
+        )
+        return run.result().images
 
     def thumb(self, index: int) -> bytes | None:
         """The picture of a start, when it is drawn."""

@@ -107,7 +107,7 @@ def build(limits: Limits, device: torch.device | str = "cpu", keeps: bool = True
     _add_page(server)
     _add_answers(server, answers)
     # Loads the first experts and draws the starts, while the first visitor reads.
-    threading.Thread(target=answers.prepare, name="mixer opens", daemon=True).start()
+    threading.Thread(target=answers.prepare, name="mixer opens").start()
     return server, runs
 
 
@@ -178,7 +178,7 @@ def _add_answers(server: gr.Server, answers: Answers) -> None:
         "forget",
         "keep",
     ):
-        server.add_api_route(f"/mixer/{name}", answering(getattr(answers, name)), methods=["POST"])
+        server.add_api_route(f"/ask/{name}", answering(getattr(answers, name)), methods=["POST"])
 
     def run(sent: Asked, by: By) -> Response:
         messages = answers.run(sent, by)
@@ -195,8 +195,8 @@ def _add_answers(server: gr.Server, answers: Answers) -> None:
             raise HTTPException(404, "There is no such picture.")
         return Response(content, media_type="image/png", headers=HEADERS)
 
-    server.add_api_route("/mixer/run", run, methods=["POST"])
-    server.add_api_route("/mixer/thumb/{index}", thumb, methods=["GET"])
+    server.add_api_route("/ask/run", run, methods=["POST"])
+    server.add_api_route("/ask/thumb/{index}", thumb, methods=["GET"])
 
 
 async def _lines(messages: Iterator[Message]) -> AsyncIterator[bytes]:

@@ -54,6 +54,7 @@ class Runs:
     Attributes:
         engine: Takes the steps of them all.
         offer: What can be mixed.
+        closed: Whether it has ended.
         visitors: Those who are there, with the experts that they taught.
     """
 
@@ -62,6 +63,7 @@ class Runs:
         self.limits = limits
         most = MAX_BATCH if library.device.type == "cpu" else MAX_ACCELERATED_BATCH
         self.engine = Engine(library.device, max(most, limits.max_chains))
+        self.closed = False
         self.offer = Offer()
         self.visitors = Visitors()
         self._players, self._samplers = Queue(limits.max_players), Queue(1)
@@ -79,6 +81,7 @@ class Runs:
 
     def close(self) -> None:
         """Ends all runs, and the engine."""
+        self.closed = True
         self.engine.close()
 
     def running(self) -> int:

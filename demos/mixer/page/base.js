@@ -46,7 +46,7 @@ const named = () => {
 };
 const visitor = named();
 
-const post = (path, content, signal) => fetch(`mixer/${path}`, {
+const post = (path, content, signal) => fetch(`ask/${path}`, {
     method: "POST",
     headers: { "content-type": "application/json", "x-visitor": visitor },
     body: JSON.stringify(content),

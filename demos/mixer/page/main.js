@@ -56,7 +56,7 @@ const drawStarts = () => {
     const things = state.world.families.filter((each) => !each.method).map((each) => each.name);
     const cards = state.world.starts.map((each, index) => ({ ...each, index })).filter((each) => things.includes(each.family)).slice(0, 8).map((each) => make(
         "button", { type: "button", class: "start", onclick: () => begin(each) },
-        make("img", { src: `mixer/thumb/${each.index}`, alt: "", width: 64, height: 64, class: "pixels" }), make("span", {}, each.title),
+        make("img", { src: `ask/thumb/${each.index}`, alt: "", width: 64, height: 64, class: "pixels" }), make("span", {}, each.title),
     ));
     const dice = make("button", { type: "button", class: "start", id: "surprise", title: "A mix at random (R)", onclick: () => surprised() }, make("span", { class: "dice", "aria-hidden": "true" }, "?"), make("span", {}, "Surprise me"));
     find("starts").replaceChildren(...cards, dice);
