@@ -293,6 +293,20 @@ def test_the_network_may_run_in_16_bits_while_chains_stay_in_32():
     assert float((found - exact).abs().mean() / exact.abs().mean()) < 0.02
 
 
+def test_casting_a_composition_copies_the_network_alone(sd):
+    plain = ceb.given(sd, sd["a castle"], weight=3)
+    before = ceb.sample(plain, num_chains=2).samples
+    cast = ceb.given(sd, sd["a castle"], weight=3).bfloat16()
+    (own,) = {leaf.denoiser for leaf in cast.leaves()}
+    assert own.network.dtype == torch.bfloat16
+    assert own.pipe is sd.denoiser.pipe
+    assert own.codec is sd.denoiser.codec
+    assert sd.denoiser.network.dtype == torch.float32
+    after = ceb.sample(cast, num_chains=2).samples
+    assert float((after - before).abs().mean() / before.abs().mean()) < 0.05
+    torch.testing.assert_close(ceb.sample(plain, num_chains=2).samples, before)
+
+
 def test_weights_that_are_offloaded_stay_where_the_pipeline_keeps_them():
     accelerate = pytest.importorskip("accelerate")
     pipe = toys.stable_diffusion()

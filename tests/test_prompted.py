@@ -5,6 +5,7 @@ import torch
 
 import composable_ebm as ceb
 from composable_ebm.pipelines import Pipeline, PromptedDenoiser
+from composable_ebm.sampling.graphs import weights_of
 
 MEANS = {None: (0.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -0.8), "slanted": (0.6, 0.6)}
 COVARIANCES = {
@@ -91,3 +92,8 @@ def test_not_divides_by_the_likelihood_of_the_prompt(plane):
 def test_a_prompt_that_the_network_does_not_know_is_refused_where_it_is_named(plane):
     with pytest.raises(KeyError, match="no prompt 'left'"):
         plane["left"]
+
+
+def test_steps_of_a_network_that_decides_in_python_are_not_captured(plane):
+    mix = ceb.given(plane, plane["right"], weight=2)
+    assert "Normals decides anew" in weights_of(mix.modules(), versions=False).refusal

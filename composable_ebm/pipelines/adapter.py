@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class PipelineDenoiser(PromptedDenoiser):
         self.noise_range = self.parametrisation.noise_range
         self._describe_space(height, width)
         self._check_channels()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A composition that is moved or cast takes a network of its own; the rest of the pipeline, and
+        # weights that are offloaded, are shared.
+        new = object.__new__(type(self))
+        shared = [self.pipe, self.codec, *([self.network] if offloaded(self.network) else [])]
+        memo |= {id(self): new, **{id(part): part for part in shared}}
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
 
     pipe: Any
     network: Any  # a module of diffusers, which tells of itself in its `config`

@@ -29,6 +29,8 @@ class PromptedDenoiser(nn.Module, ABC):
         num_steps: Noise levels of a run unless told otherwise.
         codec: What makes pictures of states, or None.
         rows_at_once: Rows of one pass, chains times prompts; None for all of them.
+        may_be_captured: Whether steps may be captured and replayed, see `sampling.graphs`: not of networks
+            whose weights are brought to the device when needed, or that decide in Python what to do.
     """
 
     event_shape: tuple[int, ...]
@@ -38,6 +40,7 @@ class PromptedDenoiser(nn.Module, ABC):
     num_steps: int = 50
     codec: Codec | None = None
     rows_at_once: int | None = None
+    may_be_captured: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple, Protocol, Self
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy, flat
+from composable_ebm.energy.closures import Function
 from composable_ebm.potential.packed import version_of
 from composable_ebm.sampling.block import MaskedNoise, Rows
 from composable_ebm.sampling.kernel import Dynamics, Kernel, Noise, Potential, State
@@ -187,7 +188,9 @@ def weights_of(modules: Iterable[nn.Module], versions: bool) -> Weights:
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             refusal = f"hooks of {type(module).__name__} are Python, which a replay would leave out"
-        if isinstance(module, Energy) and any(map(_is_function, vars(module).values())):
+        if not getattr(module, "may_be_captured", True):
+            refusal = f"{type(module).__name__} decides anew at every step what it does"
+        if isinstance(module, Energy) and any(map(_is_function, _held(module))):
             refusal = f"{module} calls a Python function, whose state a replay would not see"
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
@@ -195,8 +198,13 @@ def weights_of(modules: Iterable[nn.Module], versions: bool) -> Weights:
     return Weights(tuple(places), refusal)
 
 
+def _held(module: nn.Module) -> Iterator[object]:
+    yield from vars(module).values()
+    yield from module._modules.values()
+
+
 def _is_function(value: object) -> bool:
-    return callable(value) and not isinstance(value, nn.Module)
+    return callable(value) and (isinstance(value, Function) or not isinstance(value, nn.Module))
 
 
 # -- one captured step -------------------------------------------------------------------------------
