@@ -13,7 +13,7 @@ from torch import Tensor
 
 from composable_ebm import Annealed, Energy
 from composable_ebm.experts import Card
-from composable_ebm.sampling.sample import calibrated_sampler
+from composable_ebm.sampling.request import calibrated_sampler
 
 from . import mix, pictures, starts, state
 from .explore import Axis
