@@ -57,7 +57,7 @@ class LinearPlan:
         leaves = list(composition.leaves())
         columns = {leaf.key: _column(leaf) for leaf in leaves}
         simple = [leaf.key for leaf in leaves] == [term.key for term in terms]
-        if plan.alone or not simple or any(column is None for column in columns.values()):
+        if plan.alone or plan.wholes or not simple or any(column is None for column in columns.values()):
             return None
         return cls(composition, plan, columns)
 

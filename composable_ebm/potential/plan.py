@@ -68,7 +68,7 @@ class Group:
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = list(readers)
         self.networks = [network for network, _ in readers]
-        self.noise_conditioned = readers[0][1][0].noise_conditioned
+        self.noise_conditioned = readers[0][1][0].noise_conditioned or isinstance(self.networks[0], _Whole)
         self.path = ""
         self.refusal: str | None = None
         self._pause = 0
@@ -129,7 +129,8 @@ class Group:
 
     def describe(self) -> str:
         """How many networks of what kind, and how they ran."""
-        kind, count = type(self.networks[0]).__name__, len(self.networks)
+        first, count = self.networks[0], len(self.networks)
+        kind = type(first.leaf if isinstance(first, _Whole) else first).__name__
         text = f"one {kind}" if count == 1 else f"{count} {kind}"
         if count > 1 and self.special is None:
             text += " in one batched pass"
@@ -157,13 +158,44 @@ def _grouped(readers: Sequence[Reader], stack: bool) -> list[Group]:
     return groups
 
 
+OF_MODULES = frozenset(vars(nn.Module()))
+
+
+class _Whole(nn.Module):
+    """A leaf that reads no network of its own as a network that gives energies."""
+
+    def __init__(self, leaf: Energy) -> None:
+        super().__init__()
+        self.leaf = leaf
+
+    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        return self.leaf.energy(x, noise_level)
+
+
+def _readable(leaf: Energy) -> bool:
+    """Whether a leaf has something to gain, parameters, and nothing that changes unseen.
+
+    What it holds beside modules must be numbers, names and tuples of them, which are seen when replaced.
+    """
+    own = (value for name, value in vars(leaf).items() if name not in OF_MODULES)
+    return next(leaf.parameters(), None) is not None and all(map(_fixed, own))
+
+
+def _fixed(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_fixed, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
 class LeafPlan:
     """How to evaluate the leaves of a composition: `plan(x, noise_level)` -> energies by key."""
 
     def __init__(self, composition: Energy, stack: bool) -> None:
         self.composition = composition
         leaves = list(composition.leaves())
-        self.alone = [leaf for leaf in leaves if leaf.body() is None]
+        single = [leaf for leaf in leaves if leaf.body() is None]
+        self.wholes = [(leaf, Group([(_Whole(leaf), [leaf])])) for leaf in single if _readable(leaf)]
+        self.alone = [leaf for leaf in single if not _readable(leaf)]
         readers: dict[int, Reader] = {}
         for leaf in leaves:
             if (body := leaf.body()) is not None:
@@ -175,6 +207,9 @@ class LeafPlan:
         for leaf in self.alone:
             with naming(leaf, self.composition, x):
                 energies[leaf.key] = one_per_state(leaf, leaf.energy(x, noise_level), x)
+        for leaf, group in self.wholes:
+            with naming(leaf, self.composition, x):
+                energies[leaf.key] = one_per_state(leaf, group(x, noise_level)[0], x)
         for group in self.groups:
             with naming(group.readers[0][1][0], self.composition, x):
                 outputs = group(x, noise_level)
@@ -186,7 +221,7 @@ class LeafPlan:
 
     def describe(self) -> str:
         """One line for reports: which networks, and by which path they were last evaluated."""
-        parts = [group.describe() for group in self.groups]
+        parts = [group.describe() for group in (*self.groups, *(group for _, group in self.wholes))]
         if self.alone:
             parts.append(f"{len(self.alone)} energ{'y' if len(self.alone) == 1 else 'ies'} alone")
         return "; ".join(parts)

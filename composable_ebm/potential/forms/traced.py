@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.potential.operations import RULES, Pullback
+from composable_ebm.potential.operations.rule import sharing
 from composable_ebm.potential.packed import Watch, hooked
 from composable_ebm.potential.program import Program
 from composable_ebm.potential.trace import Unreadable, record
 
 __all__ = ["TracedForm"]
 
-SHAPES_KEPT = 4
-"""For how many shapes of states programs are kept."""
+SHAPES_KEPT = 16
+"""For how many shapes of states programs are kept; they share what they copy of the weights."""
+MOST_PARAMETERS = 1 << 25
+"""Larger networks are not read: copies of their weights would take more memory than time is gained."""
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest distance from autograd, relative to its size, that rounding explains; 0.1 for narrower types."""
 
@@ -43,6 +46,7 @@ class TracedForm:
         self._compiled = next(filter(None, map(_compiled, network.modules())), None)
         self._refusal: str | None = None  # of the network as it is, whatever the states
         self._programs: OrderedDict[Hashable, Program | str] = OrderedDict()
+        self._copies: dict[Hashable, object] = {}  # of weights, in the layouts of their operations
         self._checked: set[Hashable] = set()  # lists of operations that were held against autograd
 
     def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
@@ -57,6 +61,7 @@ class TracedForm:
         if version != self._version:
             self._version = version
             self._programs.clear()
+            self._copies.clear()
             self._refusal = _unreadable(self.network)
         if self._refusal is not None:
             return self._refusal
@@ -95,7 +100,8 @@ class TracedForm:
             raise Unreadable(f"reading it failed with {type(error).__name__}: {error}") from error
         if self._watch() != self._version:
             raise Unreadable("it changes its own attributes when it is called")
-        program = Program(trace)
+        with sharing(self._copies):
+            program = Program(trace)
         operations = tuple(node.operation for node in trace.nodes)
         if operations not in self._checked:
             self._check(program, x, noise_level)
@@ -106,11 +112,13 @@ class TracedForm:
         """Raises Unreadable unless the program equals autograd, on the states turned around and shrunk."""
         states = x.detach().flip(tuple(range(x.ndim))).mul_(0.9).requires_grad_()
         level = () if noise_level is None else (noise_level,)
-        with torch.enable_grad():
-            outputs = self.network(states, *level)
-            if not outputs.requires_grad:
-                raise Unreadable("its result does not depend on the states by a path that autograd follows")
-            (gradient,) = torch.autograd.grad(outputs.sum(), states, materialize_grads=True)
+        try:
+            with torch.enable_grad():
+                outputs = self.network(states, *level)
+                (gradient,) = torch.autograd.grad(outputs.sum(), states, materialize_grads=True)
+        except Exception as error:
+            reason = f"it could not be held against autograd: {type(error).__name__}: {error}"
+            raise Unreadable(reason) from error
         ours, pull_back = program(states.detach(), noise_level)
         pairs = ((ours, outputs.detach()), (pull_back(torch.ones_like(ours)), gradient))
         tolerance = TOLERANCE.get(x.dtype, 0.1)
@@ -126,6 +134,8 @@ def _unreadable(network: nn.Module) -> str | None:
     if hooked(network):
         return "it has hooks"
     tensors = (*network.parameters(), *network.buffers())
+    if (count := sum(tensor.numel() for tensor in tensors)) > MOST_PARAMETERS:
+        return f"it has {count:,} parameters, more than are copied"
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "weights on another device than the CPU"
     return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from composable_ebm.potential.operations.rule import Pullback, Rule, Step, fitted, one, sides
+from composable_ebm.potential.operations.rule import Pullback, Rule, Step, fitted, once, one, sides
 from composable_ebm.potential.operations.shapes import RULES as SHAPES
 from composable_ebm.potential.packed import PackedLinear
 from composable_ebm.potential.trace import Value
@@ -33,7 +33,8 @@ def _linear(input: Value, weight: Any, bias: Any = None) -> Step:
     if isinstance(weight, Value) or isinstance(bias, Value):
         raise NotImplementedError("with a weight that depends on the states")
     rows = input.shape.numel() // max(input.shape[-1], 1)
-    return _Linear(weight, bias, packed=rows * weight.numel() >= WORTH_PACKING)
+    packed = rows * weight.numel() >= WORTH_PACKING
+    return once(("linear", packed), (weight, bias), lambda: _Linear(weight, bias, packed))
 
 
 def _attention(
@@ -143,8 +144,8 @@ def _each(sizes: Sequence[int], count: int) -> list[int]:
 
 def _unit_convolution(weight: Tensor, bias: Tensor | None, padding: int) -> Step:
     """A convolution of stride 1; its input gradient is one with the flipped kernel."""
-    flipped = _channels_last(weight.flip(2, 3).transpose(0, 1))
-    weight = _channels_last(weight)
+    flipped = once("flipped", (weight,), lambda: _channels_last(weight.flip(2, 3).transpose(0, 1)))
+    weight = once("channels last", (weight,), lambda: _channels_last(weight))
     opposite = weight.shape[-1] - 1 - padding
 
     def pull(g: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def _plain_convolution(
     dilation: Sequence[int],
     groups: int,
 ) -> Step:
-    weight = _channels_last(weight)
+    weight = once("channels last", (weight,), lambda: _channels_last(weight))
     sizes = (stride, padding, dilation, False, [0] * len(stride), groups)
 
     def step(x: Tensor) -> tuple[Tensor, Pullback]:

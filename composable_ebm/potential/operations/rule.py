@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,12 +12,37 @@ from torch import Tensor
 
 from composable_ebm.potential.trace import Value
 
-__all__ = ["Pullback", "Rule", "Step", "fitted", "one", "operand", "sides"]
+__all__ = ["Pullback", "Rule", "Step", "axes_of", "fitted", "once", "one", "sharing", "sides"]
 
 Pullback = Callable[[Tensor], Any]
 """The cotangent of the result -> that of the input, or a tuple of those of several inputs."""
 Step = Callable[..., tuple[Tensor, Pullback]]
 Rule = Callable[..., Step]
+
+
+_shared: ContextVar[dict[Hashable, Any] | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def sharing(store: dict[Hashable, Any]) -> Iterator[None]:
+    """Rules that copy weights into other layouts find there what was copied before."""
+    token = _shared.set(store)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def once(kind: Hashable, tensors: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
+    """What `make` makes of some constants, made once where programs share; the constants are kept with it."""
+    store = _shared.get()
+    if store is None:
+        return make()
+    places = (None if t is None else (t.data_ptr(), t.shape, t.stride()) for t in tensors)
+    key = (kind, *places)
+    if key not in store:
+        store[key] = (make(), tensors)
+    return store[key][0]
 
 
 def fitted(gradient: Tensor, shape: torch.Size) -> Tensor:
@@ -31,11 +58,6 @@ def one(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor,
         return y, lambda g: backward(g, x, y)
 
     return step
-
-
-def operand(thing: object) -> bool:
-    """Whether it changes from call to call."""
-    return isinstance(thing, Value)
 
 
 def sides(self: object, other: object, both: Callable[[Any, Any], tuple[Tensor, Pullback]]) -> Step:
