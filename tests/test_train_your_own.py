@@ -121,6 +121,21 @@ def test_the_command_on_the_card_does_not_say_where_files_went(photos):
     assert command.startswith("composable-ebm train 'my photos' --num-iterations 1 ")
 
 
+@pytest.mark.slow
+def test_codec_and_base_are_trained_first_and_once_where_an_attribute_is_learned_on_latents(photos, capsys):
+    flags = ["--latents", "--data.size", "16", "--minutes", "0.03", "--generation.noise-levels", "5", "--cpu"]
+    small = ["network:noisy-classifier", "--network.width", "8", "--network.hidden", "8"]
+    assert training.main([photos.name, "sky", *flags, *small]) == 0
+    assert {path.name for path in Path("models/my_photos").iterdir()} == {"codec", "base", "sky"}
+    sky = ceb.load_expert("my_photos/sky")
+    assert sky.card.values == ("day", "late_night")
+    assert ceb.sample(sky, num_chains=2, num_steps=2).images.shape == (2, 3, 16, 16)
+    capsys.readouterr()
+    assert training.main([photos.name, *flags]) == 0
+    said = capsys.readouterr().out
+    assert "my_photos/codec" not in said
+
+
 def test_pictures_are_learned_at_the_size_asked_for(photos):
     assert train(photos.name, "--data.size", "16", num_iterations=1) == 0
     expert = ceb.load_expert("my_photos/base")

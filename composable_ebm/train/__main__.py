@@ -10,14 +10,15 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.folder import folder_config
+from composable_ebm.train.folder import folder_config, stages_before
 from composable_ebm.train.processes import check_launch, is_first, leave
 from composable_ebm.train.reading import read_config
 from composable_ebm.train.stopping import TrainingStoppedError
 from composable_ebm.train.trainer import TrainingDivergedError, train
 
 USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ...
-       composable-ebm train FOLDER [ATTRIBUTE] [--num-iterations N] ...   your own images"""
+       composable-ebm train FOLDER [ATTRIBUTE] [--num-iterations N] ...   your own images
+       composable-ebm train FOLDER [ATTRIBUTE] --latents [--minutes M]    at 64 pixels, through a codec"""
 
 PLACES = ("--models", "--runs", "--push-to-hub")
 
@@ -48,6 +49,10 @@ def _train(arguments: list[str]) -> int:
     if flags:
         config = _override(config, flags)
     try:
+        if config.latents and config.data.name == "folder":
+            before, config = stages_before(config)
+            for stage in before:
+                train(stage)
         expert = train(config, arguments=_what_is_trained(arguments))
     except TrainingStoppedError as stopped:
         if is_first():
@@ -81,7 +86,8 @@ def _described(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
     if not Path(arguments[0]).is_dir():
         return read_config(arguments[0]), arguments[1:]
     named = arguments[1:2] if arguments[1:] and not arguments[1].startswith("-") else []
-    return folder_config(arguments[0], *named), arguments[1 + len(named) :]
+    flags = arguments[1 + len(named) :]
+    return folder_config(arguments[0], *named, latents="--latents" in flags), flags
 
 
 def _what_is_trained(arguments: list[str]) -> list[str]:

@@ -43,8 +43,10 @@ def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
         `heldout_energy` and `noise_energy`, means over data and noise in nats under the right labels,
         and `heldout_cd`, their difference, which falls as the expert learns, if it has energies;
         `heldout_accuracy` of choosing the value with the least energy, if it has several;
-        `heldout_denoising`, its denoising error over that of its Gaussian skeleton, and `heldout_loss`, that
-        and half the cross entropy of its values at the same noise, if it has a skeleton.
+        `heldout_denoising`, its denoising error over that which its Gaussian skeleton expects,
+        `heldout_gaussian`, that of the skeleton alone on the same images, and `heldout_loss`, the first and
+        half the cross entropy of its values at the same noise, if it has a skeleton; that cross entropy
+        alone, if it is a classifier of noisy states.
     """
     device = next(expert.network.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -76,6 +78,8 @@ def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
         metrics["heldout_accuracy"] = float((outputs.argmin(1) == labels).float().mean())
     if isinstance(expert.network, GaussianSkeleton):
         metrics |= _denoising(expert.network, x, labels, generator)
+    elif expert.noise_conditioned and outputs.shape[1] > 1:
+        metrics["heldout_loss"] = _noisy_entropy(expert.network, x, labels, generator)
     return metrics
 
 
@@ -83,7 +87,7 @@ def _denoising(
     network: GaussianSkeleton, x: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
 ) -> dict[str, float]:
     """Mean squared error of x̃ - σ² ∂E/∂x̃ over the Gaussian's own, mean over noise levels, and the loss."""
-    errors, entropies = [], []
+    errors, plain, entropies = [], [], []
     for level in DENOISING_LEVELS:
         sigma = torch.full((len(x),), level, device=x.device)
         noisy = x + level * torch.randn(x.shape, generator=generator).to(x.device)
@@ -93,9 +97,37 @@ def _denoising(
             (gradient,) = torch.autograd.grad(outputs.gather(1, labels[:, None]).sum(), noisy)
         error = (noisy.detach() - level**2 * gradient - x).square().mean()
         errors.append(float(error / network.denoiser_error(sigma[0])))
+        if (best_guess := _gaussian_guess(network, noisy.detach(), level)) is not None:
+            plain.append(float((best_guess - x).square().mean() / network.denoiser_error(sigma[0])))
         entropies.append(float(torch.nn.functional.cross_entropy(-outputs.detach(), labels)))
     denoising, entropy = (sum(figures) / len(figures) for figures in (errors, entropies))
-    return {"heldout_denoising": denoising, "heldout_loss": denoising + entropy / 2}
+    gaussian = {"heldout_gaussian": sum(plain) / len(plain)} if plain else {}
+    return {"heldout_denoising": denoising, **gaussian, "heldout_loss": denoising + entropy / 2}
+
+
+@torch.no_grad()
+def _noisy_entropy(
+    network: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+) -> float:
+    """Mean of -log p(y | x̃, σ) over noise levels."""
+    losses = []
+    for level in DENOISING_LEVELS:
+        noisy = x + level * torch.randn(x.shape, generator=generator).to(x.device)
+        outputs = network(noisy, torch.full((len(x),), level, device=x.device))
+        losses.append(float(torch.nn.functional.cross_entropy(-outputs, labels)))
+    return sum(losses) / len(losses)
+
+
+def _gaussian_guess(network: GaussianSkeleton, noisy: torch.Tensor, level: float) -> torch.Tensor | None:
+    """What the skeleton alone takes to be behind noise, where it is one of whole pictures."""
+    if network.mean.numel() != noisy[0].numel():
+        return None
+    d = noisy.flatten(1) - network.mean
+    along = d @ network.axes.T
+    kept = network.variances / (network.variances + level**2)
+    rest = network.residual / (network.residual + level**2)
+    guess = network.mean + rest * d + ((kept - rest) * along) @ network.axes
+    return guess.reshape(noisy.shape)
 
 
 def export(

@@ -5,40 +5,53 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 from composable_ebm.experts.card import CheckpointError
-from composable_ebm.experts.store import read_card
+from composable_ebm.experts.store import BASE, CODEC, read_card
 from composable_ebm.train.config import (
+    ConfinedEnergy,
     DataConfig,
     DiffusedEnergy,
     GenerationConfig,
+    NoisyClassifier,
     OptimiserConfig,
+    PictureCodec,
     TrainConfig,
 )
+from composable_ebm.train.objectives.classification import NoisyClassification
 from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
+from composable_ebm.train.objectives.reconstruction import Reconstruction
 
-__all__ = ["folder_config", "folder_digest"]
+SHARES = {CODEC: 2, BASE: 3, "attribute": 1}
+"""Of the minutes, where all are trained by one command."""
+
+__all__ = ["folder_config", "folder_digest", "stages_before"]
 
 
-def folder_config(root: str | Path, attribute: str = "", models: str | Path = "models") -> TrainConfig:
+def folder_config(
+    root: str | Path, attribute: str = "", models: str | Path = "models", latents: bool = False
+) -> TrainConfig:
     """Denoising score matching on a folder of images, with settings that suit a few thousand of them.
 
     The family is named after the folder and the expert after the attribute, "base" without one. An
-    expert of an attribute starts from the folder's base expert if that has been trained.
+    expert of an attribute starts from the folder's base expert if that has been trained. On latents it is a
+    classifier that stands on the base; `stages_before` says what is trained first.
 
     Args:
         root: The folder, see `composable_ebm.data.folder`.
         attribute: A column of its table, or "class" for a subfolder each; "" learns p(x).
         models: Folder of experts, where the base is looked for.
+        latents: Learns on the latents of a codec, pictures of 64 pixels.
     """
     root = Path(root)
-    family, name = _word(root.resolve().name), _word(attribute) if attribute else "base"
-    base = Path(models) / family / "base"
-    return TrainConfig(
+    family, name = _word(root.resolve().name), _word(attribute) if attribute else BASE
+    base = Path(models) / family / BASE
+    common = TrainConfig(
         family=family,
         name=name,
-        data=DataConfig(name="folder", root=str(root), attribute=attribute),
+        data=DataConfig(name="folder", root=str(root), attribute=attribute, size=64 if latents else 0),
         network=DiffusedEnergy(hidden=448),
         objective=DenoisingScoreMatching(classification=0.5),
         optimiser=OptimiserConfig(learning_rate=2e-3, beta1=0.9, beta2=0.99, grad_clip=1.0, ema=0.998),
@@ -47,10 +60,86 @@ def folder_config(root: str | Path, attribute: str = "", models: str | Path = "m
         save_every=500,
         evaluate_every=500,
         models=str(models),
-        init=str(base) if attribute and _learned_from(base, root) else "",
         half=True,
         keep_best=True,
     )
+    if not latents:
+        started = attribute and _learned_from(base, root)
+        return replace(common, init=str(base) if started else "")
+    if attribute:
+        return replace(
+            common,
+            network=NoisyClassifier(),
+            objective=NoisyClassification(),
+            batch_size=128,
+            num_iterations=900,
+            latents=True,
+        )
+    return replace(
+        common,
+        network=ConfinedEnergy(),
+        objective=DenoisingScoreMatching(classification=0, log_sigma_mean=-0.6, log_sigma_std=1.0),
+        batch_size=256,
+        num_iterations=9000,
+        latents=True,
+    )
+
+
+def stages_before(config: TrainConfig) -> tuple[list[TrainConfig], TrainConfig]:
+    """What has to be trained before an expert on latents, and its configuration with its share of the time.
+
+    The minutes are divided by fixed shares, so that the same command finds each part as long as before.
+
+    Args:
+        config: Of `folder_config`, with `latents`.
+    Raises:
+        ValueError: If the codec or the base that is there has learned from another folder.
+    """
+    family, digest = config.model_folder.parent, folder_digest(config.data.root)
+    pictures = replace(config, data=replace(config.data, attribute=""), init="", fresh=False, push_to_hub="")
+    base = folder_config(config.data.root, latents=True)
+    codec = replace(
+        pictures,
+        name=CODEC,
+        network=PictureCodec(),
+        objective=Reconstruction(),
+        optimiser=replace(base.optimiser, learning_rate=1e-3, hold=0.4),
+        batch_size=32,
+        num_iterations=3000,
+        latents=False,
+        keep_best=False,
+    )
+    below = replace(
+        pictures,
+        name=BASE,
+        network=base.network,
+        objective=base.objective,
+        optimiser=base.optimiser,
+        batch_size=base.batch_size,
+        num_iterations=base.num_iterations,
+    )
+    first = [codec] if config.name == BASE else [codec, below]
+    missing = [stage for stage in first if not _is_there(family / stage.name, digest)]
+    total = sum(SHARES[_kind(stage)] for stage in (*first, config))
+    timed = [replace(s, minutes=s.minutes * SHARES[_kind(s)] / total) for s in (*missing, config)]
+    return timed[:-1], timed[-1]
+
+
+def _kind(config: TrainConfig) -> str:
+    return config.name if config.name in SHARES else "attribute"
+
+
+def _is_there(expert: Path, digest: str) -> bool:
+    """Whether a finished part of a family is there, learned from this folder."""
+    try:
+        training = read_card(expert).training
+    except CheckpointError:
+        return False
+    if training.get("folder") != digest:
+        raise ValueError(
+            f"{expert} has learned from another folder: give this one another --family, or delete {expert}."
+        )
+    return "unfinished" not in training
 
 
 def folder_digest(root: str | Path) -> str:

@@ -239,8 +239,8 @@ class Trainer:
             self.step += 1
             progress.update()
             self.seconds = time.perf_counter() - start
-            if config.minutes and self.step % config.log_every:
-                continue
+            if self.accelerator.num_processes > 1 and config.minutes and self.step % config.log_every:
+                continue  # what processes decide together costs a message
             budget.tick(self._shared_seconds())
             last = budget.done(self.step)
             saving = last or budget.due(self.step, config.save_every)

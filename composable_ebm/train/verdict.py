@@ -108,6 +108,9 @@ def _lines(
     lines, problems = [], []
     if (error := metrics.get("heldout_denoising")) is not None:
         known = on_training.get("heldout_denoising", error)
+        # Each against the Gaussian's own error on the same pictures: it, too, knows some of them.
+        error /= metrics.get("heldout_gaussian", 1.0)
+        known /= on_training.get("heldout_gaussian", 1.0)
         lines.append(
             f"  held-out denoising error {error:.2f}, on pictures it learned from {known:.2f} (1 is a "
             "Gaussian: less is better, and the two should be alike)"
@@ -121,7 +124,9 @@ def _lines(
         chance = float(torch.bincount(labels[labels >= 0]).max() / max(int((labels >= 0).sum()), 1))
         lines.append(f"  held-out accuracy {accuracy:.2f} ({chance:.2f} by always saying the same)")
         if accuracy < (1 + chance) / 2:
-            problems.append("it tells values apart badly: label more pictures, or look for wrong labels")
+            problems.append(
+                "it tells values apart badly: give it more minutes or labels, or look for wrong ones"
+            )
     ratio = figures["sample_distance"] / max(figures["heldout_distance"], 1e-6)
     lines.append(
         f"  nearest training picture: {figures['sample_distance']:.2f} from a sample, "
