@@ -85,9 +85,9 @@ def _described(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         raise FileNotFoundError(f"there is no configuration and no folder of images {arguments[0]!r}.")
     if not Path(arguments[0]).is_dir():
         return read_config(arguments[0]), arguments[1:]
-    named = arguments[1:2] if arguments[1:] and not arguments[1].startswith("-") else []
-    flags = arguments[1 + len(named) :]
-    return folder_config(arguments[0], *named, latents="--latents" in flags), flags
+    attribute = arguments[1] if arguments[1:] and not arguments[1].startswith("-") else ""
+    flags = arguments[2 if attribute else 1 :]
+    return folder_config(arguments[0], attribute, latents="--latents" in flags), flags
 
 
 def _what_is_trained(arguments: list[str]) -> list[str]:

@@ -90,7 +90,9 @@ def card_of(
     if not learns_codec:
         return card
     with torch.device("meta"):
-        return replace(card, event_shape=build(card).event_shape)
+        learned = build(card)
+    assert isinstance(learned, PictureCodec)
+    return replace(card, event_shape=learned.event_shape)
 
 
 def build(card: Card) -> nn.Module:
