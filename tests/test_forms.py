@@ -1,5 +1,6 @@
 """Any module in its fastest form equals autograd; what cannot be read so is named and left to autograd."""
 
+import copy
 import os
 import shutil
 from itertools import pairwise
@@ -524,6 +525,21 @@ def test_weights_changed_in_place_are_followed(form):
     network[2] = nn.Conv2d(16, 32, 3, stride=2, padding=1)
     assert_equal(potential(x), plain(network, x))
     assert not torch.allclose(potential(x)[0], before)
+
+
+@pytest.mark.parametrize("name", ["weight norm", "weights shared", "mixer"])
+def test_networks_that_learn_are_followed(name):
+    network, x = copy.deepcopy(ZOO[name]), points(3, (CHANNELS, 8, 8))
+    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.01)
+    for _ in range(3):
+        assert_equal(potential(x), plain(network, x))
+        assert "traced" in potential.plan.describe()
+        network(x).mean().backward()
+        optimiser.step()
+    for parameter in network.parameters():
+        parameter.data = parameter.data * 1.1
+    assert_equal(potential(x), plain(network, x))
 
 
 def test_modes_and_attributes_that_change_are_followed():

@@ -67,6 +67,11 @@ class Watch:
             self._tensors, self._counted = held, [tensor for tensor in held if not tensor.is_inference()]
         return (*structure, *map(_place, self._tensors), *map(_changes, self._counted))
 
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What was equal at the last call as long as only weights changed."""
+        return self._structure
+
     def _look(self) -> tuple[object, ...]:
         """Which parts and tensors there are, by identity: those seen last are kept alive, so ids tell.
 

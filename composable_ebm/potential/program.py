@@ -7,6 +7,7 @@ What depends on the noise level alone is computed once for each level.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -131,9 +132,13 @@ class _InC:
 
     def __init__(self, part: Part) -> None:
         self.network = NativeNetwork(part)
-        self.steps = Program(Trace(part.input, None, part.output, part.nodes), in_c=False)
         self.part = part
         self.ran = False
+
+    @cached_property
+    def steps(self) -> Program:
+        """The part without C."""
+        return Program(Trace(self.part.input, None, self.part.output, self.part.nodes), in_c=False)
 
     def instead(self, nodes: Sequence[Node]) -> list[Node]:
         """The operations with the part as one of them."""

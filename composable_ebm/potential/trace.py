@@ -87,6 +87,11 @@ class Trace:
     output: Value
     nodes: list[Node] = field(default_factory=list)
 
+    def reads_only(self, tensors: set[int]) -> bool:
+        """Whether all constants are tensors of those ids, not what was computed from them."""
+        nodes = self.needed()
+        return all(id(t) in tensors for node in nodes for t in _of(Tensor, node.arguments.values()))
+
     def needed(self) -> list[Node]:
         """The operations that the output depends on."""
         wanted, kept = {self.output}, []

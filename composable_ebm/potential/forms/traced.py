@@ -17,7 +17,7 @@ from composable_ebm.potential.operations import RULES, Pullback
 from composable_ebm.potential.operations.rule import sharing
 from composable_ebm.potential.packed import Watch, hooked
 from composable_ebm.potential.program import Program
-from composable_ebm.potential.trace import Unreadable, record
+from composable_ebm.potential.trace import Trace, Unreadable, record
 
 __all__ = ["TracedForm"]
 
@@ -43,6 +43,8 @@ class TracedForm:
         self.path = ""
         self._watch = Watch(network, attributes=True)
         self._version: tuple[object, ...] = ()
+        self._structure: tuple[object, ...] = ()
+        self._traces: dict[Hashable, Trace] = {}  # that hold while only weights change
         self._compiled = next(filter(None, map(_compiled, network.modules())), None)
         self._refusal: str | None = None  # of the network as it is, whatever the states
         self._programs: OrderedDict[Hashable, Program | str] = OrderedDict()
@@ -62,7 +64,10 @@ class TracedForm:
             self._version = version
             self._programs.clear()
             self._copies.clear()
-            self._refusal = _unreadable(self.network)
+            if self._watch.structure != self._structure:
+                self._structure = self._watch.structure
+                self._traces.clear()
+                self._refusal = _unreadable(self.network)
         if self._refusal is not None:
             return self._refusal
         found = self._program(x, noise_level)
@@ -83,7 +88,7 @@ class TracedForm:
             self._programs.move_to_end(key)
             return self._programs[key]
         try:
-            found: Program | str = self._traced(x, noise_level)
+            found: Program | str = self._traced(key, x, noise_level)
         except Unreadable as reason:
             found = str(reason)
         self._programs[key] = found
@@ -91,7 +96,20 @@ class TracedForm:
             self._programs.popitem(last=False)
         return found
 
-    def _traced(self, x: Tensor, noise_level: Tensor | None) -> Program:
+    def _traced(self, key: Hashable, x: Tensor, noise_level: Tensor | None) -> Program:
+        trace = self._traces.get(key) or self._read(x, noise_level)
+        tensors = {id(tensor) for tensor in (*self.network.parameters(), *self.network.buffers())}
+        if trace.reads_only(tensors) and len(self._traces) < SHAPES_KEPT:
+            self._traces[key] = trace
+        with sharing(self._copies):
+            program = Program(trace)
+        operations = tuple(node.operation for node in trace.nodes)
+        if operations not in self._checked:
+            self._check(program, x, noise_level)
+            self._checked.add(operations)
+        return program
+
+    def _read(self, x: Tensor, noise_level: Tensor | None) -> Trace:
         try:
             trace = record(self.network, [self.network], x, noise_level, RULES.__contains__)
         except Unreadable:
@@ -100,13 +118,7 @@ class TracedForm:
             raise Unreadable(f"reading it failed with {type(error).__name__}: {error}") from error
         if self._watch() != self._version:
             raise Unreadable("it changes its own attributes when it is called")
-        with sharing(self._copies):
-            program = Program(trace)
-        operations = tuple(node.operation for node in trace.nodes)
-        if operations not in self._checked:
-            self._check(program, x, noise_level)
-            self._checked.add(operations)
-        return program
+        return trace
 
     def _check(self, program: Program, x: Tensor, noise_level: Tensor | None) -> None:
         """Raises Unreadable unless the program equals autograd, on the states turned around and shrunk."""
