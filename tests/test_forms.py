@@ -1,8 +1,10 @@
 """Any module in its fastest form equals autograd; what cannot be read so is named and left to autograd."""
 
 import copy
+import gc
 import os
 import shutil
+import weakref
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -563,6 +565,23 @@ def test_batches_of_other_sizes_are_served():
     for batch in (1, 4, 2, 4, 7, 3, *range(5, 25), 1):
         x = points(batch, (CHANNELS, 8, 8))
         assert_equal(potential(x), plain(network, x))
+
+
+def test_a_network_is_read_once_for_all_chains_and_forgotten_with_them():
+    calls = []
+
+    def counted(self, x):
+        calls.append(1)
+        return self.net(x).squeeze(-1)
+
+    network, x = Net(counted, net=nn.Sequential(nn.Flatten(), nn.Linear(192, 1))), points(3, (CHANNELS, 8, 8))
+    for _ in range(3):
+        FusedPotential(ceb.from_callable(network), stack=False)(x)
+    assert len(calls) == 2  # once to read it, once to hold it against autograd
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None
 
 
 def test_training_sees_its_network_unchanged(form):

@@ -76,7 +76,9 @@ class Group:
         special = special_form(self.networks[0])
         self.special: Form | None = None if special is None else special(self.networks)
         single = len(readers) == 1 and special is None
-        self.traced = TracedForm(self.networks[0]) if single else None
+        first = self.networks[0]
+        owner = first.leaf if isinstance(first, _Whole) else None
+        self.traced = TracedForm(self.networks[0], owner) if single else None
         self._watches = [Watch(network) for network in self.networks]
         self._stacked: Stacked | None = None
         self._stacked_version: tuple = ()

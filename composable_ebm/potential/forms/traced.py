@@ -7,12 +7,16 @@ The first time, the result is held against autograd on other states, so that wha
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from composable_ebm.potential.native import wanted
 from composable_ebm.potential.operations import RULES, Pullback
 from composable_ebm.potential.operations.rule import sharing
 from composable_ebm.potential.packed import Watch, hooked
@@ -29,27 +33,55 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest distance from autograd, relative to its size, that rounding explains; 0.1 for narrower types."""
 
 
+@dataclass
+class _Known:
+    """What was read of a network.
+
+    Attributes:
+        version: The network as it was then, see `Watch`.
+        structure: The same but for the values of weights.
+        refusal: Why the network is not read, whatever the states.
+        programs: By shape of states, or why there is none.
+        traces: Those that hold while only weights change.
+        copies: Of weights, in the layouts of their operations.
+        checked: Lists of operations that were held against autograd.
+    """
+
+    version: tuple[object, ...] = ()
+    structure: tuple[object, ...] = ()
+    refusal: str | None = None
+    programs: OrderedDict[Hashable, Program | str] = field(default_factory=OrderedDict)
+    traces: dict[Hashable, Trace] = field(default_factory=dict)
+    copies: dict[Hashable, object] = field(default_factory=dict)
+    checked: set[Hashable] = field(default_factory=set)
+
+
+class _Store(threading.local):
+    """What a thread knows of networks, so that a new chain reads none again and no threads share buffers."""
+
+    def __init__(self) -> None:
+        self.known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+_store = _Store()
+
+
 class TracedForm:
     """One network, traced.
 
     Args:
         network: Any module.
+        owner: What is known of the network is known as long as this lives; the network unless given.
     Attributes:
         path: How the last states were evaluated, in words.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, owner: nn.Module | None = None) -> None:
         self.network = network
         self.path = ""
+        self._owner = network if owner is None else owner
         self._watch = Watch(network, attributes=True)
-        self._version: tuple[object, ...] = ()
-        self._structure: tuple[object, ...] = ()
-        self._traces: dict[Hashable, Trace] = {}  # that hold while only weights change
         self._compiled = next(filter(None, map(_compiled, network.modules())), None)
-        self._refusal: str | None = None  # of the network as it is, whatever the states
-        self._programs: OrderedDict[Hashable, Program | str] = OrderedDict()
-        self._copies: dict[Hashable, object] = {}  # of weights, in the layouts of their operations
-        self._checked: set[Hashable] = set()  # lists of operations that were held against autograd
 
     def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
         """What stopped it from serving such states; None where it does, empty where nothing need be said."""
@@ -59,17 +91,17 @@ class TracedForm:
             return "autocast is on"
         if self._compiled is not None:
             return self._compiled
-        version = self._watch()
-        if version != self._version:
-            self._version = version
-            self._programs.clear()
-            self._copies.clear()
-            if self._watch.structure != self._structure:
-                self._structure = self._watch.structure
-                self._traces.clear()
-                self._refusal = _unreadable(self.network)
-        if self._refusal is not None:
-            return self._refusal
+        version, known = self._watch(), self._known()
+        if version != known.version:
+            known.version = version
+            known.programs.clear()
+            known.copies.clear()
+            if self._watch.structure != known.structure:
+                known.structure = self._watch.structure
+                known.traces.clear()
+                known.refusal = _unreadable(self.network)
+        if known.refusal is not None:
+            return known.refusal
         found = self._program(x, noise_level)
         return found if isinstance(found, str) else None
 
@@ -80,33 +112,38 @@ class TracedForm:
         self.path = program.path
         return result
 
+    def _known(self) -> _Known:
+        return _store.known.setdefault(self._owner, _Known())
+
     def _program(self, x: Tensor, noise_level: Tensor | None) -> Program | str:
         """The program for states of this shape, or why there is none."""
         level = None if noise_level is None else noise_level.shape
-        key = (x.shape, x.dtype, level)
-        if key in self._programs:
-            self._programs.move_to_end(key)
-            return self._programs[key]
+        key = (x.shape, x.dtype, level, wanted())
+        programs = self._known().programs
+        if key in programs:
+            programs.move_to_end(key)
+            return programs[key]
         try:
             found: Program | str = self._traced(key, x, noise_level)
         except Unreadable as reason:
             found = str(reason)
-        self._programs[key] = found
-        if len(self._programs) > SHAPES_KEPT:
-            self._programs.popitem(last=False)
+        programs[key] = found
+        if len(programs) > SHAPES_KEPT:
+            programs.popitem(last=False)
         return found
 
     def _traced(self, key: Hashable, x: Tensor, noise_level: Tensor | None) -> Program:
-        trace = self._traces.get(key) or self._read(x, noise_level)
+        known = self._known()
+        trace = known.traces.get(key) or self._read(x, noise_level)
         tensors = {id(tensor) for tensor in (*self.network.parameters(), *self.network.buffers())}
-        if trace.reads_only(tensors) and len(self._traces) < SHAPES_KEPT:
-            self._traces[key] = trace
-        with sharing(self._copies):
+        if trace.reads_only(tensors) and len(known.traces) < SHAPES_KEPT:
+            known.traces[key] = trace
+        with sharing(known.copies):
             program = Program(trace)
         operations = tuple(node.operation for node in trace.nodes)
-        if operations not in self._checked:
+        if operations not in known.checked:
             self._check(program, x, noise_level)
-            self._checked.add(operations)
+            known.checked.add(operations)
         return program
 
     def _read(self, x: Tensor, noise_level: Tensor | None) -> Trace:
@@ -116,7 +153,7 @@ class TracedForm:
             raise
         except Exception as error:  # the module's own, which the plain call will show
             raise Unreadable(f"reading it failed with {type(error).__name__}: {error}") from error
-        if self._watch() != self._version:
+        if self._watch() != self._known().version:
             raise Unreadable("it changes its own attributes when it is called")
         return trace
 
