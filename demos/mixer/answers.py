@@ -24,7 +24,7 @@ from .state import Request
 from .terms import parts, reweighted
 from .trust import doubts
 
-THUMB_SEED, THUMB_SHARE, THUMB_WEIGHT = 11, 0.25, 3.0
+THUMB_STEPS, THUMB_SEED, THUMB_SHARE, THUMB_WEIGHT = 40, 11, 0.25, 3.0
 THUMB_PATIENCE = 120.0  # seconds
 
 Sent = dict[str, Any]
@@ -69,7 +69,7 @@ class Answers:
         if isinstance(sampler, Annealed):
             sampler = Annealed(sampler.kernel, sampler.schedule)
         run = self.runs.engine.submit(
-            energy, 1, seed=THUMB_SEED, share=THUMB_SHARE, sampler=sampler, on_divergence="report"
+            energy, 1, THUMB_STEPS, THUMB_SEED, share=THUMB_SHARE, sampler=sampler, on_divergence="report"
         )
         return run.result().images
 

@@ -8,6 +8,7 @@ Chromium.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -117,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if (chromium := find_chromium()) is None:
         sys.exit("no chromium found; install Debian's package chromium")
-    from playwright.sync_api import sync_playwright  # a development extra
+    from playwright.sync_api import TimeoutError, sync_playwright  # a development extra
 
     with served("--num-threads", "1") as mixer, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_OPTIONS)
@@ -129,7 +130,9 @@ def main() -> None:
         page.set_default_timeout(120_000)
         page.goto(mixer.address)
         page.locator("#picture img").wait_for()  # it opens playing
-        page.wait_for_function("[...document.querySelectorAll('#starts img')].every((i) => i.naturalWidth)")
+        with contextlib.suppress(TimeoutError):  # on a busy machine, some starts are drawn later
+            drawn = "[...document.querySelectorAll('#starts img')].every((image) => image.naturalWidth)"
+            page.wait_for_function(drawn, timeout=60_000)
         film = Film(page)
         film.roll(arguments.seconds)
         page.get_by_role("button", name="Grey curls and a beard").click()
