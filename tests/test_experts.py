@@ -296,6 +296,8 @@ SMALL = card(values=("no", "yes")).network
         ({"sampler": {"kernel": "MALA", "anneal": 3}}, "anneal of `sampler` must be an object, got 3"),
         ({"sampler": {"kernel": "MALA", "grad_clip": math.inf}}, "numbers of `sampler` must be finite"),
         ({"weights": {"sha256": "0", "bytes": "many"}}, "bytes of `weights` must be a whole number"),
+        ({"network": {**SMALL, "hidden": True}}, "arguments that do not fit: hidden is a number, got True"),
+        ({"noise_conditioned": True}, "describes a network of noise levels, and ConvEnergy takes none"),
         ({"network": {**SMALL, "num_values": 1_000_000}}, "describes 2 values .* its network gives 1000000"),
         ({"network": {**SMALL, "hidden": 10**9}}, "(?s)does not fit the network .*size mismatch"),
         ({"network": {**SMALL, "widths": [4] * 20_000}}, "takes more than 30000 calls to make"),

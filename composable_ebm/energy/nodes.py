@@ -136,7 +136,7 @@ class Sum(Node):
             raise ValueError(f"a Sum of {len(terms)} terms needs as many weights, got {len(weights)}.")
         merged = flatten(zip(terms, map(as_weight, weights), strict=True))
         super().__init__([term for term, _ in merged])
-        self.weights: tuple[Weight, ...] = tuple(weight for _, weight in merged)
+        self.weights: tuple[Weight, ...] = tuple(as_weight(weight) for _, weight in merged)
 
     @property
     def key(self) -> Hashable:

@@ -364,9 +364,14 @@ class _Parser:
     # -- functions ------------------------------------------------------------------------------
 
     def _ratio(self) -> Energy:
+        at = self.next
         a = self._energy()
         self._expect(",")
-        return ratio(a, self._energy())
+        b = self._energy()
+        try:
+            return ratio(a, b)
+        except ValueError as error:
+            self._fail(str(error), at)
 
     def _negate(self) -> Energy:
         at = self.next

@@ -7,6 +7,7 @@ name the hash of its weights: they are loaded with that codec or not at all.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -303,6 +304,15 @@ def _check_fit(
 
 def _check_sizes(card: Card, path: Path | str) -> None:
     """Raises CheckpointError where the arguments of the network contradict the card."""
+    build = NETWORKS.get(str(card.network.get("type")))
+    if build is not None and card.noise_conditioned:
+        try:
+            inspect.signature(build.forward).bind(None, None, None)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{path} describes a network of noise levels, and {build.__name__} takes none: its "
+                "`noise_conditioned` is false."
+            ) from error
     outputs = card.network.get("num_values", len(card.values))
     shape = card.network.get("event_shape", list(card.event_shape))
     if outputs != len(card.values) or shape not in (list(card.event_shape), card.event_shape):
@@ -321,6 +331,9 @@ def _build(card: Card, path: Path, known: Known) -> nn.Module:
             "known after register_network(YourClass)."
         )
     try:
+        for name, asked in inspect.signature(known[kind]).parameters.items():
+            if isinstance(options.get(name), bool) and asked.annotation in ("int", "float", int, float):
+                raise TypeError(f"{name} is a number, got {options[name]}")
         with _Undrawn():
             return known[kind](**options)
     except Exception as error:  # whatever a network makes of arguments that nobody checked
