@@ -12,8 +12,8 @@ from torch import Tensor
 
 from composable_ebm.data.dataset import LabelledImages, LabelledLatents, unknown_name
 
-DATASETS = ("celeba", "digits", "faces", "folder", "portraits", "shapes")
-OF_ANY_SIZE = ("celeba", "faces", "folder", "portraits", "shapes")
+DATASETS = ("celeba", "digits", "faces", "folder", "letters", "portraits", "shapes")
+OF_ANY_SIZE = ("celeba", "faces", "folder", "letters", "portraits", "shapes")
 """The data sets whose `load` takes a `size`."""
 
 __all__ = ["DATASETS", "OF_ANY_SIZE", "LabelledImages", "LabelledLatents", "load_data", "measured"]

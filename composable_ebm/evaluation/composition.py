@@ -77,7 +77,7 @@ class Row:
     """Samples of one row of the table, with what was asked of each.
 
     Attributes:
-        samples: (batch, *event).
+        samples: As pictures, (batch, *image).
         requests: What was asked of each.
         seconds: Wall time of the chains.
         evaluations: Gradient evaluations of the composition per chain.
@@ -145,4 +145,4 @@ def sample_row(
     expressions = [compose(form, request, task.terms, task.base, weight) for request in asked]
     generator = torch.Generator().manual_seed(seed)
     samples, seconds, evaluations = draw(expressions, generator, weighed=form not in UNWEIGHED)
-    return Row(samples, list(asked), seconds, evaluations)
+    return Row(expressions[0].images(samples), list(asked), seconds, evaluations)

@@ -26,6 +26,8 @@ Request = Mapping[str, int]
 ATTRIBUTES = {
     "digits": ("digit", "thick", "slanted"),
     "faces": ("smile", "glasses", "beard", "curly", "grey_hair"),
+    "portraits": ("smile", "glasses", "beard", "curly", "grey_hair"),
+    "letters": ("letter", "bold", "italic", "serif"),
     "shapes": ("position",),
 }
 # Families one of whose experts has places as values: attribute of the judge for value v.
@@ -37,6 +39,7 @@ REPORTED = {"shapes": ("count",)}
 REFERENCES: dict[str, tuple[str, dict[str, int]]] = {
     "digits": ("test", {}),
     "faces": ("validation", {"num_images": 6000}),
+    "portraits": ("validation", {"num_images": 6000}),
     "shapes": ("validation", {"num_images": 6000}),
 }
 BASE = "image"
