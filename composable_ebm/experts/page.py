@@ -11,7 +11,7 @@ from pathlib import Path
 
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.catalogue import catalogue
-from composable_ebm.experts.store import CONFIG, load_folder
+from composable_ebm.experts.store import CODEC, CONFIG, load_folder
 
 __all__ = ["page", "read", "table"]
 
@@ -39,7 +39,11 @@ def read(folder: str | Path | None = None) -> tuple[dict[str, Card], dict[str, s
     if folder is None:
         folders = catalogue()
     elif Path(folder).is_dir():
-        folders = {"/".join(c.parts[-3:-1]): c.parent for c in sorted(Path(folder).glob(f"*/*/{CONFIG}"))}
+        folders = {
+            "/".join(c.parts[-3:-1]): c.parent
+            for c in sorted(Path(folder).glob(f"*/*/{CONFIG}"))
+            if c.parent.name != CODEC
+        }
     else:
         raise ValueError(f"there is no folder {folder}.")
     good: dict[str, Card] = {}

@@ -106,6 +106,7 @@ class ConfinedEnergy:
     hidden: int = 512
     layers: int = 3
     noise_range: tuple[float, ...] = (0.1, 10.0)
+    level: float = 0.4
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ class ConfinedEnergy(GaussianSkeleton):
         num_values: Values of the attribute; 1 for an unconditional energy.
         hidden: Units of each hidden layer of the perceptron.
         layers: Its hidden layers.
-        noise_range: Smallest and largest noise level it is trained for, in data units; without a
-            noise level given, it is evaluated at the smallest.
+        noise_range: Smallest and largest noise level it is trained for, in data units.
+        level: The level at which it is evaluated where none is given: the noise of the density that it is
+            when asked for one energy. What is finer than that is left to the codec.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class ConfinedEnergy(GaussianSkeleton):
         hidden: int = 512,
         layers: int = 3,
         noise_range: Sequence[float] = (0.1, 10.0),
+        level: float = 0.4,
     ) -> None:
         size = 1
         for side in event_shape:
@@ -115,7 +117,9 @@ class ConfinedEnergy(GaussianSkeleton):
             "hidden": hidden,
             "layers": layers,
             "noise_range": list(noise_range),
+            "level": level,
         }
+        self.level = float(level)
         self.backbone = Perceptron(2 * size, size, num_values, hidden, layers)
 
     @property
@@ -139,7 +143,7 @@ class ConfinedEnergy(GaussianSkeleton):
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of states (batch, *event) at noise levels () or (batch,)."""
-        sigma = x.new_full((), self.noise_range[0]) if noise_level is None else noise_level
+        sigma = x.new_full((), self.level) if noise_level is None else noise_level
         sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
         noise = sigma.square()[:, None]
         d = (x.flatten(1) - self.mean) @ self.axes.T
