@@ -7,7 +7,7 @@ from mixer_toys import diffused
 import composable_ebm as ceb
 from composable_ebm.data import load_data
 from composable_ebm.experts.store import load_folder, save_expert
-from composable_ebm.train.teach import Lesson, teach
+from composable_ebm.experts.teach import Lesson, teach
 
 
 @pytest.fixture(scope="module")

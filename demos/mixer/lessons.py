@@ -13,7 +13,7 @@ from composable_ebm import Energy
 from composable_ebm.experts import Expert, catalogue
 from composable_ebm.experts.library import Library
 from composable_ebm.experts.store import CONFIG, save_expert
-from composable_ebm.train.teach import LEAST, teach
+from composable_ebm.experts.teach import LEAST, teach
 
 from . import pictures, starts
 from .offer import Offer
