@@ -1,6 +1,7 @@
 """A run is its own: what it goes on from, what it refuses, and what a cut file or a full disk costs."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from run_helpers import DATA, run, small, squares, weights
+from safetensors.torch import save
 
 import composable_ebm as ceb
 from composable_ebm.train import Trainer
@@ -142,6 +144,24 @@ def test_a_network_that_does_not_fit_into_memory_is_refused_before_it_is_built(c
     huge = replace(config, network=ConvEnergy(widths=(100_000, 100_000), hidden=8))
     with pytest.raises(ValueError, match=r"million weights for images 1×8×8.* GB where .* free.*--data.size"):
         run(huge)
+
+
+def test_an_expert_that_is_not_finite_is_neither_written_nor_read(config):
+    expert, _ = run(config)
+    state = {name: value.clone() for name, value in expert.network.state_dict().items()}
+    first = next(iter(state))
+    state[first].fill_(float("nan"))
+    expert.network.load_state_dict(state)
+    with pytest.raises(ValueError, match=rf"squares/side is not finite in {first}, so it is not written"):
+        ceb.save_expert(config.model_folder, expert.network, expert.card)
+    content = save(state)
+    (config.model_folder / "model.safetensors").write_bytes(content)
+    card = json.loads((config.model_folder / "config.json").read_text())
+    card["weights"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    card.pop("digest", None)
+    (config.model_folder / "config.json").write_text(json.dumps(card))
+    with pytest.raises(ceb.CheckpointError, match="weights that are no numbers"):
+        ceb.load_expert(config.model_folder)
 
 
 # -- files that were cut, changed, or in use --------------------------------------------------------

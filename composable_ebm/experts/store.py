@@ -256,6 +256,11 @@ def _load(folder: Path, card: Card, known: Known) -> nn.Module:
         state = load(content)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is no safetensors file: {error}.") from error
+    if broken := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise CheckpointError(
+            f"{path} holds weights that are no numbers, in {', '.join(broken[:3])}: its training diverged. "
+            "Train the expert again."
+        )
     if planned is not None:
         _check_fit(planned, state, str(path), f" the network in {config}")
     network = _build(card, config, known)
