@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from run_helpers import DATA, run, small, squares, weights
 from safetensors.torch import save
@@ -148,7 +149,9 @@ def test_a_network_that_does_not_fit_into_memory_is_refused_before_it_is_built(c
 
 def test_an_expert_that_is_not_finite_is_neither_written_nor_read(config):
     expert, _ = run(config)
-    state = {name: value.clone() for name, value in expert.network.state_dict().items()}
+    state = {
+        n: v.clone(memory_format=torch.contiguous_format) for n, v in expert.network.state_dict().items()
+    }
     first = next(iter(state))
     state[first].fill_(float("nan"))
     expert.network.load_state_dict(state)
