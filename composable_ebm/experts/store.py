@@ -339,7 +339,8 @@ def _build(card: Card, path: Path, known: Known) -> nn.Module:
         for name, asked in inspect.signature(known[kind]).parameters.items():
             if isinstance(options.get(name), bool) and asked.annotation in ("int", "float", int, float):
                 raise TypeError(f"{name} is a number, got {options[name]}")
-        with _Undrawn():
+        # What stops it may come while a network has gradients turned off: they are on again afterwards.
+        with torch.set_grad_enabled(torch.is_grad_enabled()), _Undrawn():
             return known[kind](**options)
     except Exception as error:  # whatever a network makes of arguments that nobody checked
         raise CheckpointError(f"{path} gives {kind} arguments that do not fit: {error}.") from error
