@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,16 +40,20 @@ class TermCheck:
         energy: Mean weighted energy over the samples, in nats; NaN if only its gradient is known.
         failed: Share of the samples that the term calls unlike its own, or None if it cannot tell.
         avoided: True if the request was to stay away from it.
+        probability: Mean p(value | x) over the samples, of a value of an expert or a classifier.
     """
 
     term: str
     energy: float
     failed: float | None
     avoided: bool
+    probability: float | None = None
 
     @property
     def height(self) -> str:
-        """The mean energy as text."""
+        """The mean energy as text, or what the expert thinks of the samples."""
+        if self.probability is not None:
+            return f"p = {self.probability:.3f}"
         return "known by its gradient" if math.isnan(self.energy) else f"{self.energy:.4g} nats"
 
     @property
@@ -60,20 +64,23 @@ class TermCheck:
         share = f"{100 * self.failed:.0f} % of the samples"
         if self.avoided:
             return f"{share} lie where {self.term.lstrip('-')} is likely, which {self.term} asks to avoid"
+        if self.probability is not None:
+            return f"{share} do not satisfy {self.term}: it thinks them likelier to be something else"
         return f"{share} do not satisfy {self.term}: its energy there is far above that of its own samples"
 
 
 def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
     """Holds the samples against each term of the composition.
 
-    A term with positive weight is failed by a state whose energy lies above the term's own range,
-    by more than the width of that range. A term with negative weight, where the weights sum to
+    A value of an expert is failed by a state that the expert thinks likelier to be something else; any other
+    term with positive weight by one whose energy lies above the term's own range, by more than the width of
+    that range. A term with negative weight, where the weights sum to
     less than 1 (so that it is no shared base being counted once), is failed by a state that the
     term itself finds typical.
     """
     composition = potential.composition
     with torch.no_grad():
-        leaves = potential.plan(x, potential.noise_level)
+        leaves = leaf_energies(composition, x, potential.noise_level)
         coefficients = potential.coefficients
         if isinstance(composition, Sum):
             own, blocks = composition.split(coefficients)
@@ -87,7 +94,10 @@ def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
             energies = term.combine(leaves, block)
             mean_weight = float(f"{float(weight.mean()):.6g}")  # as written, not as float32 holds it
             failed: Tensor | None = None
-            if mean_weight > 0:
+            probability = _posterior(term, energies, leaves) if mean_weight > 0 and term.has_value else None
+            if probability is not None:
+                failed = probability < 0.5
+            elif mean_weight > 0:
                 failed = term.unlike(energies)
             elif mean_weight < 0 and net < 1 - 1e-6 and term.energy_range is not None:
                 failed = energies <= term.energy_range[1]
@@ -97,9 +107,20 @@ def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
                     float((weight * energies).mean()) if term.has_value else math.nan,
                     None if failed is None else float(failed.float().mean()),
                     mean_weight < 0,
+                    None if probability is None else float(probability.mean()),
                 )
             )
     return checks
+
+
+def _posterior(term: Energy, energies: Tensor, leaves: Mapping[Hashable, Tensor]) -> Tensor | None:
+    """p(value | x) of a term, (batch,), or None where it is a density of its own."""
+    if term.likelihood:
+        return torch.exp(-energies)
+    marginal = term.marginal()
+    if marginal is None or marginal.key == term.key:
+        return None
+    return torch.exp(marginal.combine(leaves, marginal.coefficients.to(energies)) - energies)
 
 
 def draw_from(block: Block, x: Tensor, num_chains: int, potential: FusedPotential) -> Weighted:
