@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -248,10 +249,10 @@ def _fitting_mask(mask: Tensor, x: Tensor, energy: Energy) -> Tensor:
 def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tuple[Sampler, int]:
     """The sampler and number of steps that the experts of a composition were calibrated with.
 
-    Of several experts, the one with the most steps decides. The step is divided by the sum over
-    networks of their absolute net weight, so that adding experts does not blow up the chain; a ratio
-    of two values of one expert adds nothing. The temperature stays. Where that kernel cannot sample the
-    composition, as `Gibbs` cannot when a network joins an RBM, its relaxation takes its place. An
+    Of several experts, the one with the most steps decides. The step is divided by the number of densities
+    that the composition counts, so that adding experts does not blow up the chain; a ratio of two values of
+    one expert, a probability given x, adds nothing. The temperature stays. Where that kernel cannot sample
+    the composition, as `Gibbs` cannot when a network joins an RBM, its relaxation takes its place. An
     annealing over noise levels becomes `Particles` that go by the experts' verdict where the composition
     is one density times probabilities.
 
@@ -292,17 +293,23 @@ def _weighing(sampler: Annealed, energy: Energy, coefficients: Tensor) -> Anneal
 
 
 def _total_weight(energy: Energy, coefficients: Tensor) -> float:
-    """A bound on the gradient of a composition, in units of the gradient of one expert."""
+    """A bound on the gradient of a composition, in units of the gradient of one density.
+
+    Values of one expert share a density, and what they say beside it is small.
+    """
     if not isinstance(energy, (Sum, Mixture, Not)):
         return 1.0
     own, blocks = energy.split(coefficients)
     bounds = [_total_weight(child, block) for child, block in zip(energy.operands, blocks, strict=True)]
     if not isinstance(energy, Sum):
         return max(bounds)
-    net: dict[int, Tensor] = {}
+    net: dict[Hashable, Tensor] = {}
     for i, (term, bound) in enumerate(zip(energy.operands, bounds, strict=True)):
-        shared = id(term.body() or term)
-        net[shared] = net.get(shared, torch.zeros(())) + own[..., i].cpu() * bound
+        if not term.likelihood:
+            density = term.marginal() or term
+            net[density.key] = net.get(density.key, torch.zeros(())) + own[..., i].cpu() * bound
+    if not net:
+        return 1.0
     return float(torch.stack(torch.broadcast_tensors(*net.values())).abs().sum(0).max())
 
 
