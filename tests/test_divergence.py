@@ -113,7 +113,8 @@ def problems(energy):
     start = large.draw(50, seeded(0))
     out = ceb.sample(energy, init=start, num_steps=250, sampler=ceb.Langevin(0.01))
     assert ("PROBLEM" in out.report()) == bool(out.problems)
-    return out.problems
+    # So few steps in a box do not mix, which is said, and another matter.
+    return [problem for problem in out.problems if "have not mixed" not in problem]
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_a_steered_chain_samples_the_new_recipe(engine):
         with torch.no_grad():
             odds = ceb.Sum([hat["any"], hat], [1.0, -1.0])(frame.states, noise_level=frame.noise_level)
         shares.append(float(odds.exp().mean()))
-    assert shares[1] < shares[0] - 0.2
+    assert shares[1] < shares[0] / 2
 
 
 def test_a_refused_recipe_leaves_live_chains_as_they_were(engine):

@@ -28,6 +28,7 @@ from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.experts.networks.codec import PictureCodec
 from composable_ebm.experts.store import BASE, CODEC, find_base, load_codec, load_folder, read_card
 from composable_ebm.files import write_atomic
+from composable_ebm.potential.native import decide_now
 from composable_ebm.train.best import Best
 from composable_ebm.train.budget import Budget
 from composable_ebm.train.checkpoint import (
@@ -182,6 +183,7 @@ class Trainer:
 
     def run(self) -> Expert:
         """Trains to the end and returns the finished expert, which is also written to its folder."""
+        decide_now()  # a run that is killed and goes on takes the same steps to the last bit
         first = self.accelerator.is_main_process
         if first:
             self.folder.enter()

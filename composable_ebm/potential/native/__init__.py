@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["NativeUnavailable", "allowed", "build", "in_parts", "library", "wanted"]
+__all__ = ["NativeUnavailable", "allowed", "build", "decide_now", "in_parts", "library", "wanted"]
 
 FLAGS = ("-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
@@ -122,6 +122,16 @@ def wanted() -> bool:
 @functools.cache
 def _at_hand() -> bool:
     return _compiled_file().exists()
+
+
+def decide_now() -> None:
+    """Takes the functions from the first use on, compiling them if need be.
+
+    For runs whose bits must not depend on when a process came to compile, as those of trainings that are
+    killed and go on.
+    """
+    global _spent
+    _spent = PATIENCE
 
 
 def allowed(operations: float) -> bool:
