@@ -334,6 +334,11 @@ class Block:
         return None if self._sigma is None else self._sigma[self.place - 1]
 
     @property
+    def weighs(self) -> bool:
+        """Whether its chains carry weights."""
+        return isinstance(self.sampler, Particles)
+
+    @property
     def is_carried(self) -> bool:
         """Whether its chains are particles, on their way from one noise level to the next."""
         return self.population is not None and not self._is_past_the_end()

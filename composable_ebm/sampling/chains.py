@@ -159,7 +159,7 @@ class Batch(ABC):
             state = block.kernel.init(self.potential_of([block]), x, block.noise)
             if not torch.equal(x, before) and bool((x == x).all()):
                 raise ValueError(_who_changes(block.energy, before, block.noise_level))
-            if block.carrier is not None:
+            if block.weighs:
                 # Chains that come from elsewhere stand for the composition at this level as they are.
                 fresh = block.starts_in_noise
                 log_weights = self._said(block, state, block.noise_level) if fresh else x.new_zeros(len(x))
