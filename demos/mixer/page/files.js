@@ -27,14 +27,6 @@ export const texts = async (file) => {
     return found;
 };
 
-/** A file as a data URI. */
-export const uri = (file) => new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-});
-
 /** The middle of a picture file as a square data URI, no larger than the server needs. */
 export const square = async (file, side = 256) => {
     const image = await createImageBitmap(file);
