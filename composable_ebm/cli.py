@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import ipaddress
+import os
 import sys
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from composable_ebm.experts.hub import push_to_hub
 from composable_ebm.experts.library import Library
 from composable_ebm.experts.recipe import parse
 from composable_ebm.pipelines import load_pipeline
+from composable_ebm.processes import leave
 from composable_ebm.sampling import Chain, ChainDivergedError, sample
 from composable_ebm.sampling.request import calibrated_sampler
 
@@ -280,10 +282,12 @@ Command = (
     | Annotated[Mixer, tyro.conf.subcommand("mixer")]
 )
 
+AnyCommand = Sample | Models | Train | Generate | Evaluate | Push | Mixer
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 2 for a request that makes no sense."""
-    if argv is None:
+    if own_process := argv is None:
         # What the imports made lives to the end of the process. Looking through it for garbage once
         # more, at exit, takes half a second.
         gc.freeze()
@@ -291,6 +295,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # These have options of their own, one for each field of their configuration.
     own: dict[str, type[Train | Generate]] = {"train": Train, "generate": Generate}
     command = own[argv[0]](tuple(argv[1:])) if argv and argv[0] in own else _read(argv)
+    status = _status_of(command)
+    if own_process and "WORLD_SIZE" in os.environ:
+        leave(status)  # a launcher started it
+    return status
+
+
+def _status_of(command: AnyCommand) -> int:
     try:
         return command.run()
     except (ValueError, OSError, ImportError) as error:
@@ -301,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _read(argv: list[str]) -> Sample | Models | Train | Generate | Evaluate | Push | Mixer:
+def _read(argv: list[str]) -> AnyCommand:
     return tyro.cli(Command, prog="composable-ebm", description="Compose energy-based models.", args=argv)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ from composable_ebm.energy import Energy
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.recipe import parse
 from composable_ebm.files import write_atomic
+from composable_ebm.processes import check_launch, is_first, leave
 from composable_ebm.sampling.request import calibrated_sampler
 from composable_ebm.sampling.sample import sample
 
@@ -292,17 +294,24 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _say(problem: str) -> None:
+    """On the error stream, and in which process where it is not the first."""
+    print(problem if is_first() else f"process {os.environ['RANK']}: {problem}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     prog = "composable-ebm generate"
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        generation = tyro.cli(Generation, prog=prog, args=None if argv is None else list(argv))
+        check_launch(arguments, "generate")
+        generation = tyro.cli(Generation, prog=prog, args=arguments)
         diverged = generate(generation)
     except (ValueError, OSError) as error:
-        print("\n  ".join([f"generate: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        _say("\n  ".join([f"generate: {error}", *getattr(error, "__notes__", ())]))
         return 2
     except KeyboardInterrupt:
-        print("generate: stopped; the same command goes on from here.", file=sys.stderr)
+        _say("generate: stopped; the same command goes on from here.")
         return 130
     if diverged:
         print(
@@ -310,9 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "which.",
             file=sys.stderr,
         )
-    print(generation.out)
+    if is_first():
+        print(generation.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

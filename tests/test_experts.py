@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import math
+import os
 import pickle
 import re
 import resource
@@ -18,9 +20,10 @@ from torch import nn
 import composable_ebm as ceb
 from composable_ebm.experts import catalogue as catalogue_module
 from composable_ebm.experts.catalogue import cards
+from composable_ebm.experts.library import Library
 from composable_ebm.experts.networks import NETWORKS, ConvEnergy
+from composable_ebm.experts.pair import settle
 from composable_ebm.experts.store import read_card
-from composable_ebm.files import write_atomic
 
 x = points(5, (1, 4, 4))
 
@@ -429,19 +432,35 @@ def test_full_disk_leaves_the_old_expert_and_nothing_else(saved, monkeypatch, fa
     torch.testing.assert_close(ceb.load_expert(saved)(x), binary()(x))
 
 
-def test_crash_between_the_two_files_is_noticed(saved, monkeypatch):
-    other = binary(seed=9)
-    write = write_atomic
+@pytest.mark.parametrize(("renamed", "holds"), [(0, "before"), (1, "before"), (2, "after"), (3, "after")])
+def test_a_kill_while_an_expert_is_written_leaves_the_one_before_or_after(saved, renamed, holds):
+    """Killed before the weights, the card, and the weights again are renamed, and after all."""
+    other, replace = binary(seed=9), os.replace
+    if not (child := os.fork()):
+        calls = itertools.count()
 
-    def crash_at_the_config(path, content):
-        if path.name == "config.json":
-            raise KeyboardInterrupt
-        write(path, content)
+        def killed(*names):
+            if next(calls) == renamed:
+                os._exit(9)
+            replace(*names)
 
-    monkeypatch.setattr("composable_ebm.experts.store.write_atomic", crash_at_the_config)
-    with pytest.raises(KeyboardInterrupt):
+        os.replace = killed
         ceb.save_expert(saved, other.network, other.card)
-    refused(saved, "was changed")
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    held = {"before": binary(), "after": other}[holds]
+    torch.testing.assert_close(ceb.load_expert(saved)(x), held(x))
+    settle(saved)
+    torch.testing.assert_close(ceb.load_expert(saved)(x), held(x))
+    names = {p.name for p in saved.iterdir() if not p.name.startswith(".")}
+    assert names == {"config.json", "model.safetensors"}
+
+
+def test_weights_of_another_card_name_the_file_and_the_fix(saved):
+    other = binary(seed=9)
+    ceb.save_expert(saved.parent / "other", other.network, other.card)
+    os.replace(saved.parent / "other/model.safetensors", saved / "model.safetensors")
+    refused(saved, "model.safetensors was changed: its SHA-256.*Copy or train the expert again")
 
 
 def test_files_are_readable_by_others(saved):
@@ -518,6 +537,22 @@ def test_damaged_experts_do_not_hide_the_others(models):
     good, bad = cards()
     assert list(good) == ["toys/digit"]
     assert "does not describe an expert" in bad["toys/thick"]
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_experts_whose_weights_are_no_numbers_are_not_listed(models, broken):
+    library = Library()
+    assert list(library) == list(cards()[0]) == ["toys/thick"]
+    state = {name: value.contiguous() for name, value in binary().network.state_dict().items()}
+    name = next(iter(state))
+    state[name] = torch.full_like(state[name], broken, memory_format=torch.contiguous_format)
+    replace_weights(models / "toys" / "thick", save(state))
+    good, bad = cards()
+    assert not good
+    assert not list(library)
+    assert re.search("model.safetensors holds weights that are no numbers.*diverged", bad["toys/thick"])
+    with pytest.raises(ceb.CheckpointError, match=r"no numbers, in .*Train the expert again"):
+        ceb.parse("toys/thick", library)
 
 
 # --- networks ------------------------------------------------------------------------------------

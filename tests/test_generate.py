@@ -242,6 +242,17 @@ def test_a_generation_that_was_killed_goes_on(toys):
     assert len(drawn(toys / "out")[0]) == 22
 
 
+def test_a_launch_that_silently_starts_one_process_is_refused_with_the_command_that_works(
+    toys, monkeypatch, capsys
+):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert main(["one", "--out", str(toys / "out")]) == 2
+    works = "accelerate launch --multi_gpu --num_processes 2 -m composable_ebm.generate one --out"
+    assert works in capsys.readouterr().err
+    assert not (toys / "out").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_samples_of_one(toys):
     # `--cpu --num_processes 2` would silently start one process.
@@ -256,7 +267,7 @@ def test_two_processes_give_the_samples_of_one(toys):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(str(toys / "two")) == 2  # each process says where
+    assert done.stdout.count(str(toys / "two")) == 1
     assert main(command(toys, "one", *options)[2:]) == 0
     for one, two in zip(drawn(toys / "one"), drawn(toys / "two"), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)

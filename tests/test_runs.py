@@ -23,9 +23,10 @@ from safetensors.torch import save
 import composable_ebm as ceb
 from composable_ebm.train import Trainer
 from composable_ebm.train.checkpoint import checkpoints
-from composable_ebm.train.config import ConvEnergy, DataConfig, DiffusedEnergy
+from composable_ebm.train.config import ConvEnergy, DataConfig, DiffusedEnergy, PictureCodec
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.reconstruction import Reconstruction
 from composable_ebm.train.stopping import TrainingStoppedError
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,19 @@ def test_the_same_training_again_is_finished_and_does_nothing(config, capsys):
     assert "this training is finished, after 8 iterations" in capsys.readouterr().out
     assert weights(again).equal(weights(first))
     assert (config.model_folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_finished_codec_is_recognised(config, capsys):
+    sizes = PictureCodec(channels=2, widths=(8, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1))
+    codec = replace(
+        config, name="codec", data=DataConfig(), network=sizes, objective=Reconstruction(), num_iterations=2
+    )
+    data = squares(0, size=16), squares(1, size=16)
+    run(codec, data)
+    written = (codec.model_folder / "model.safetensors").stat().st_mtime_ns
+    run(codec, data)
+    assert "this training is finished, after 2 iterations" in capsys.readouterr().out
+    assert (codec.model_folder / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_a_finished_training_whose_expert_is_gone_writes_it_again(config):

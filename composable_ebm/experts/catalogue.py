@@ -11,7 +11,7 @@ import torch
 
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.store import BASE, CODEC, CONFIG, WEIGHTS, load_folder, read_card
+from composable_ebm.experts.store import BASE, CODEC, CONFIG, WEIGHTS, check_folder, load_folder
 
 ENVIRONMENT = "COMPOSABLE_EBM_MODELS"
 
@@ -42,12 +42,12 @@ def catalogue() -> dict[str, Path]:
 
 
 def cards() -> tuple[dict[str, Card], dict[str, str]]:
-    """The cards of all experts by name, and the errors of those that cannot be read."""
+    """The cards of all experts that can be loaded by name, and why others cannot."""
     good: dict[str, Card] = {}
     bad: dict[str, str] = {}
     for name, folder in catalogue().items():
         try:
-            good[name] = read_card(folder)
+            good[name] = check_folder(folder)
         except CheckpointError as error:
             bad[name] = str(error)
     return good, bad

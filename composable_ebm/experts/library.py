@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from composable_ebm.energy import Energy
-from composable_ebm.experts.catalogue import catalogue, load_expert
+from composable_ebm.experts.catalogue import cards, catalogue, load_expert
 from composable_ebm.experts.store import CONFIG
 
 __all__ = ["Library"]
@@ -19,7 +19,7 @@ class Library(Mapping[str, Energy]):
     """Experts by name, each loaded once, when first named, and again when its files change.
 
     A name is `family/name`, or the name alone where it is the only one. Safe to share between
-    threads.
+    threads. Those that are damaged are not listed, and say why when they are named.
 
     Args:
         device: Where to put them.
@@ -42,7 +42,7 @@ class Library(Mapping[str, Energy]):
             return self._loaded[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(catalogue())
+        return iter(cards()[0])
 
     def __len__(self) -> int:
-        return len(catalogue())
+        return len(cards()[0])

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from composable_ebm.processes import check_launch, is_first, leave
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.folder import folder_config, stages_before
-from composable_ebm.train.processes import check_launch, is_first, leave
 from composable_ebm.train.reading import read_config
 from composable_ebm.train.stopping import TrainingStoppedError
 from composable_ebm.train.trainer import TrainingDivergedError, train

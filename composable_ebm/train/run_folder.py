@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from composable_ebm.experts.store import CONFIG, WEIGHTS
+from composable_ebm.experts.pair import CONFIG, WEIGHTS, settle
 from composable_ebm.train.checkpoint import checkpoints, read_facts, remove_leftovers
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.identity import check_expert, check_identity
@@ -58,6 +58,7 @@ class RunFolder:
             self.leave()
             raise
         remove_leftovers(self.checkpoints)
+        settle(self.model_folder)
         for name in (WEIGHTS, CONFIG, "metrics.jsonl"):
             for path in self.model_folder.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)

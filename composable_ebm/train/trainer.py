@@ -26,9 +26,18 @@ from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
 from composable_ebm.experts.networks import NETWORKS
 from composable_ebm.experts.networks.codec import PictureCodec
-from composable_ebm.experts.store import BASE, CODEC, find_base, load_codec, load_folder, read_card
+from composable_ebm.experts.store import (
+    BASE,
+    CODEC,
+    check_folder,
+    find_base,
+    load_codec,
+    load_folder,
+    read_card,
+)
 from composable_ebm.files import write_atomic
 from composable_ebm.potential.native import decide_now
+from composable_ebm.processes import launch_command
 from composable_ebm.train.best import Best
 from composable_ebm.train.budget import Budget
 from composable_ebm.train.checkpoint import (
@@ -46,7 +55,6 @@ from composable_ebm.train.identity import PICTURES, identity, run_digest
 from composable_ebm.train.journal import Journal
 from composable_ebm.train.objectives.base import Figures, Setting
 from composable_ebm.train.preparation import build, card_of, check_memory, load_split
-from composable_ebm.train.processes import launch_command
 from composable_ebm.train.run_folder import RunFolder
 from composable_ebm.train.start import start_from
 from composable_ebm.train.stopping import StopSignals, TrainingStoppedError
@@ -314,7 +322,10 @@ class Trainer:
             same = training.get("run") == run_digest(self.identity) and "unfinished" not in training
             if not same or training.get("iterations") != self.step:
                 return None
-            expert = load_folder(folder, self.device)
+            # A codec is no expert, but is what a training of one ends with.
+            learns_codec = isinstance(self.average.module, PictureCodec)
+            expert = self.expert() if learns_codec else load_folder(folder, self.device)
+            check_folder(folder)
         except CheckpointError:
             return None
         if self.accelerator.is_main_process:

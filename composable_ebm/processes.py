@@ -1,4 +1,4 @@
-"""Several processes that train one expert: how they are started, who speaks, and how they end.
+"""Several processes that do one thing: how they are started, who speaks, and how they end.
 
 A process that took part in a collective must not finalise its interpreter. A thread of gloo may drop
 the last reference to a collective's tensor after Python has begun to end; it waits for the interpreter
@@ -18,22 +18,21 @@ from typing import NoReturn
 
 __all__ = ["check_launch", "is_first", "launch_command", "leave"]
 
-MODULE = "composable_ebm.train"
-
 
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
-def check_launch(arguments: Sequence[str]) -> None:
+def check_launch(arguments: Sequence[str], command: str = "train") -> None:
     """Refuses a launch that asked for several processes and got one.
 
     `accelerate launch --cpu --num_processes 2` starts a single process, without a word. What gives it
     away is that it announces a meeting point and nobody to meet.
 
     Args:
-        arguments: Those of the training, for the command that works.
+        arguments: Those of the command, for one that works.
+        command: Of `composable-ebm`, "train" or "generate".
     Raises:
         ValueError: If so; the message holds the command.
     """
@@ -42,24 +41,26 @@ def check_launch(arguments: Sequence[str]) -> None:
     if on_cpu and "MASTER_PORT" in os.environ and not any(name in os.environ for name in ranks):
         raise ValueError(
             "`accelerate launch --cpu --num_processes N` starts one process, whatever N is. For two on the "
-            f"CPU: {launch_command(2, 'cpu', arguments)}"
+            f"CPU: {launch_command(2, 'cpu', arguments, command)}"
         )
 
 
-def launch_command(processes: int, device: str, arguments: Sequence[str]) -> str:
-    """The command line that trains as was trained.
+def launch_command(processes: int, device: str, arguments: Sequence[str], command: str = "train") -> str:
+    """The command line that does again what was done.
 
     Args:
         processes: How many.
         device: Type of their device, "cpu" or "cuda".
-        arguments: Those of `composable-ebm train`.
+        arguments: Those of the command.
+        command: Of `composable-ebm`, "train" or "generate".
     """
     if processes == 1:
-        return f"composable-ebm train {shlex.join(arguments)}"
+        return f"composable-ebm {command} {shlex.join(arguments)}"
     if device == "cpu" and "--cpu" not in arguments:
         arguments = [*arguments, "--cpu"]
     # What accelerate calls `--multi_gpu` is several processes of any device.
-    return f"accelerate launch --multi_gpu --num_processes {processes} -m {MODULE} {shlex.join(arguments)}"
+    module = f"composable_ebm.{command}"
+    return f"accelerate launch --multi_gpu --num_processes {processes} -m {module} {shlex.join(arguments)}"
 
 
 def leave(status: int) -> NoReturn:
