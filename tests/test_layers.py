@@ -9,7 +9,7 @@ import composable_ebm
 
 ROOT = Path(composable_ebm.__file__).parent
 FLOORS = (
-    "files",
+    "files processes",
     "data",
     "energy",
     "potential plotting",
