@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import composable_ebm as ceb
 from composable_ebm.experts.networks import DiffusedEnergy
 from composable_ebm.experts.networks.skeleton import principal_axes
+from composable_ebm.sampling.schedule import karras
 
 
 def of_rank(rank, n, size, seed=0):
@@ -47,3 +49,42 @@ def test_skeletons_of_low_rank_and_constant_backgrounds_are_finite(pictures):
         assert energy.isfinite().all()
         assert gradient.isfinite().all()
         assert network.denoiser_error(torch.tensor(level)) > 0
+
+
+def test_chains_begin_as_noisy_data_does_and_not_around_zero():
+    """At σ = 10 data far from zero is still far from zero, and wide where it is wide."""
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(48, 48, generator=generator)).Q
+    stds = torch.linspace(0.1, 20, 48)
+    data = 12 * torch.ones(48) + (torch.randn(4000, 48, generator=generator) * stds) @ axes.T
+    network = DiffusedEnergy((3, 4, 4), hidden=8, components=8, noise_range=(0.02, 10.0))
+    network.fit(data.reshape(-1, 3, 4, 4))
+    start = network.prior(torch.randn(20_000, 3, 4, 4, generator=generator), 10.0).flatten(1)
+    along = (start - start.mean(0)) @ axes
+    assert torch.allclose(start.mean(0), torch.full((48,), 12.0), atol=1.5)
+    expected = (stds.square() + 100).sqrt()
+    assert torch.allclose(along.std(0)[-6:], expected[-6:], rtol=0.1)
+
+
+class Wide(ceb.Energy):
+    """N(4, diag(400, 1)) with noise: wider than the first noise level, and far from zero."""
+
+    noise_conditioned, event_shape = True, (2,)
+    mean, variances = torch.tensor([4.0, 4.0]), torch.tensor([400.0, 1.0])
+
+    def energy(self, x, noise_level=None):
+        noise = torch.zeros(()) if noise_level is None else noise_level.square().reshape(-1, 1)
+        return ((x - self.mean).square() / (self.variances + noise)).sum(1) / 2
+
+    def prior(self, noise, noise_level):
+        return self.mean + (self.variances + noise_level**2).sqrt() * noise
+
+
+def test_a_flow_from_the_prior_ends_in_the_data():
+    """From N(0, σ²) it would end at a mean of 0.1 and a deviation of 9."""
+    levels = ceb.Schedule(noise_level=karras(10.0, 0.1), predict=True, num_levels=200)
+    sampler = ceb.Annealed(ceb.Still(), levels)
+    for energy in (Wide(), Wide() + ceb.from_callable(lambda x: 0 * x.sum(1), event_shape=(2,))):
+        out = ceb.sample(energy, num_chains=4000, sampler=sampler, num_steps=200, seed=0)
+        assert out.samples.mean(0).tolist() == pytest.approx([4.0, 4.0], abs=1.0)
+        assert out.samples.std(0).tolist() == pytest.approx([20.0, 1.0], rel=0.05)

@@ -191,6 +191,12 @@ class Expert(Energy):
         own = self.read(self.network(x, noise_level) if self.noise_conditioned else self.network(x))
         return own if self.base is None else own + self.base.energy(x, noise_level)
 
+    def prior(self, noise: Tensor, noise_level: float) -> Tensor:
+        if self.base is not None:
+            return self.base.prior(noise, noise_level)
+        known = getattr(self.network, "prior", None)
+        return super().prior(noise, noise_level) if known is None else known(noise, noise_level)
+
     @property
     def key(self) -> Hashable:
         return ("expert", _identity(self.network), self.value)

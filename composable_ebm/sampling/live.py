@@ -289,10 +289,11 @@ class LiveBlock(Block):
             if len(healthy):
                 order = torch.arange(int(lost.sum()), device=x.device) % len(healthy)
                 x = x.index_put((lost,), x[healthy[order]])
-            else:
-                x = torch.where(expand(lost, x), 0.0, x)
         extra = (self._table[places].square() - rest.square()).clamp(min=0).sqrt()
         risen = x + expand(extra, x) * noise
+        if bool(lost.any()) and not bool(well.any()):
+            afresh = self.energy.prior(noise, float(self._table[0])).to(x)
+            risen = torch.where(expand(lost, x), afresh, risen)
         self.places = places
         return torch.where(expand(lost | failing, x), risen, x)
 

@@ -159,7 +159,8 @@ class Request:
             count = sampler.count(asked) if self.ends else asked
         x = initial_states(energy, count, init, generator, device)
         if init is None and (start_level := _start_level(sampler)) is not None:
-            x = start_level * torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+            noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
+            x = energy.prior(noise, start_level)
         mask = None if self.mask is None else _fitting_mask(self.mask, x, energy)
         chains = _checked_count(self.num_chains) if isinstance(sampler, Particles) else len(x)
         return Beginning(x, generator, sampler, steps, mask, chains)

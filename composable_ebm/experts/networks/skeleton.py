@@ -104,6 +104,14 @@ class GaussianSkeleton(nn.Module):
         rest = (size - len(self.variances)) * self.residual * noise / (self.residual + noise)
         return (kept + rest) / size
 
+    @torch.no_grad()
+    def prior(self, noise: Tensor, noise_level: float) -> Tensor:
+        """Draws of N(μ, C + σ² I) from draws of a standard normal, (batch, *event) each."""
+        z = noise.flatten(1)
+        rest = (self.residual + noise_level**2).sqrt()
+        along = (z @ self.axes.T) * ((self.variances + noise_level**2).sqrt() - rest)
+        return (self.mean + rest * z + along @ self.axes).reshape(noise.shape)
+
     def gaussian_energy(self, d: Tensor, along: Tensor, noise: Tensor) -> Tensor:
         """½ dᵀ(C + σ² I)⁻¹d in nats, shape of `noise`.
 
