@@ -1,15 +1,20 @@
 """A user's folder of images, and CelebA, which is read in the same way."""
 
 import json
+import os
 import re
+import shutil
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
+from helpers import card
 from PIL import Image
 from torchvision.datasets import CelebA
 
-from composable_ebm.data import celeba, folder, load_data
+from composable_ebm.data import LabelledImages, celeba, folder, load_data
+from composable_ebm.data.copies import without_copies
 from composable_ebm.data.pictures import read_images
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE
 from composable_ebm.data.summary import summary
@@ -163,10 +168,26 @@ def test_broken_image_is_named(tmp_path):
             read(tmp_path / name)
 
 
-def test_sixteen_bits_are_refused_rather_than_clipped(tmp_path):
-    Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png cannot be read .* convert it to 8 bits a channel"):
-        read(tmp_path / "deep.png")
+def test_sixteen_bits_are_scaled_and_floats_refused_rather_than_clipped(tmp_path):
+    for i, value in enumerate((0, 30_000, 65_535)):
+        Image.fromarray(np.full((4, 4), value, dtype=np.uint16)).save(tmp_path / f"{i}.png")
+        assert read(tmp_path / f"{i}.png").unique().tolist() == [round(value / 257)]
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match=r"deep.tif cannot be read .* convert it to 8 bits a channel"):
+        read(tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "1", "LA", "YCbCr"])
+def test_pictures_of_any_mode_look_as_they_do(tmp_path, mode):
+    ending = "jpg" if mode in ("CMYK", "YCbCr") else "png"
+    Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode).save(tmp_path / f"a.{ending}")
+    assert read(tmp_path / f"a.{ending}").unique().tolist() == [255]
+
+
+def test_of_a_moving_picture_the_first_frame_is_taken(tmp_path):
+    first, second = (Image.new("L", (8, 8), value) for value in (40, 200))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert read(tmp_path / "a.gif").unique().tolist() == [40]
 
 
 @pytest.mark.parametrize(
@@ -391,6 +412,115 @@ def test_a_padded_picture_is_whole_on_the_colour_of_its_border(tmp_path):
     padded = read_images([tmp_path / "wide.png"], 12, 3, "test", fit="pad")[0]
     assert padded[:, :4].unique().tolist() == [40]
     assert padded[:, 5:7, 1:11].unique().tolist() == [200]
+
+
+def table_of(root, names, column="colour", write=lambda name: name, table=TABLE, delimiter=","):
+    rows = [f"{write(name)}{delimiter}{'red' if i % 2 else 'blue'}" for i, name in enumerate(names)]
+    (root / table).write_text("\n".join([f"File{delimiter}{column}", *rows]))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        {"write": lambda name: f"more\\{name}"},
+        {"write": lambda name: f"more/{name[:-4]}"},
+        {"write": lambda name: f"more/{name}", "table": "Attributes.CSV"},
+        {"write": lambda name: f"more/{name}", "delimiter": "|"},
+    ],
+    ids=["backslashes", "without ending", "in capitals", "bars"],
+)
+def test_tables_mean_the_files_that_are_there(tmp_path, write):
+    table_of(tmp_path, numbered(tmp_path / "more"), **write)
+    found = labels(tmp_path, "colour")
+    assert found
+    assert all(value == ("red" if i % 2 else "blue") for i, value in found.items())
+
+
+@pytest.mark.parametrize("table", ["labels.csv", "train/metadata.csv"])
+def test_a_table_that_is_not_read_is_named_where_an_attribute_is_missing(tmp_path, table):
+    names = numbered(tmp_path / "train")
+    table_of(tmp_path, names, table=table)
+    with pytest.raises(ValueError, match=rf"'colour'.*{table} is not read: attributes come from the first"):
+        folder.load(root=tmp_path, attributes=["colour"])
+
+
+def test_a_workbook_is_no_table(tmp_path):
+    numbered(tmp_path)
+    (tmp_path / TABLE).write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(ValueError, match=r"attributes.csv is a workbook.*save it as CSV"):
+        folder.load(root=tmp_path)
+
+
+def test_values_that_no_recipe_could_hold_become_words_and_stay_apart(tmp_path):
+    values = ["кошка", "a&b", "a+b", "any", "New York", "New_York"]
+    names = numbered(tmp_path, 60)
+    rows = [f"{name},{values[i % 6]}" for i, name in enumerate(names)]
+    (tmp_path / TABLE).write_text("\n".join(["file,what", *rows]), encoding="utf-8")
+    data = folder.load(root=tmp_path, size=4)
+    assert len(data.values["what"]) == 6
+    card(values=data.values["what"])  # refuses what recipes cannot hold
+    assert re.search("values of what are called by words: .*'any' any_", " ".join(data.notes))
+    assert "New_York" in data.values["what"]
+
+
+def test_one_name_in_two_forms_of_unicode_is_one_class(tmp_path):
+    for i in range(N):
+        picture(tmp_path / unicodedata.normalize(("NFC", "NFD")[i % 2], "été") / f"{i}.png", colour(i))
+    assert folder.load(root=tmp_path, size=4).values == {"class": ("ete",)}
+
+
+def test_a_value_for_each_picture_is_nothing_to_learn(tmp_path):
+    names = numbered(tmp_path)
+    (tmp_path / TABLE).write_text("\n".join(["file,id", *(f"{n},x{i}" for i, n in enumerate(names))]))
+    with pytest.raises(ValueError, match="another value for each of its 30 pictures"):
+        folder.load(root=tmp_path, size=4)
+
+
+def test_train_and_test_are_no_classes(tmp_path):
+    for i in range(N):
+        picture(
+            tmp_path / ("train" if i % 3 else "test") / ("cat" if i % 2 else "dog") / f"{i}.png", colour(i)
+        )
+        picture(tmp_path / "plain" / ("train" if i % 3 else "test") / f"{i}.png", colour(i))
+    both = folder.load(root=tmp_path / "plain", size=4)
+    assert both.values == {}
+    shutil.rmtree(tmp_path / "plain")
+    data = folder.load(root=tmp_path, size=4)
+    assert data.values == {"class": ("cat", "dog")}
+    for said in (both.notes, data.notes):
+        assert "test, train are parts of one set, no classes" in " ".join(said)
+
+
+def test_links_are_followed_once_and_pipes_are_not_waited_for(tmp_path):
+    for i in range(N):
+        picture(tmp_path / "elsewhere" / ("cat" if i % 2 else "dog") / f"{i}.png", colour(i))
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("cat", "dog"):
+        (root / name).symlink_to(tmp_path / "elsewhere" / name)
+    (root / "cat" / "again").symlink_to(root)
+    (root / "cat" / "nowhere.png").symlink_to("nowhere")
+    os.mkfifo(root / "cat" / "pipe.png")
+    parts = every_split(root, size=4)
+    assert sum(map(len, parts)) == N
+    assert parts[0].values == {"class": ("cat", "dog")}
+    assert "2 of links to nowhere, pipes or devices" in " ".join(parts[0].notes)
+
+
+def test_copies_and_mirror_images_of_held_out_pictures_are_not_learned_from():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    noisy = (images[:8].int() + torch.randint(-3, 4, images[:8].shape, generator=generator)).clamp(0, 255)
+    learned = torch.cat([images[8:], images[:4].flip(-1), noisy[4:8].to(torch.uint8)])
+    side = {"side": torch.arange(40) % 2}
+    train = LabelledImages(learned, side, {"side": ("a", "b")}, "toy")
+    held_out = LabelledImages(images[:8], {"side": side["side"][:8]}, {"side": ("a", "b")}, "toy")
+    kept = without_copies(train, held_out)
+    assert kept.images.equal(images[8:])
+    assert "8 pictures were left out, for they are copies or mirror images" in kept.notes[-1]
+    most = without_copies(held_out, held_out)
+    assert len(most) == 8
+    assert "held-out figures say more good" in most.notes[-1]
 
 
 # --- CelebA --------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from composable_ebm.data.tables import Listing, list_folder
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MAX_VALUES = 200
+FEW_VALUES = 10
 NAMED = 3  # unreadable files that are named
 
 __all__ = ["MAX_VALUES", "SHARES", "load", "split_of"]
@@ -74,10 +75,14 @@ def load(
     listing = list_folder(root)
     for attribute in listing.columns if attributes is None else (attributes := list(attributes)):
         if attribute not in listing.columns:
-            raise ValueError(unknown_name(f"attribute of {root}", attribute, listing.columns))
+            unknown = unknown_name(f"attribute of {root}", attribute, listing.columns)
+            why = f" {'; '.join(listing.notes[:2])}." if not listing.columns and listing.notes else ""
+            raise ValueError(unknown + why + listing.hint)
     splits = [split_of(file) for file in listing.files]
     notes = list(listing.notes)
     wanted = listing.columns if attributes is None else attributes
+    for name in wanted:
+        notes += listing.about.get(name, ())
     values = {name: _values(name, listing.columns[name], splits, notes) for name in wanted}
     name = f"{root.name}/{split}"
     if not any(s == split for s in splits):
@@ -91,7 +96,9 @@ def load(
 
 def split_of(file: str) -> str:
     """The split of an image: a function of its path inside the folder, with `/` between the parts."""
-    share = int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], "big") / 2**64
+    share = (
+        int.from_bytes(hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+    )
     for split, part in SHARES.items():
         if share < part:
             return split
@@ -142,6 +149,11 @@ def _values(attribute: str, entries: list[str], splits: list[str], notes: list[s
         raise ValueError(
             f"attribute {attribute!r} has {len(every)} different values, more than {MAX_VALUES}: group "
             f"them into a few, or leave the column out with load(..., attributes=[...])."
+        )
+    if len(every) > FEW_VALUES and max(every.values()) == 1:
+        raise ValueError(
+            f"attribute {attribute!r} has another value for each of its {len(every)} pictures, so there is "
+            "nothing to learn: group them into a few."
         )
     seen = Counter(entry for entry, s in zip(entries, splits, strict=True) if entry and s == "train")
     for value, count in every.items():

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageStat
 from torch import Tensor
@@ -88,13 +89,21 @@ def _read(path: Path, size: int, mode: str, fit: str) -> Image.Image:
         opened.draft(mode, (2 * size, 2 * size))  # a JPEG is decoded no larger than needed
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):
-            raise ValueError(f"it has pixels of type {image.mode!r}; convert it to 8 bits a channel")
+            image = _of_8_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert(mode)
         square = _padded(image) if fit == "pad" else _middle(image)
         return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits in 8: scaled, not cut."""
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65_535:
+        raise ValueError(f"it has pixels of type {image.mode!r}; convert it to 8 bits a channel")
+    return Image.fromarray((pixels / 257).round().astype(np.uint8))
 
 
 def _middle(image: Image.Image) -> Image.Image:

@@ -1,14 +1,16 @@
 """What is known about the pictures of a folder: tables as people have them, or the names of subfolders.
 
     attributes.csv, metadata.csv    a column with the file (`file`, `file_name`, ...), others are attributes;
-                                    commas, semicolons or tabs; UTF-8 or UTF-16
+                                    commas, semicolons, tabs or bars; UTF-8 or UTF-16
     metadata.jsonl                  the same, an object a line
     cat/001.jpg, dog/002.jpg        one attribute, `class`
+    train/cat/001.jpg, test/...     the same: train, val and test are parts of one set
     001.jpg, 002.jpg                none
 
 Columns become attributes of a few named values:
 
-    words, and whole numbers        as they are; spaces and hyphens between letters become underscores
+    words, and whole numbers        as they are; spaces and hyphens between letters become underscores, and
+                                    what a recipe cannot hold becomes a name that it can
     other numbers                   cut into `low`, `middle` and `high` at thirds of the pictures
     lists of tags                   an attribute for each tag, `yes` or `no`
     true, false                     `yes`, `no`
@@ -20,12 +22,15 @@ import csv
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from composable_ebm.data.names import value_names
 
 TABLES = ("attributes.csv", "metadata.csv", "metadata.jsonl")
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "path")
@@ -34,7 +39,9 @@ EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 MAX_NUMBERS = 20  # whole numbers that still name values
 FEW = 10  # pictures of a value, in the mean, below which many whole numbers are a measurement
 NO_NUMBER = ("", "nan", "none", "null", "n/a", "na")
-_SEPARATORS = re.compile(r"(?<=\w)[\s-]+(?=\w)")  # -1 stays -1
+OTHER_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".xls", ".ods", ".parquet")
+PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+SHOWN = 5  # renamed values that are listed
 _TAGS = re.compile(r"\s*[,;|]\s*")
 
 Row = tuple[int, dict[str, object]]
@@ -49,12 +56,26 @@ class Listing:
     Attributes:
         files: Paths inside the folder, with `/` between the parts.
         columns: Attribute -> one entry a file, "" where there is no label.
-        notes: What was skipped, changed or cut, in sentences.
+        notes: What was skipped or changed, in sentences.
+        about: Attribute -> how its values were made, in sentences.
+        unread: Tables that are not read, where they are or as they are called.
     """
 
     files: list[str]
     columns: dict[str, list[str]]
     notes: list[str] = field(default_factory=list)
+    about: dict[str, list[str]] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def hint(self) -> str:
+        """Where attributes come from, for one who looks for another."""
+        if not self.unread:
+            return ""
+        return (
+            f" {', '.join(self.unread[:SHOWN])} is not read: attributes come from the first of "
+            f"{', '.join(TABLES)} in the folder itself."
+        )
 
 
 def list_folder(root: Path) -> Listing:
@@ -64,45 +85,87 @@ def list_folder(root: Path) -> Listing:
         ValueError: If its table cannot be used; the message names the file and the line.
         FileNotFoundError: If a file of the table is missing, or there are no pictures at all.
     """
-    pictures, skipped = _pictures(root)
-    table = next((root / name for name in TABLES if (root / name).is_file()), None)
+    found = _look_through(root)
+    here = {name.lower(): name for name in found.tables if "/" not in name}
+    table = next((here.pop(name) for name in TABLES if name in here), None)
     if table is not None:
-        listing = _of_table(table)
-        others = set(pictures) - set(listing.files)
+        listing = _of_table(root / table, found.pictures)
+        others = set(found.pictures) - set(listing.files)
         if others:
-            listing.notes.append(f"{len(others)} pictures that {table.name} does not name were skipped")
+            listing.notes.append(f"{len(others)} pictures that {table} does not name were skipped")
     else:
-        listing = _of_subfolders(root, pictures)
-    listing.notes += skipped
+        listing = _of_subfolders(root, found.pictures)
+    listing.unread = [name for name in found.tables if name != table]
+    listing.notes += found.notes()
     return listing
 
 
 # -- what lies in the folder -----------------------------------------------------------------------
 
 
-def _pictures(root: Path) -> tuple[list[str], list[str]]:
-    """The pictures under a folder, sorted, and sentences about what else is there."""
-    found: list[str] = []
-    others: Counter[str] = Counter()
-    hidden = 0
-    for place, folders, files in os.walk(root):
-        visible = [name for name in folders if not _is_hidden(name)]
-        for name in set(folders) - set(visible):
-            hidden += sum(map(_is_picture, os.listdir(Path(place) / name)))
-        folders[:] = sorted(visible)
+@dataclass
+class _Found:
+    """What lies in a folder: pictures, tables, and what is neither."""
+
+    pictures: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    hidden: int = 0
+    closed: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Sentences about what is skipped."""
+        notes = []
+        if self.hidden:
+            notes.append(f"{self.hidden} pictures in hidden folders or files were skipped")
+        if self.others:
+            kinds = ", ".join(f"{count} of {kind}" for kind, count in self.others.most_common(8))
+            notes.append(f"files that are no pictures were skipped: {kinds}")
+        if self.closed:
+            notes.append(f"folders that cannot be opened were skipped: {', '.join(self.closed[:SHOWN])}")
+        return notes
+
+
+def _look_through(root: Path) -> _Found:
+    """The pictures under a folder, sorted, and what else is there; links are followed, once."""
+    found = _Found()
+    seen: set[tuple[int, int]] = set()
+
+    def closed(error: OSError) -> None:
+        found.closed.append(f"{error.filename} ({error.strerror})")
+
+    for place, folders, files in os.walk(root, onerror=closed, followlinks=True):
+        here = os.stat(place)
+        if (here.st_dev, here.st_ino) in seen:  # a link to what was looked through
+            folders[:] = []
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        for name in filter(_is_hidden, folders):
+            found.hidden += _pictures_directly_in(os.path.join(place, name))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for name in sorted(files):
             path = (Path(place) / name).relative_to(root).as_posix()
             if _is_hidden(name):
-                hidden += _is_picture(name)
+                found.hidden += _is_picture(name)
             elif _is_picture(name):
-                found.append(path)
-            elif path not in TABLES:
-                others[Path(name).suffix.lower() or name] += 1
-    notes = [f"{hidden} pictures in hidden folders or files were skipped"] if hidden else []
-    if others:
-        kinds = ", ".join(f"{count} of {kind}" for kind, count in others.most_common(8))
-        notes.append(f"files that are no pictures were skipped: {kinds}")
-    return sorted(found), notes
+                if os.path.isfile(os.path.join(place, name)):
+                    found.pictures.append(path)
+                else:  # a pipe would be waited for, a link may lead nowhere
+                    found.others["links to nowhere, pipes or devices"] += 1
+            else:
+                if name.lower() in TABLES or Path(name).suffix.lower() in OTHER_TABLES:
+                    found.tables.append(path)
+                if path.lower() not in TABLES:
+                    found.others[Path(name).suffix.lower() or name] += 1
+    found.pictures.sort()
+    return found
+
+
+def _pictures_directly_in(folder: str) -> int:
+    try:
+        return sum(map(_is_picture, os.listdir(folder)))
+    except OSError:
+        return 0
 
 
 def _is_hidden(name: str) -> bool:
@@ -119,29 +182,38 @@ def _of_subfolders(root: Path, pictures: list[str]) -> Listing:
             f"{root} holds no pictures ({', '.join(EXTENSIONS)}), neither itself nor in subfolders for each "
             f"class, and no table ({', '.join(TABLES)})."
         )
-    if any("/" not in path for path in pictures):
-        deeper = sum("/" in path for path in pictures)
-        notes = ["there is no table, so there are no attributes: only p(x) can be learned"]
-        if deeper:
-            notes.append(f"{deeper} pictures in subfolders were taken with those beside them")
+    notes: list[str] = []
+    about: list[str] = []
+    parts = [path.split("/")[:-1] for path in pictures]
+    tops = sorted({part[0] for part in parts if part})
+    if all(parts) and all(top.lower() in PARTS for top in tops):
+        notes.append(f"{', '.join(tops)} are parts of one set, no classes: it is divided anew by file names")
+        parts = [part[1:] for part in parts]
+    if not all(parts):
+        notes.append("there is no table, so there are no attributes: only p(x) can be learned")
+        if deeper := sum(map(bool, parts)):
+            notes.append(
+                f"{deeper} pictures in subfolders were taken with the {len(parts) - deeper} beside them"
+            )
         return Listing(pictures, {}, notes)
-    classes = [_as_word(path.split("/")[0]) for path in pictures]
-    return Listing(pictures, {"class": classes})
+    classes = _named("class", [part[0] for part in parts], about)
+    return Listing(pictures, {"class": classes}, notes, {"class": about})
 
 
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _of_table(table: Path) -> Listing:
-    rows = list(_lines_of_json(table) if table.suffix == ".jsonl" else _rows_of_csv(table))
+def _of_table(table: Path, pictures: Sequence[str]) -> Listing:
+    rows = list(_lines_of_json(table) if table.suffix.lower() == ".jsonl" else _rows_of_csv(table))
     notes: list[str] = []
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     column = next((name for known in FILE_COLUMNS for name in names if name.lower() == known), None)
     if column is None:
         raise ValueError(f"{table} must have a column `file` (or `file_name`), got the columns {names}.")
     files: dict[str, int] = {}
+    meant = _as_meant(table.parent, pictures)
     for line, row in rows:
-        file = _inside(str(row.get(column) or "").strip(), f"{table}, line {line}")
+        file = meant(_inside(str(row.get(column) or "").strip(), f"{table}, line {line}"))
         if file in files:
             raise ValueError(f"{table} names the file {file!r} twice, in lines {files[file]} and {line}.")
         files[file] = line
@@ -152,17 +224,35 @@ def _of_table(table: Path) -> Listing:
             f"the first of them {missing[0]!r} in line {files[missing[0]]}."
         )
     columns: dict[str, list[str]] = {}
+    about: dict[str, list[str]] = {}
     for name in names:
         if name != column:
-            columns |= _attributes(name, [row.get(name) for _, row in rows], notes)
-    return Listing(list(files), columns, notes)
+            told: list[str] = []
+            made = _attributes(name, [row.get(name) for _, row in rows], told)
+            columns |= made
+            about |= dict.fromkeys(made, told)
+    return Listing(list(files), columns, notes, about)
+
+
+def _as_meant(root: Path, pictures: Sequence[str]) -> Callable[[str], str]:
+    """What a table means by a name: a file that is there, written as on Windows or without its ending."""
+    stems = Counter(picture.rpartition(".")[0] for picture in pictures)
+    whole = {picture.rpartition(".")[0]: picture for picture in pictures}
+
+    def meant(file: str) -> str:
+        if (root / file).is_file():
+            return file
+        file = file.replace("\\", "/")
+        return whole[file] if stems[file] == 1 else file
+
+    return meant
 
 
 def _inside(file: str, where: str) -> str:
     if not file:
         raise ValueError(f"{where}: the row names no file.")
     path = Path(file)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in file.replace("\\", "/").split("/"):
         raise ValueError(f"{where}: {file!r} is not inside the folder.")
     return path.as_posix()
 
@@ -170,6 +260,8 @@ def _inside(file: str, where: str) -> str:
 def _text_of(table: Path) -> str:
     """The text of a table in UTF-8 or UTF-16, without its byte-order mark."""
     content = table.read_bytes()
+    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise ValueError(f"{table} is a workbook, no table of text: save it as CSV.")
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         return content.decode(encoding)
@@ -185,7 +277,7 @@ def _rows_of_csv(table: Path) -> Iterator[Row]:
     """Rows of a table with the line each begins in."""
     text = _text_of(table)
     first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
+    delimiter = max(",;\t|", key=first.count)
     lines = text.splitlines(keepends=True)
     before = csv.field_size_limit(max(len(text), 1))  # long remarks are no mistake
     try:
@@ -279,7 +371,7 @@ def _attributes(name: str, entries: list[object], notes: list[str]) -> dict[str,
         return _tags([_TAGS.split(text) if text else None for text in texts], name, notes)
     if _is_measurement(known):
         return {name: _cut(name, texts, notes)}
-    return {name: [_as_word(text) for text in texts]}
+    return {name: _named(name, texts, notes)}
 
 
 def _as_text(entry: object) -> str:
@@ -290,8 +382,15 @@ def _as_text(entry: object) -> str:
     return str(entry).strip()
 
 
-def _as_word(text: str) -> str:
-    return _SEPARATORS.sub("_", text.strip())
+def _named(attribute: str, texts: list[str], notes: list[str]) -> list[str]:
+    """Entries as values that recipes can hold, with a note of those that become another word."""
+    texts = [unicodedata.normalize("NFC", text.strip()) for text in texts]
+    names = value_names(filter(None, texts))
+    other = [f"{text!r} {name}" for text, name in names.items() if name != re.sub(r"[\s-]+", "_", text)]
+    if other:
+        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        notes.append(f"values of {attribute} are called by words: {', '.join(other[:SHOWN])}{more}")
+    return [names[text] if text else "" for text in texts]
 
 
 def _listed(entry: object) -> list[str] | None:

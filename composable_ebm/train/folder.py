@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+from composable_ebm.data.names import word
 from composable_ebm.experts.card import CheckpointError
 from composable_ebm.experts.store import BASE, CODEC, read_card
 from composable_ebm.train.config import (
@@ -46,7 +45,9 @@ def folder_config(
         latents: Learns on the latents of a codec, pictures of 64 pixels.
     """
     root = Path(root)
-    family, name = _word(root.resolve().name), _word(attribute) if attribute else BASE
+    family, name = word(root.resolve().name), word(attribute) if attribute else BASE
+    if attribute and name in (BASE, CODEC):  # those are others
+        name = f"{name}_"
     base = Path(models) / family / BASE
     common = TrainConfig(
         family=family,
@@ -145,16 +146,6 @@ def _is_there(expert: Path, digest: str) -> bool:
 def folder_digest(root: str | Path) -> str:
     """What tells a folder from others of its name; a folder that moves is another."""
     return hashlib.sha256(str(Path(root).resolve()).encode()).hexdigest()[:16]
-
-
-def _word(text: str) -> str:
-    """A name that recipes can hold; of letters that they cannot, a digest keeps names apart."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    word = re.sub(r"[^A-Za-z0-9_]+", "_", plain).strip("_")
-    lost = sum(c.isalnum() for c in text) - sum(c.isalnum() for c in plain)
-    if lost or not word:
-        word = f"{word}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    return f"_{word}" if word[0].isdigit() else word
 
 
 def _learned_from(expert: Path, root: Path) -> bool:

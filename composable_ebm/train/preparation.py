@@ -33,6 +33,11 @@ def load_split(wanted: DataConfig, split: str) -> LabelledImages:
     attribute = wanted.attribute
     if "+" in attribute:
         data = data.jointly(attribute)
+    if wanted.name == "folder" and split == "train" and (data.images == data.images[:1]).all():
+        raise ValueError(
+            f"the {len(data)} pictures of {data.name} are all the same at this size, so there is nothing to "
+            "learn."
+        )
     if not attribute:
         return data
     values = data.attribute(attribute)

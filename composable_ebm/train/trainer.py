@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, LabelledLatents
+from composable_ebm.data.copies import without_copies
 from composable_ebm.data.ranges import as_states
 from composable_ebm.data.summary import summary
 from composable_ebm.experts.card import CheckpointError
@@ -132,6 +133,8 @@ class Trainer:
         if data is None:
             with self.accelerator.main_process_first():  # so that one process renders or downloads
                 data = load_split(config.data, "train"), load_split(config.data, "validation")
+            if config.data.name == "folder":
+                data = without_copies(*data), data[1]
         if self.accelerator.is_main_process and config.data.name == "folder":
             tqdm.write(summary(*data, config.data.attribute))
         self.pictures = data
