@@ -34,7 +34,7 @@ from timing import add_machine, ceilings, exponent, machine, peak_memory, race, 
 
 import composable_ebm as ceb
 from composable_ebm.plotting import BLUE, GREEN, GREY, INK, ORANGE, figure, save_figure
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling.schedule import Schedule, constant
 
 OURS = "composable_ebm"
@@ -56,13 +56,13 @@ def textbook_race(batch: int, steps: int, rounds: int, device: torch.device, sid
         "plain loop": partial(plain_loop, network, x, steps),
     }
     table = relative(race(contestants, rounds, device), OURS)
-    potential = FusedPotential(energy, stack=device.type != "cpu")
+    potential = Potential(energy, stack=device.type != "cpu")
     potential(x)
     return {
         "batch": batch,
         "side": side,
         "steps": steps,
-        "path": potential.plan.describe(),
+        "path": potential.describe(),
         "gflop": operations(network, x) * (steps + 1) / 1e9,
         "contestants": table,
     }
@@ -83,9 +83,9 @@ def faces_race(count: int, batch: int, steps: int, rounds: int, device: torch.de
     }
     table = relative(race(contestants, rounds, device), OURS)
     form = "base + ratios" if given else "sum"
-    potential = FusedPotential(product.ours, stack=device.type != "cpu")
+    potential = Potential(product.ours, stack=device.type != "cpu")
     potential(x)
-    path = potential.plan.describe()
+    path = potential.describe()
     row = {"experts": count, "form": form, "batch": batch, "steps": steps, "path": path}
     return {**row, "contestants": table}
 

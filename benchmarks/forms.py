@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import composable_ebm as ceb
 from composable_ebm.experts.catalogue import catalogue
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential
 
 OURS = "composable_ebm"
 PARTS = ("modules", "first_call", "experts", "threads")
@@ -151,10 +151,10 @@ def states(batch: int, shape: tuple[int, ...]) -> Tensor:
 
 def path(energy: ceb.energy.Energy, x: Tensor, level: Tensor | None = None) -> str:
     """How an energy is evaluated, in words."""
-    potential = FusedPotential(energy, stack=False)
-    potential.noise_level = level
+    potential = Potential(energy, stack=False)
+    potential = potential.at(noise_level=level)
     potential(x)
-    return potential.plan.describe()
+    return potential.describe()
 
 
 def against_others(name: str, rounds: int, batch: int) -> dict:
@@ -199,8 +199,8 @@ def expert_row(name: str, rounds: int) -> dict:
     energy = expert[expert.card.values[0]] if len(expert.card.values) > 1 else expert
     level = torch.tensor(0.3) if energy.noise_conditioned else None
     x = torch.randn(16, *energy.event_shape, generator=torch.Generator().manual_seed(0))
-    potential = FusedPotential(energy, stack=False)
-    potential.noise_level = level
+    potential = Potential(energy, stack=False)
+    potential = potential.at(noise_level=level)
     times = 10
 
     def ours() -> None:
@@ -209,7 +209,7 @@ def expert_row(name: str, rounds: int) -> dict:
 
     contestants = {OURS: ours, "autograd": partial(gradients, lambda s: energy.energy(s, level), x, times)}
     table = relative(race(contestants, rounds, x.device), OURS)
-    return {"expert": name, "batch": 16, "path": potential.plan.describe(), "contestants": table}
+    return {"expert": name, "batch": 16, "path": potential.describe(), "contestants": table}
 
 
 def thread_row(name: str, rounds: int) -> dict:
@@ -220,8 +220,8 @@ def thread_row(name: str, rounds: int) -> dict:
         x, level = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor(0.3)
     else:
         energy, x = ceb.from_callable(Own()), states(128, (1, 32, 32))
-    potential = FusedPotential(energy, stack=False)
-    potential.noise_level = level
+    potential = Potential(energy, stack=False)
+    potential = potential.at(noise_level=level)
 
     def run(threads: int) -> None:
         torch.set_num_threads(threads)
@@ -230,7 +230,7 @@ def thread_row(name: str, rounds: int) -> dict:
 
     run(2)
     table = relative(race({"two": partial(run, 2), "one": partial(run, 1)}, rounds, x.device), "two")
-    return {"energy": name, "batch": len(x), "path": potential.plan.describe(), "contestants": table}
+    return {"energy": name, "batch": len(x), "path": potential.describe(), "contestants": table}
 
 
 def rows_of(part: str, rounds: int) -> Iterator[dict]:

@@ -31,7 +31,7 @@ import composable_ebm as ceb
 from composable_ebm.energy import Energy, carrier, satisfied
 from composable_ebm.evaluation.judge import load_judge
 from composable_ebm.evaluation.task import Task, requests, task_of
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.particles import Population, drawn
 from composable_ebm.sampling.request import calibrated_sampler
@@ -93,13 +93,14 @@ def diffused(weigh: str) -> Estimator:
         fine = [a + (b - a) * i / 3 for a, b in pairwise(levels) for i in range(3)]
         levels = [*fine, levels[-1]]
         ground = carrier(mix)
-        whole, base = FusedPotential(mix), FusedPotential(ground)
-        parts = [(w, FusedPotential(t)) for t, w in zip(mix.operands, mix.weights, strict=True)]
+        all_of_it, alone = Potential(mix), Potential(ground)
+        each = [(w, Potential(t)) for t, w in zip(mix.operands, mix.weights, strict=True)]
         x = levels[0] * torch.randn(number, *mix.event_shape, generator=generator)
         population = None
         for sigma, after in pairwise(levels):
-            for potential in (whole, base, *(p for _, p in parts)):
-                potential.noise_level = torch.tensor(sigma)
+            level, next_level = torch.tensor(sigma), torch.tensor(after)
+            whole, base = (p.at(noise_level=level) for p in (all_of_it, alone))
+            parts = [(w, p.at(noise_level=level)) for w, p in each]
             energy, gradient = whole(x)
             variance = sigma**2 - after**2
             if weigh == "twisted":
@@ -115,8 +116,7 @@ def diffused(weigh: str) -> Estimator:
                 free, led = (y - x + variance * g for g in (ground_gradient, gradient))
                 spread = 2 * variance * (after / sigma) ** 2
                 ratio = (led.square() - free.square()).flatten(1).sum(1) / spread
-                for potential in (whole, base):
-                    potential.noise_level = torch.tensor(after)
+                whole, base = (p.at(noise_level=next_level) for p in (whole, base))
                 gain = ratio + base.energy(y) - whole.energy(y) - said
             else:
                 squares = sum(w * p(x)[1].flatten(1).square().sum(1) for w, p in parts)
@@ -124,7 +124,7 @@ def diffused(weigh: str) -> Estimator:
             u = torch.rand((), generator=generator)
             population, index = population.weighed(gain).resampled(u, 0.5)
             x = y[index]
-        whole.noise_level = torch.tensor(levels[-1])
+        whole = all_of_it.at(noise_level=torch.tensor(levels[-1]))
         x = x - levels[-1] ** 2 * whole(x)[1]
         chosen = drawn(population.log_weights, count, torch.rand((), generator=generator))
         gradients = round(len(levels) * number / count)

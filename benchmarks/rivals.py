@@ -18,7 +18,7 @@ from torchebm.samplers import LangevinDynamics
 import composable_ebm as ceb
 from composable_ebm.energy import Energy
 from composable_ebm.sampling import Chain, Noise, graphs
-from composable_ebm.sampling.chains import Sampler
+from composable_ebm.sampling.block import Sampler
 
 STEP_SIZE, NOISE, CLIP = 10.0, 0.005, 0.03
 LIMITS = (-1.0, 1.0)

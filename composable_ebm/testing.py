@@ -29,7 +29,7 @@ from composable_ebm.energy import Energy, changed_states, flat
 from composable_ebm.energy.analytic import Gaussian
 from composable_ebm.energy.bits import bit_states
 from composable_ebm.energy.conditionals import Conditionals
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling import Annealed
 from composable_ebm.sampling.chains import Chain
 from composable_ebm.sampling.kernel import Kernel, Noise, State
@@ -239,16 +239,14 @@ def each_row_may_have_its_noise_level(energy: Energy, x: Tensor, level: Level, t
 def fast_forms_equal_the_plain_one(energy: Energy, x: Tensor, level: Level, tolerance: float) -> None:
     """The form that chains evaluate it in gives the energies and gradients of the plain call."""
     for stack in (False, True):
-        potential = FusedPotential(
-            energy, energy.coefficients.to(x.device, torch.promote_types(x.dtype, torch.float32)), stack=stack
-        )
-        potential.noise_level = level
+        coefficients = energy.coefficients.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        potential = Potential(energy, coefficients, noise_level=level, stack=stack)
         value, gradient = potential(x.clone())
         wanted, score = energy(x.clone(), noise_level=level), energy.score(x.clone(), noise_level=level)
         for name, got, plain in (("energy", value, wanted), ("gradient", gradient, -score)):
             if not torch.allclose(got, plain, rtol=tolerance, atol=tolerance):
                 worst = float((got - plain).abs().max())
-                how = potential.plan.describe()
+                how = potential.describe()
                 _broken(
                     f"evaluated {how}, its {name} is off by {worst:.3g}",
                 )
@@ -325,7 +323,7 @@ def steps_keep_shapes_and_types(sampler: Sampler, variance: float | None) -> Non
     kernel, mix = _kernel_of(sampler), _target(variance)
     for dtype in (torch.float32, torch.float64):
         x = _starts(variance).to(dtype)
-        potential = FusedPotential(copy.deepcopy(mix).to(dtype), mix.coefficients.to(dtype))
+        potential = Potential(copy.deepcopy(mix).to(dtype), mix.coefficients.to(dtype))
         noise = _noise(len(x))
         state = kernel.init(potential, x, noise)
         after, info = kernel.step(potential, state, noise, kernel.dynamics(x))
@@ -349,7 +347,7 @@ def steps_keep_shapes_and_types(sampler: Sampler, variance: float | None) -> Non
 def steps_are_functions_of_their_arguments(sampler: Sampler, variance: float | None) -> None:
     """The same state and noise give the same step, and a step changes nothing that it is given."""
     kernel, mix, x = _kernel_of(sampler), _target(variance), _starts(variance)
-    potential = FusedPotential(mix, mix.coefficients.float())
+    potential = Potential(mix, mix.coefficients.float())
     state = kernel.init(potential, x, _noise(len(x)))
     before = copy.deepcopy(state)
     one, two = (kernel.step(potential, state, _noise(len(x), 1), kernel.dynamics(x))[0] for _ in range(2))

@@ -10,7 +10,7 @@ from helpers import Quadratic, expert
 import composable_ebm as ceb
 from composable_ebm.energy.bits import bit_states, log_pseudo_likelihood
 from composable_ebm.experts.networks.rbm import RBM
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential, Tally
 from composable_ebm.sampling import Dynamics, Noise
 
 CHAINS = 4_000
@@ -131,12 +131,13 @@ def test_step_keeps_shape_dtype_and_bits(kernel):
 
 
 def test_step_takes_as_many_gradients_as_it_says(kernel):
-    potential = FusedPotential(energies()["sum of two"])
+    tally = Tally()
+    potential = Potential(energies()["sum of two"], tallies=[tally])
     noise = Noise((torch.Generator().manual_seed(0), 4))
     state = kernel.init(potential, torch.zeros(4, BITS), noise)
-    before = potential.evaluations
+    before = tally.gradients
     kernel.step(potential, state, noise, kernel.dynamics(state.x))
-    assert potential.evaluations - before == kernel.gradients_per_step
+    assert tally.gradients - before == kernel.gradients_per_step
 
 
 def test_trace_has_the_energies_of_the_states(kernel):
@@ -183,7 +184,7 @@ def test_rows_with_their_own_temperature(kernel):
         energy, rows = energies()["network"], torch.tensor([0.5, 3.0])
     temperature = rows.repeat_interleave(CHAINS)
     start = torch.zeros(2 * CHAINS, BITS)
-    potential = FusedPotential(energy, energy.coefficients.float())
+    potential = Potential(energy, energy.coefficients.float())
     noise = Noise((torch.Generator().manual_seed(0), 2 * CHAINS))
     state = kernel.init(potential, start, noise)
     for _ in range(80):

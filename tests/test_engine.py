@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import composable_ebm as ceb
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential
 
 a, b, c = gaussians()
 
@@ -48,7 +48,7 @@ def trainable():
 @pytest.mark.parametrize("stack", [False, True])
 def test_no_parameter_gradient_is_computed(stack):
     energy = trainable()
-    potential = FusedPotential(energy, energy.coefficients.float(), stack=stack)
+    potential = Potential(energy, energy.coefficients.float(), stack=stack)
     with BackwardMasks() as noted:
         potential(points(3, (1, 4, 4)))
     assert set(noted.masks) == {(True, False, False)}
@@ -234,7 +234,7 @@ def test_fused_evaluation_equals_the_plain_one(name, stack):
     x = points(7, (1, 4, 4))
     rows = energy.coefficients.float() + torch.randn(7, energy.num_coefficients)
     for coefficients in (energy.coefficients.float(), rows):
-        e, gradient = FusedPotential(energy, coefficients, stack=stack)(x)
+        e, gradient = Potential(energy, coefficients, stack=stack)(x)
         torch.testing.assert_close(e, energy(x, coefficients=coefficients), rtol=1e-5, atol=1e-5)
         score = energy.score(x, coefficients=coefficients)
         torch.testing.assert_close(gradient, -score, rtol=1e-4, atol=1e-5)
@@ -244,14 +244,14 @@ def test_values_of_one_network_share_one_pass():
     digit = expert()
     calls = []
     digit.network.register_forward_hook(lambda *_: calls.append(1))
-    FusedPotential(digit["0"] + digit["1"] + ~digit["2"], stack=False)(points(3, (1, 4, 4)))
+    Potential(digit["0"] + digit["1"] + ~digit["2"], stack=False)(points(3, (1, 4, 4)))
     assert len(calls) == 1
 
 
 def test_networks_of_one_architecture_run_as_one_batched_pass():
     digit, thick = expert(seed=1), binary(seed=2)
     other = binary("large", network={**card().network, "num_values": 2, "hidden": 16})
-    plan = FusedPotential(digit["0"] + digit["1"] + thick + other, stack=True).plan
+    plan = Potential(digit["0"] + digit["1"] + thick + other, stack=True).plan
     assert [len(group.networks) for group in plan.groups] == [2, 1]
     assert plan.describe() == "2 ConvEnergy in one batched pass, read by 3 terms; one ConvEnergy"
 
@@ -270,8 +270,8 @@ def test_noise_level_reaches_the_noise_conditioned_networks_of_a_batched_pass():
 
     description = card("noisy", ("only",), noise_conditioned=True)
     noisy = [ceb.Expert.standing(Conditioned(scale), description) for scale in (1.0, 3.0)]
-    potential = FusedPotential(noisy[0] + noisy[1], torch.ones(2), stack=True)
-    potential.noise_level = torch.tensor(0.5)
+    potential = Potential(noisy[0] + noisy[1], torch.ones(2), stack=True)
+    potential = potential.at(noise_level=torch.tensor(0.5))
     x = points(3, (1, 4, 4))
     torch.testing.assert_close(potential(x)[0], 2 * x.square().flatten(1).sum(1))
 
@@ -356,8 +356,8 @@ def test_loop_never_waits_for_the_device(kernel):
 def test_gpu_and_cpu_agree_on_energies_and_gradients():
     x = points(7, (1, 4, 4))
     for name, energy in compositions().items():
-        expected = FusedPotential(energy, energy.coefficients.float())(x)
+        expected = Potential(energy, energy.coefficients.float())(x)
         moved = energy.cuda()
-        got = FusedPotential(moved, moved.coefficients.float().cuda(), stack=True)(x.cuda())
+        got = Potential(moved, moved.coefficients.float().cuda(), stack=True)(x.cuda())
         for one, two in zip(expected, got, strict=True):
             torch.testing.assert_close(two.cpu(), one, rtol=1e-3, atol=1e-4, msg=name)

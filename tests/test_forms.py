@@ -19,7 +19,7 @@ import composable_ebm as ceb
 from composable_ebm.experts.networks import ConvEnergy
 from composable_ebm.potential import native
 from composable_ebm.potential.forms.traced import TracedForm
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential
 from composable_ebm.train.objectives.contrastive import Labelled
 
 COMPILER = any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")))
@@ -66,9 +66,9 @@ def assert_equal(got, expected, tolerance=1e-5):
 
 
 def describe(network, x):
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    potential = Potential(ceb.from_callable(network), stack=False)
     assert_equal(potential(x), plain(network, x))
-    return potential.plan.describe()
+    return potential.describe()
 
 
 # --- a zoo of modules as people write them -------------------------------------------------------
@@ -351,9 +351,9 @@ def test_several_outputs_come_from_c(monkeypatch):
     network = ConvEnergy((1, 14, 14), 5, widths=(16, 20), hidden=24)
     traced, x, cotangent = TracedForm(network), points(6, (1, 14, 14)), points(6, (5,))
     for batch in (6, 3, 6):
-        assert traced.refuses(x[:batch], None) is None
-        outputs, pull_back = traced(x[:batch], None)
-        traced(-x[:batch], None)  # what was kept of the first is not overwritten
+        evaluate = traced.ready(x[:batch], None)
+        outputs, pull_back = evaluate(x[:batch], None)
+        evaluate(-x[:batch], None)  # what was kept of the first is not overwritten
         got = (outputs, pull_back(cotangent[:batch]))
         assert_equal(got, plain(network, x[:batch], cotangent[:batch]))
         assert traced.path == IN_C
@@ -365,8 +365,7 @@ def test_other_types_are_read(name, dtype):
     network, x = ZOO[name].to(dtype), points(3, (CHANNELS, 8, 8)).to(dtype)
     try:
         traced = TracedForm(network)
-        assert traced.refuses(x, None) is None
-        outputs, pull_back = traced(x, None)
+        outputs, pull_back = traced.ready(x, None)(x, None)
         expected = plain(network, x)
         tolerance = 1e-12 if dtype == torch.float64 else 0.05
         assert_equal((outputs, pull_back(torch.ones_like(outputs))), expected, tolerance)
@@ -393,20 +392,20 @@ class Written(ceb.Energy):
 def test_energies_of_a_class_of_their_own_are_read(level):
     energy, x = Written(), points(3, (CHANNELS, 8, 8))
     composition = 2 * energy + ceb.negate(energy, threshold=1.0)
-    potential = FusedPotential(composition, composition.coefficients.float(), stack=False)
-    potential.noise_level = level
+    potential = Potential(composition, composition.coefficients.float(), stack=False)
+    potential = potential.at(noise_level=level)
     for scale in (2.0, 3.0):
         energy.scale = scale
         assert_equal(potential(x), plain(lambda s: composition(s, noise_level=level), x))
-        assert "one Written (traced" in potential.plan.describe()
+        assert "one Written (traced" in potential.describe()
 
 
 def test_energies_that_hold_what_may_change_unseen_are_called():
     energy = Written()
     energy.settings = {"scale": 1.0}
-    potential = FusedPotential(energy, stack=False)
+    potential = Potential(energy, stack=False)
     potential(points(3, (CHANNELS, 8, 8)))
-    assert potential.plan.describe() == "1 energy alone"
+    assert potential.describe() == "1 energy alone"
 
 
 # --- what is not read ----------------------------------------------------------------------------
@@ -474,15 +473,15 @@ def test_what_cannot_be_read_goes_by_autograd_and_says_what_stopped_it(name):
 
 def test_random_numbers_are_drawn_anew_each_time():
     network = Net(lambda self, x: self.drop(x).sum((1, 2, 3)), drop=nn.Dropout(0.5))
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    potential = Potential(ceb.from_callable(network), stack=False)
     x = points(4, (CHANNELS, 8, 8))
     assert not torch.equal(potential(x)[0], potential(x)[0])
-    assert "by autograd: dropout" in potential.plan.describe()
+    assert "by autograd: dropout" in potential.describe()
 
 
 def test_a_module_that_counts_its_calls_is_really_called():
     network = Counted()
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    potential = Potential(ceb.from_callable(network), stack=False)
     x = points(2, (CHANNELS, 8, 8))
     first, second = potential(x)[0], potential(x)[0]
     assert not torch.equal(first, second)
@@ -500,7 +499,7 @@ def test_a_module_that_checks_its_states_is_left_to_autograd():
 def test_errors_of_a_module_are_its_own():
     network = nn.Sequential(nn.Flatten(), nn.Linear(5, 1), nn.Flatten(0))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        FusedPotential(ceb.from_callable(network), stack=False)(points(2, (CHANNELS, 8, 8)))
+        Potential(ceb.from_callable(network), stack=False)(points(2, (CHANNELS, 8, 8)))
 
 
 # --- what changes between calls ------------------------------------------------------------------
@@ -518,7 +517,7 @@ def textbook(activation=nn.SiLU):
 
 def test_weights_changed_in_place_are_followed(form):
     network, x = textbook(), points(3, (1, 32, 32))
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    potential = Potential(ceb.from_callable(network), stack=False)
     before, _ = potential(x)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
     network(x).sum().backward()
@@ -532,11 +531,11 @@ def test_weights_changed_in_place_are_followed(form):
 @pytest.mark.parametrize("name", ["weight norm", "weights shared", "mixer"])
 def test_networks_that_learn_are_followed(name):
     network, x = copy.deepcopy(ZOO[name]), points(3, (CHANNELS, 8, 8))
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    potential = Potential(ceb.from_callable(network), stack=False)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.01)
     for _ in range(3):
         assert_equal(potential(x), plain(network, x))
-        assert "traced" in potential.plan.describe()
+        assert "traced" in potential.describe()
         network(x).mean().backward()
         optimiser.step()
     for parameter in network.parameters():
@@ -547,7 +546,7 @@ def test_networks_that_learn_are_followed(name):
 def test_modes_and_attributes_that_change_are_followed():
     network = Net(lambda self, x: self.factor * self.act(x).sum((1, 2, 3)), act=nn.LeakyReLU(0.1))
     network.factor = 2.0
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    potential = Potential(ceb.from_callable(network), stack=False)
     x = points(3, (CHANNELS, 8, 8))
     for change in (
         lambda: setattr(network, "factor", 3.0),
@@ -556,12 +555,12 @@ def test_modes_and_attributes_that_change_are_followed():
     ):
         change()
         assert_equal(potential(x), plain(network, x))
-        assert "traced" in potential.plan.describe()
+        assert "traced" in potential.describe()
 
 
 def test_batches_of_other_sizes_are_served():
     network = ZOO["residual sum"]
-    potential = FusedPotential(ceb.from_callable(network), stack=False)
+    potential = Potential(ceb.from_callable(network), stack=False)
     for batch in (1, 4, 2, 4, 7, 3, *range(5, 25), 1):
         x = points(batch, (CHANNELS, 8, 8))
         assert_equal(potential(x), plain(network, x))
@@ -576,7 +575,7 @@ def test_a_network_is_read_once_for_all_chains_and_forgotten_with_them():
 
     network, x = Net(counted, net=nn.Sequential(nn.Flatten(), nn.Linear(192, 1))), points(3, (CHANNELS, 8, 8))
     for _ in range(3):
-        FusedPotential(ceb.from_callable(network), stack=False)(x)
+        Potential(ceb.from_callable(network), stack=False)(x)
     assert len(calls) == 2  # once to read it, once to hold it against autograd
     gone = weakref.ref(network)
     del network
@@ -586,7 +585,7 @@ def test_a_network_is_read_once_for_all_chains_and_forgotten_with_them():
 
 def test_training_sees_its_network_unchanged(form):
     network, x = textbook(), points(3, (1, 32, 32))
-    FusedPotential(ceb.from_callable(network), stack=False)(x)
+    Potential(ceb.from_callable(network), stack=False)(x)
     network(x).sum().backward()
     assert all(p.grad is not None and p.requires_grad for p in network.parameters())
     assert network[0].weight.is_contiguous()
@@ -595,9 +594,9 @@ def test_training_sees_its_network_unchanged(form):
 def test_a_label_a_row_is_read_from_a_traced_network():
     whole = expert(seed=3)
     labels, x = torch.tensor([2, 0, 1, 1]), points(4, (1, 4, 4))
-    potential = FusedPotential(Labelled(whole.network, labels), stack=False)
+    potential = Potential(Labelled(whole.network, labels), stack=False)
     assert_equal(potential(x), plain(lambda s: whole.network(s).gather(1, labels[:, None])[:, 0], x))
-    assert "traced" in potential.plan.describe()
+    assert "traced" in potential.describe()
 
 
 # --- chains of convolutions ----------------------------------------------------------------------
@@ -646,8 +645,7 @@ def test_chains_of_convolutions_equal_autograd(in_c, data, batch):
         patch.setenv("COMPOSABLE_EBM_NATIVE", str(int(in_c)))
         patch.setattr(native, "PATIENCE", 0.0)
         traced = TracedForm(network)
-        assert traced.refuses(x, None) is None
-        outputs, pull_back = traced(x, None)
+        outputs, pull_back = traced.ready(x, None)(x, None)
         assert traced.path == (IN_C if in_c else STEPS)
     assert_equal((outputs, pull_back(cotangent)), plain(network, x, cotangent))
 
@@ -674,7 +672,7 @@ def test_several_threads_give_what_one_gives(form):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        got = FusedPotential(ceb.from_callable(network), stack=False)(x)
+        got = Potential(ceb.from_callable(network), stack=False)(x)
     finally:
         torch.set_num_threads(threads)
     assert_equal(got, plain(network, x))
@@ -686,7 +684,7 @@ def test_trajectories_of_fifty_steps_agree(form, monkeypatch):
     options = {"init": points(4, (1, 32, 32)).clamp(-1, 1), "num_steps": 50, "seed": 1}
     run = {"sampler": ceb.Langevin(10.0, **settings), **options}
     fast = ceb.sample(energy, **run)
-    monkeypatch.setattr(TracedForm, "refuses", lambda self, x, level: "not today")
+    monkeypatch.setattr(TracedForm, "ready", lambda self, x, level: "not today")
     slow = ceb.sample(energy, **run)
     assert form in fast.report()
     assert "by autograd: not today" in slow.report()
@@ -703,10 +701,10 @@ def test_a_small_run_does_not_wait_for_a_compiler(monkeypatch, tmp_path):
     native._at_hand.cache_clear()
     native.library.cache_clear()
     try:
-        potential = FusedPotential(ceb.from_callable(textbook()), stack=False)
+        potential = Potential(ceb.from_callable(textbook()), stack=False)
         for _ in range(3):
             potential(points(16, (1, 32, 32)))
-        assert STEPS in potential.plan.describe()
+        assert STEPS in potential.describe()
         assert native._spent == pytest.approx(4 * 16 * 3.4e6 / native.RATE, rel=0.05)  # and once to check
     finally:
         native._at_hand.cache_clear()

@@ -15,7 +15,8 @@ import composable_ebm as ceb
 from composable_ebm.experts.networks.diffused import DiffusedEnergy
 from composable_ebm.experts.networks.diffused_pass import DiffusedPass
 from composable_ebm.potential import native
-from composable_ebm.potential.plan import FusedPotential, Group
+from composable_ebm.potential.plan import Group
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling.schedule import Schedule, geometric
 
 COMPILER = any(map(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")))
@@ -106,8 +107,8 @@ def test_one_pass_over_noise_conditioned_experts_equals_autograd(values, weights
     coefficients = torch.tensor(weights).repeat(count)[: count * batch].reshape(-1)[:count]
     level = {"one": torch.tensor(0.3), "none": None, "rows": torch.tensor([0.02, 0.4, 3.0])}[levels]
     x = points(batch, SHAPE)
-    potential = FusedPotential(composition, coefficients, stack=False)
-    potential.noise_level = level
+    potential = Potential(composition, coefficients, stack=False)
+    potential = potential.at(noise_level=level)
     assert_equal(potential(x), plain(by_autograd(composition, coefficients, level), x))
     assert len(potential.plan.groups) == (2 if odd_one else 1)
 
@@ -140,10 +141,10 @@ def test_a_pass_in_c_equals_autograd(data):
     levels = {"one": torch.tensor(0.3), "none": None, "rows": torch.linspace(0.02, 3.0, batch)}
     level = levels[data.draw(st.sampled_from(sorted(levels)))]
     x = points(batch, shape)
-    potential = FusedPotential(composition, coefficients, stack=False)
-    potential.noise_level = level
+    potential = Potential(composition, coefficients, stack=False)
+    potential = potential.at(noise_level=level)
     got, expected = potential(x), plain(by_autograd(composition, coefficients, level), x)
-    assert "in C" in potential.plan.describe()
+    assert "in C" in potential.describe()
     # At small noise levels parts of 10,000 nats cancel, and autograd in float32 is not exact either.
     wide = None if level is None else level.double()
     exact = plain(by_autograd(copy.deepcopy(composition).double(), coefficients.double(), wide), x.double())
@@ -155,7 +156,7 @@ def test_a_pass_in_c_equals_autograd(data):
 def test_weights_that_float16_cannot_hold_are_left_to_float32():
     one, two = diffused(2, 0, half=True), diffused(2, 1, half=True)
     mix, x = one + two, points(6, SHAPE)
-    potential = FusedPotential(mix, torch.ones(2), stack=False)
+    potential = Potential(mix, torch.ones(2), stack=False)
     function = by_autograd(mix, torch.ones(2), None)
     for change, path in (
         (lambda: None, "in C"),
@@ -165,27 +166,27 @@ def test_weights_that_float16_cannot_hold_are_left_to_float32():
     ):
         change()
         assert_equal(potential(x), plain(function, x))
-        assert path in potential.plan.describe()
+        assert path in potential.describe()
 
 
 @pytest.mark.usefixtures("in_c")
 def test_changes_through_data_are_seen_by_the_next_potential():
     whole, x = diffused(2, 0, half=True), points(3, SHAPE)
-    FusedPotential(whole, stack=False)(x)
+    Potential(whole, stack=False)(x)
     whole.network.from_pixels.weight.data[3, 4] = 0.75
-    potential = FusedPotential(whole, stack=False)
+    potential = Potential(whole, stack=False)
     assert_equal(potential(x), plain(by_autograd(whole, None, None), x))
-    assert "in C" in potential.plan.describe()
+    assert "in C" in potential.describe()
 
 
 @pytest.mark.usefixtures("in_c")
 def test_passes_in_c_on_two_threads_and_two_at_a_time_agree():
     mix, x = diffused(2, 0, half=True) + diffused(3, 1, half=True), points(13, SHAPE)
-    (group,) = FusedPotential(mix, stack=False).plan.groups
+    (group,) = Potential(mix, stack=False).plan.groups
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        first, second = (group.by_hand(states, None)(states) for states in (x, -x))
+        first, second = (group.ready(states, None)(states, None) for states in (x, -x))
     finally:
         torch.set_num_threads(threads)
     for states, (outputs, pull_back) in ((x, first), (-x, second)):
@@ -207,7 +208,7 @@ def test_trajectories_of_fifty_steps_in_c_agree(monkeypatch):
     schedule = Schedule(noise_level=geometric(3.0, 0.05), noise_power=2.0, predict=True, num_levels=25)
     run = {"num_chains": 6, "num_steps": 50, "sampler": ceb.Annealed(ceb.Langevin(0.05), schedule), "seed": 2}
     fast = ceb.sample(mix, **run)
-    monkeypatch.setattr(DiffusedPass, "refuses", lambda self, x, level: "not today")
+    monkeypatch.setattr(DiffusedPass, "ready", lambda self, x, level: "not today")
     slow = ceb.sample(mix, **run)
     assert "in one pass in C" in fast.report()
     assert "in one pass" not in slow.report()
@@ -233,10 +234,10 @@ def test_weighted_sums_of_outputs_equal_autograd(leaves, a_row, batch):
     composition = terms[0] if len(terms) == 1 else ceb.energy.Sum(terms)
     coefficients = torch.randn(*[batch] * a_row, composition.num_coefficients)
     x, mask = points(batch, (1, 4, 4)), (torch.rand(1, 4, 4) < 0.7).float()
-    potential = FusedPotential(composition, coefficients, mask, stack=False)
+    potential = Potential(composition, coefficients, mask=mask, stack=False)
     energy, gradient = plain(by_autograd(composition, coefficients, None), x)
     for _ in range(2):
-        result = potential.linear(x, None, coefficients)
+        result = potential.plan.linear(x, None, coefficients)
         assert_equal((result[0], result[1] * mask), (energy, gradient * mask))
         assert_equal(potential(x), (energy, gradient * mask))
         coefficients.mul_(2)  # in place, as a slider does
@@ -250,27 +251,27 @@ def test_a_leaf_that_reads_in_its_own_way_is_not_taken_for_a_column():
 
     known = expert(seed=1)
     leaf, x = Squared(known.network, known.card, 0), points(3, (1, 4, 4))
-    potential = FusedPotential(leaf, stack=False)
-    assert potential.linear is None
+    potential = Potential(leaf, stack=False)
+    assert potential.plan.linear is None
     assert_equal(potential(x), plain(by_autograd(leaf, None, None), x))
 
 
 def test_what_cancels_is_exact_for_any_coefficients():
     base, smile = diffused(1, 0), diffused(2, 1)
     mix = ceb.given(base, smile, weight=1.0)
-    potential = FusedPotential(mix, torch.zeros(3), stack=False)
+    potential = Potential(mix, torch.zeros(3), stack=False)
     x = points(4, SHAPE)
     for coefficients in (mix.coefficients.float(), torch.tensor([0.3, 2.0, -0.7]), torch.rand(4, 3)):
-        potential.coefficients = coefficients
+        potential = potential.at(coefficients=coefficients)
         assert_equal(potential(x), plain(by_autograd(mix, coefficients, None), x))
 
 
 def test_a_pass_follows_weights_and_levels_that_move():
     one, two = diffused(2, 0), diffused(2, 1)
     mix = one + two
-    potential = FusedPotential(mix, torch.ones(2), stack=False)
+    potential = Potential(mix, torch.ones(2), stack=False)
     x, level = points(3, SHAPE), torch.tensor(0.5)
-    potential.noise_level = level
+    potential = potential.at(noise_level=level)
     potential(x)
     for change in (
         lambda: two.network.second.weight.mul_(1.2),
@@ -287,7 +288,7 @@ def test_annealed_trajectories_of_fifty_steps_agree(monkeypatch):
     schedule = Schedule(noise_level=geometric(3.0, 0.05), noise_power=2.0, predict=True, num_levels=25)
     run = {"num_chains": 4, "num_steps": 50, "sampler": ceb.Annealed(ceb.Langevin(0.05), schedule), "seed": 2}
     fast = ceb.sample(mix, **run)
-    monkeypatch.setattr(DiffusedPass, "refuses", lambda self, x, level: "not today")
+    monkeypatch.setattr(DiffusedPass, "ready", lambda self, x, level: "not today")
     slow = ceb.sample(mix, **run)
     assert "in one pass" in fast.report()
     assert "in one pass" not in slow.report()
@@ -296,7 +297,7 @@ def test_annealed_trajectories_of_fifty_steps_agree(monkeypatch):
 
 def test_skeletons_that_part_are_noticed():
     one, two = diffused(2, 0), diffused(2, 1)
-    potential = FusedPotential(one + two, stack=False)
+    potential = Potential(one + two, stack=False)
     potential(points(3, SHAPE))
     two.network.mean.add_(1)
     with pytest.raises(ValueError, match="build a new chain"):
@@ -315,18 +316,17 @@ def test_a_hook_is_called():
 
 def test_moving_coefficients_and_levels_builds_nothing_again():
     mix = ceb.given(diffused(1, 0), diffused(2, 1), weight=1.0)
-    potential = FusedPotential(mix, mix.coefficients.float(), stack=False)
-    potential.noise_level = torch.tensor(0.5)
+    potential = Potential(mix, mix.coefficients.float(), stack=False)
+    potential = potential.at(noise_level=torch.tensor(0.5))
     x = points(4, SHAPE)
     potential(x)
     (group,) = potential.plan.groups
-    packed = group.special.pixels, group.special.weight
+    packed = group.form.pixels, group.form.weight
     for step in range(1, 4):
-        potential.coefficients = torch.rand(4, 3)
-        potential.noise_level = torch.tensor(0.1 * step)
+        potential = potential.at(coefficients=torch.rand(4, 3), noise_level=torch.tensor(0.1 * step))
         potential(x)
-        assert (group.special.pixels, group.special.weight) == packed
-        assert group.special.pixels is packed[0]
+        assert (group.form.pixels, group.form.weight) == packed
+        assert group.form.pixels is packed[0]
 
 
 @pytest.mark.gpu
@@ -334,8 +334,8 @@ def test_one_pass_on_cuda_equals_the_plain_pass():
     mix = ceb.given(diffused(1, 0), diffused(2, 1), weight=1.0)
     x, level = points(4, SHAPE), torch.tensor(0.5)
     expected = plain(by_autograd(mix, None, level), x)
-    potential = FusedPotential(mix.cuda(), mix.coefficients.float().cuda())
-    potential.noise_level = level.cuda()
+    potential = Potential(mix.cuda(), mix.coefficients.float().cuda())
+    potential = potential.at(noise_level=level.cuda())
     got = potential(x.cuda())
-    assert "in one pass" in potential.plan.describe()
+    assert "in one pass" in potential.describe()
     torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-4, atol=1e-4)

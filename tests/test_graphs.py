@@ -6,11 +6,12 @@ from helpers import Quadratic, binary, expert, gaussians, points
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential
+from composable_ebm.potential.rows import Plans
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block
 from composable_ebm.sampling.graphs import StepGraphs
-from composable_ebm.sampling.joint import JointBatch, PotentialPool
+from composable_ebm.sampling.joint import JointBatch
 from composable_ebm.sampling.recorder import CudaRecorder, HostReadError, HostReads
 from composable_ebm.sampling.schedule import Schedule, geometric, linear
 
@@ -81,7 +82,7 @@ def assert_same(one, other):
             torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True)
     for (g, _), (h, _) in zip(one.block.noise.sources, other.block.noise.sources, strict=True):
         assert torch.equal(g.get_state(), h.get_state())
-    assert one.potential.evaluations == other.potential.evaluations
+    assert one.block.tally.gradients == other.block.tally.gradients
 
 
 # --- equality ------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def test_joint_batch_replayed_equals_the_plain_one(kernel):
     x, results, cache = points(4, (1, 4, 4)), [], steps()
     mask = (points(1, (1, 4, 4), seed=5)[0] > 0).float()
     for captured in (None, cache):
-        batch = JointBatch(None, x[:1], PotentialPool())
+        batch = JointBatch(None, x[:1], Plans())
         batch.graphs = captured
         for seed, (mix, held) in enumerate(
             [(thick + wide, None), (ceb.given(thick, wide), mask), (thick, None)]
@@ -181,7 +182,7 @@ def test_joint_batch_replayed_equals_the_plain_one(kernel):
         gone = batch.leave(batch.blocks[0])
         batch.advance(5)
         results.append(
-            (gone, batch.rows, [(block.evaluations, len(block.history)) for block in batch.blocks])
+            (gone, batch.rows, [(block.tally.gradients, len(block.history)) for block in batch.blocks])
         )
     (gone, rows, counts), (other_gone, other_rows, other_counts) = results
     for one, other in ((gone, other_gone), (rows, other_rows)):
@@ -268,7 +269,7 @@ def test_stacked_networks_take_over_weights_changed_in_place():
     experts = [binary("thick", seed=2), binary("wide", seed=3)]
     energy = experts[0] + experts[1]
     x = points(3, (1, 4, 4))
-    potential = FusedPotential(energy, energy.coefficients.float())
+    potential = Potential(energy, energy.coefficients.float(), stack=True)
     before, _ = potential(x)
     assert potential.copies_weights
     with torch.no_grad():
@@ -374,7 +375,7 @@ def test_reads_by_the_host_are_noticed(read):
 def test_evaluation_of_experts_reads_nothing_on_the_host(stack):
     energy = (expert(seed=1)["0"] + ~binary(seed=2) + (binary("wide", seed=3) | expert(seed=1)["2"])).double()
     x = points(3, (1, 4, 4), dtype=torch.float64)
-    potential = FusedPotential(energy, energy.coefficients, stack=stack)
+    potential = Potential(energy, energy.coefficients, stack=stack)
     expected = potential(x)
     with HostReads():
         got = potential(x)

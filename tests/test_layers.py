@@ -84,6 +84,11 @@ def test_heavy_packages_are_imported_only_where_they_belong(path):
         assert part(path) in HEAVY.get(package, {part(path)}), f"{name(path)} imports {package}"
 
 
+def test_gradients_by_states_are_taken_in_one_place():
+    takers = {name(path) for path in MODULES if "autograd.grad(" in path.read_text()}
+    assert takers == {"energy/gradient.py"}
+
+
 def test_every_module_has_a_floor():
     assert {part(path) for path in MODULES} <= FLOOR.keys()
 

@@ -12,7 +12,7 @@ import torch
 from helpers import Counted, Quadratic, points, variance_error
 
 import composable_ebm as ceb
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.potential import Potential, Tally
 from composable_ebm.sampling import Noise
 from composable_ebm.sampling.kernel import Dynamics
 from composable_ebm.sampling.schedule import Schedule, constant, geometric, karras, linear
@@ -63,12 +63,13 @@ def test_same_seed_gives_the_same_samples_and_another_seed_others(kernel):
 
 
 def test_step_takes_as_many_gradients_as_it_says(kernel):
-    potential = FusedPotential(Quadratic())
+    tally = Tally()
+    potential = Potential(Quadratic(), tallies=[tally])
     noise = Noise((torch.Generator().manual_seed(0), 4))
     state = kernel.init(potential, torch.zeros(4, 1), noise)
-    before = potential.evaluations
+    before = tally.gradients
     kernel.step(potential, state, noise, kernel.dynamics(state.x))
-    assert potential.evaluations - before == kernel.gradients_per_step
+    assert tally.gradients - before == kernel.gradients_per_step
 
 
 def test_state_holds_energy_and_gradient_of_its_states(kernel):
@@ -87,7 +88,7 @@ def test_rows_with_their_own_step_size_and_temperature_run_as_if_alone(kernel):
 
     def walk(start, dynamics, sources):
         noise = Noise(*sources)
-        potential = FusedPotential(energy)
+        potential = Potential(energy)
         state = ceb.sampling.State(start, *potential(start), torch.zeros_like(start))
         for _ in range(20):
             state, _ = kernel.step(potential, state, noise, dynamics)
@@ -115,7 +116,7 @@ def test_still_leaves_the_reverse_diffusion_alone_at_one_gradient_a_level():
     start = points(50, (1,)) * 20.0
     schedule = Schedule(noise_level=karras(20.0, 0.01), predict=True)
     chain = run(normal, ceb.Annealed(ceb.Still(), schedule), start, levels)
-    assert chain.potential.evaluations == levels + 1
+    assert chain.block.tally.gradients == levels + 1
 
     x, sigmas = start, [*schedule.values(schedule.noise_level, levels), 0.0]
     for sigma, after in itertools.pairwise(sigmas):  # Euler's method on dx/dσ = (x - D)/σ

@@ -10,7 +10,7 @@ from submit_helpers import TIMEOUT, Gate, same_as_alone, submit_together, wait_f
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.sampling.joint import as_one_batch
+from composable_ebm.potential.rows import as_one_batch
 from composable_ebm.sampling.schedule import Schedule, geometric, linear
 
 KERNELS = [
@@ -629,13 +629,14 @@ def test_requests_on_a_gpu_give_what_they_give_alone(kernel):
 
 @pytest.mark.gpu
 def test_steps_of_a_joint_batch_never_wait_for_the_device():
+    from composable_ebm.potential.rows import Plans
     from composable_ebm.sampling.block import Block
-    from composable_ebm.sampling.joint import JointBatch, PotentialPool
+    from composable_ebm.sampling.joint import JointBatch
 
     thick, wide = binary("thick", seed=2).cuda(), binary("wide", seed=3).cuda()
     schedule = Schedule(noise_level=geometric(1.0, 0.1), noise_power=2.0, predict=True, num_levels=3)
     sampler, x = ceb.Annealed(ceb.Langevin(0.01), schedule), points(4, (1, 4, 4)).cuda()
-    batch = JointBatch(None, x[:1], PotentialPool())
+    batch = JointBatch(None, x[:1], Plans())
     for seed, (mix, num_steps) in enumerate([(thick + wide, 7), (ceb.given(thick, wide), 9)]):
         noise = ceb.Noise((torch.Generator("cuda").manual_seed(seed), 4))
         block = Block(mix, x, sampler, noise, num_steps=num_steps)

@@ -32,6 +32,7 @@ from composable_ebm.energy.base import (
     as_name,
     changed_states,
     flat,
+    independent,
     known_by_gradient,
     log_ratio,
     naming,
@@ -40,6 +41,7 @@ from composable_ebm.energy.base import (
     soft_minimum,
 )
 from composable_ebm.energy.carrier import NotCarriedError, carrier, satisfied, settled
+from composable_ebm.energy.gradient import slope, with_gradient
 from composable_ebm.energy.nodes import Mixture, Not, Sum
 from composable_ebm.energy.space import Codec
 
@@ -55,6 +57,7 @@ __all__ = [
     "carrier",
     "changed_states",
     "flat",
+    "independent",
     "known_by_gradient",
     "log_ratio",
     "mixture",
@@ -65,7 +68,9 @@ __all__ = [
     "require_values",
     "satisfied",
     "settled",
+    "slope",
     "soft_minimum",
+    "with_gradient",
 ]
 
 Energy.algebra = algebra

@@ -7,7 +7,6 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from numbers import Real
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.data.ranges import as_images
+from composable_ebm.energy.gradient import with_gradient
 from composable_ebm.energy.space import Codec
 from composable_ebm.energy.weights import Weight, as_tensor, as_weight, coefficient_type, is_weight
 
@@ -32,6 +32,7 @@ __all__ = [
     "as_name",
     "changed_states",
     "flat",
+    "independent",
     "known_by_gradient",
     "log_ratio",
     "naming",
@@ -164,9 +165,10 @@ class Energy(nn.Module, ABC):
             x: States, shape (batch, *event).
             options: `coefficients` and `noise_level`, as in a call.
         """
-        with torch.enable_grad():
-            x = self.as_states(x).detach().requires_grad_()
-            return -torch.autograd.grad(self(x, **options).sum(), x)[0]
+        _, gradient = with_gradient(lambda x: self(x, **options), self.as_states(x))
+        if gradient is None:
+            raise ValueError(independent(self))
+        return -gradient
 
     def terms(self, x: Tensor, *, noise_level: Tensor | None = None) -> dict[str, Tensor]:
         """What each term contributes at `x`: text of the term -> energies in nats, (batch,)."""
@@ -521,22 +523,38 @@ def require_values(reason: str, energies: Iterable[Energy]) -> None:
             )
 
 
-@contextmanager
-def naming(leaf: Energy, whole: Energy, x: Tensor | None = None) -> Iterator[None]:
-    """Errors inside say which leaf of which expression they came from.
+class naming:
+    """Errors inside `with naming(...)` say which leaf of which expression they came from.
 
     Args:
         leaf: What is evaluated.
         whole: What it is part of.
         x: The states, which must come out as they went in; what PyTorch counts as a change is noticed.
     """
-    counted = x is not None and not x.is_inference()
-    before = x._version if counted else 0  # type: ignore[union-attr]
-    try:
-        yield
-        if counted and x._version != before:  # type: ignore[union-attr]
-            raise ValueError(changed_states(leaf))
-    except Exception as error:
+
+    __slots__ = ("before", "leaf", "whole", "x")
+
+    def __init__(self, leaf: Energy, whole: Energy, x: Tensor | None = None) -> None:
+        self.leaf, self.whole = leaf, whole
+        self.x = x
+        self.before = 0 if x is None or x.is_inference() else x._version
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            if self._changed():
+                self._told(changed := ValueError(changed_states(self.leaf)))
+                raise changed
+        elif isinstance(error, Exception):
+            self._told(error)
+
+    def _changed(self) -> bool:
+        return self.x is not None and not self.x.is_inference() and self.x._version != self.before
+
+    def _told(self, error: Exception) -> None:
+        leaf, whole, x = self.leaf, self.whole, self.x
         if x is not None and "in-place operation" in str(error):
             error.add_note(changed_states(leaf))
         if x is not None and (kind := _parameter_type(leaf)) not in (None, x.dtype):
@@ -545,7 +563,6 @@ def naming(leaf: Energy, whole: Energy, x: Tensor | None = None) -> Iterator[Non
             keys = [other.key for other in whole.leaves()]
             place = f"leaf {keys.index(leaf.key) + 1} of {len(keys)}, {leaf}"
             error.add_note(f"while evaluating {place}, of {whole}")
-        raise
 
 
 def one_per_state(leaf: Energy, energies: Tensor, x: Tensor) -> Tensor:
@@ -571,6 +588,14 @@ def changed_states(leaf: Energy) -> str:
         f"{leaf} changes the states that it is given in place, which would move the chains: let it work on a "
         "copy, x = x.clone(), or use operations without a trailing underscore (and layers without "
         "inplace=True)."
+    )
+
+
+def independent(energy: Energy) -> str:
+    """What to say of an energy whose gradient by states cannot be taken."""
+    return (
+        f"the energy of {energy} does not depend on `x` by a path that autograd follows, so it cannot be "
+        "sampled by its gradient; keep tensors attached."
     )
 
 

@@ -28,10 +28,10 @@ from composable_ebm.evaluation.metrics import kolmogorov_smirnov
 from composable_ebm.evaluation.rows import proportion, right
 from composable_ebm.evaluation.task import Request, Task
 from composable_ebm.experts.expert import Expert
+from composable_ebm.potential.rows import as_one_batch
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.chains import Sampler
+from composable_ebm.sampling.block import Sampler
 from composable_ebm.sampling.hmc import HMC
-from composable_ebm.sampling.joint import as_one_batch
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from composable_ebm.energy import Energy, Sum, as_name, known_by_gradient
 from composable_ebm.pipelines.denoiser import PromptedDenoiser
-from composable_ebm.potential.forms import register
+from composable_ebm.potential.forms import Evaluate, register
 from composable_ebm.potential.operations import Pullback
 from composable_ebm.sampling import Annealed, Kernel, Still, to_settings
 from composable_ebm.sampling.schedule import Curve, Schedule
@@ -40,9 +40,9 @@ class _OnePass:
             found.setdefault(id(network.denoiser), []).append(i)
         return list(found.values())
 
-    def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
-        """Why it does not serve such states: it serves all."""
-        return None
+    def ready(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | str:
+        """Itself: it serves all states."""
+        return self
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Pullback]:
         denoiser = self.networks[0].denoiser

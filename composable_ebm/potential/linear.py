@@ -7,7 +7,7 @@ the networks was a twentieth; of the textbook network at 64, a tenth.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from composable_ebm.energy import Energy, Sum, naming
 from composable_ebm.potential.packed import version_of
 
 if TYPE_CHECKING:
-    from composable_ebm.potential.plan import LeafPlan
+    from composable_ebm.potential.plan import Group
 
 __all__ = ["LinearPlan"]
 
@@ -30,13 +30,13 @@ class LinearPlan:
 
     Args:
         composition: A leaf, or a Sum of leaves.
-        plan: How its leaves are evaluated.
+        groups: The networks that its leaves read.
         columns: Which column each leaf takes.
     """
 
-    def __init__(self, composition: Energy, plan: LeafPlan, columns: dict[Hashable, Column]) -> None:
+    def __init__(self, composition: Energy, groups: Sequence[Group], columns: dict[Hashable, Column]) -> None:
         self.composition = composition
-        self.groups = plan.groups
+        self.groups = groups
         order = {leaf.key: k for k, leaf in enumerate(composition.leaves())}
         self.places = [
             [
@@ -51,15 +51,15 @@ class LinearPlan:
         self._coefficients: Tensor | None = None  # kept, so that its place is not taken by another
 
     @classmethod
-    def of(cls, composition: Energy, plan: LeafPlan) -> LinearPlan | None:
-        """The plan of a composition that is such a sum, or None."""
+    def of(cls, composition: Energy, groups: Sequence[Group]) -> LinearPlan | None:
+        """The plan of a composition whose leaves all read these networks and is such a sum, or None."""
         terms = composition.operands if isinstance(composition, Sum) else (composition,)
         leaves = list(composition.leaves())
         columns = {leaf.key: _column(leaf) for leaf in leaves}
         simple = [leaf.key for leaf in leaves] == [term.key for term in terms]
-        if plan.alone or plan.wholes or not simple or any(column is None for column in columns.values()):
+        if not simple or any(column is None for column in columns.values()):
             return None
-        return cls(composition, plan, columns)
+        return cls(composition, groups, columns)
 
     def __call__(
         self, x: Tensor, noise_level: Tensor | None, coefficients: Tensor
@@ -67,30 +67,33 @@ class LinearPlan:
         """Energies and gradient; None where a group has no form by hand for these states."""
         if x.device.type != "cpu" or (coefficients.dtype != x.dtype and coefficients.numel()):
             return None
-        forms = [form for group in self.groups if (form := group.by_hand(x, noise_level)) is not None]
-        if len(forms) < len(self.groups):
+        forms = [group.ready(x, noise_level) for group in self.groups]
+        if None in forms:
             return None
         evaluated = []
-        for group, form in zip(self.groups, forms, strict=True):
-            with naming(group.readers[0][1][0], self.composition):
-                evaluated.append(form(x))
-        cotangents = self._weighing([outputs for outputs, _ in evaluated], coefficients, len(x))
-        if cotangents is None:
-            return None
-        parts = [
-            _but_batch(outputs * cotangent, group.single)
-            for group, (outputs, _), cotangent in zip(self.groups, evaluated, cotangents, strict=True)
-        ]
-        gradients = [
-            pull_back(cotangent) for (_, pull_back), cotangent in zip(evaluated, cotangents, strict=True)
-        ]
-        return sum(parts[1:], parts[0]), sum(gradients[1:], gradients[0])
+        with torch.no_grad():
+            for group, form in zip(self.groups, forms, strict=True):
+                with naming(group.readers[0][1][0], self.composition):
+                    evaluated.append(form(x, group.heard(noise_level)))  # type: ignore[misc]
+            cotangents = self._weighing([outputs for outputs, _ in evaluated], coefficients, len(x))
+            if cotangents is None:
+                return None
+            energy: Tensor | None = None
+            gradient: Tensor | None = None
+            for group, (outputs, pull_back), cotangent in zip(
+                self.groups, evaluated, cotangents, strict=True
+            ):
+                part, slope = _but_batch(outputs * cotangent, group.single), pull_back(cotangent)
+                energy = part if energy is None else energy + part
+                gradient = slope if gradient is None else gradient + slope
+        assert energy is not None
+        assert gradient is not None
+        return energy, gradient
 
     def _weighing(self, outputs: list[Tensor], coefficients: Tensor, batch: int) -> list[Tensor] | None:
         """∂E/∂outputs of each group; it depends on the coefficients alone. None where outputs have other
         shapes than the columns need."""
-        shapes = tuple(each.shape for each in outputs)
-        made_for = (version_of(coefficients), shapes)
+        made_for = (version_of(coefficients), [each.shape for each in outputs])
         if made_for == self._made_for:
             return self._cotangents
         weights = coefficients.movedim(-1, 0) if coefficients.shape[-1] else [1.0]

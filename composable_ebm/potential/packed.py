@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.potential.evaluating import spell
+
 __all__ = ["PackedLinear", "Watch", "hooked", "version_of"]
 
 _HAS_PACKED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -34,8 +36,8 @@ class Watch:
     """Tells whether a module changed: `watch()` is equal as long as a copy of the weights is current, and
     modules, modes and hooks are the same.
 
-    It is asked before every evaluation, so it remembers where to look: walking the modules each time
-    takes longer than a small network.
+    It is asked before every evaluation, so it remembers where to look, as walking the modules each time
+    takes longer than a small network, and looks once in a spell of `evaluating`.
 
     Args:
         module: Whose parts and weights to watch.
@@ -52,8 +54,18 @@ class Watch:
         self._structure: tuple[object, ...] = ()
         self._tensors: list[Tensor] = []
         self._counted: list[Tensor] = []
+        self._seen: tuple[int | None, tuple[object, ...]] = (None, ())
 
     def __call__(self) -> tuple[object, ...]:
+        now = spell()
+        then, seen = self._seen
+        if now is None or now != then:
+            seen = self.again()
+            self._seen = now, seen
+        return seen
+
+    def again(self) -> tuple[object, ...]:
+        """The same, looked at now even where it was looked at before."""
         structure = self._look()
         if structure != self._structure or not self._parts:
             self._parts = [part for part in map(vars, self.module.modules()) if _is_plain(part)]

@@ -1,4 +1,4 @@
-"""Energy and input gradient of a composition, with the work shared between its leaves.
+"""Energies of the leaves of a composition, with the work shared between them, and their gradient.
 
 A composition is a function of the energies of its leaves, so its gradient is one backward pass
 through one forward pass in which
@@ -15,37 +15,34 @@ float tolerance. Only the input gradient is computed.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from copy import copy
-from functools import cached_property, partial
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from composable_ebm.energy import Energy, Sum, naming, one_per_state
+from composable_ebm.energy import Energy, naming, one_per_state, with_gradient
+from composable_ebm.potential.evaluating import spell
 from composable_ebm.potential.forms import Evaluate, Form, special_form
 from composable_ebm.potential.forms.stacked import Stacked
 from composable_ebm.potential.forms.traced import TracedForm
 from composable_ebm.potential.linear import LinearPlan
-from composable_ebm.potential.operations import Pullback
 from composable_ebm.potential.packed import Watch
 
-__all__ = ["FusedPotential", "fuse"]
+__all__ = ["Plan"]
 
 
 class _ByHand(torch.autograd.Function):
     """Outputs whose gradient is computed by hand: `evaluate` gives them and pulls cotangents back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, evaluate: Evaluate) -> Tensor:
-        outputs, ctx.pull_back = evaluate(x)
+    def forward(ctx, x: Tensor, noise_level: Tensor | None, evaluate: Evaluate) -> Tensor:
+        outputs, ctx.pull_back = evaluate(x, noise_level)
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, cotangent: Tensor) -> tuple[Tensor, None]:
-        return ctx.pull_back(cotangent), None
+    def backward(ctx, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.pull_back(cotangent), None, None
 
 
 PAUSE = 64
@@ -61,68 +58,72 @@ class Group:
     Args:
         readers: The networks, and who reads each.
     Attributes:
-        path: The form of the last evaluation, in words.
-        refusal: What stopped the better form from serving the last states, or None.
+        form: What serves them without a graph, where anything does.
+        single: Whether its outputs are those of one network, without an axis for networks.
     """
 
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = list(readers)
         self.networks = [network for network, _ in readers]
-        self.noise_conditioned = readers[0][1][0].noise_conditioned or isinstance(self.networks[0], _Whole)
-        self.path = ""
-        self.refusal: str | None = None
-        self._pause = 0
-        self._refused: tuple[object, ...] = ()
-        special = special_form(self.networks[0])
-        self.special: Form | None = None if special is None else special(self.networks)
-        single = len(readers) == 1 and special is None
         first = self.networks[0]
-        owner = first.leaf if isinstance(first, _Whole) else None
-        self.traced = TracedForm(self.networks[0], owner) if single else None
+        self.noise_conditioned = readers[0][1][0].noise_conditioned or isinstance(first, _Whole)
+        special = special_form(first)
+        self.single = special is None
+        self.form: Form | None = None
+        if special is not None:
+            self.form = special(self.networks)
+        elif len(readers) == 1:
+            self.form = TracedForm(first, first.leaf if isinstance(first, _Whole) else None)
+        self._by: Form | str = ""  # the form of the last evaluation, or what stopped it
+        self._asked: tuple[Hashable, int | None, Evaluate | str] = (None, None, "")
+        self._pause = 0
         self._watches = [Watch(network) for network in self.networks]
         self._stacked: Stacked | None = None
         self._stacked_version: tuple = ()
 
     @property
-    def copies_weights(self) -> bool:
-        """Whether it works on copies of the networks' weights."""
-        return self.special is not None or len(self.networks) > 1
-
-    def by_hand(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | None:
-        """The form that gives outputs and pulls cotangents back without a graph, or None where none serves:
-        outputs (networks, batch, ...), or those of the one network alone if `single`."""
-        level = noise_level if self.noise_conditioned else None
-        kind = (x.shape, x.dtype, x.device)
-        if self._pause and kind == self._refused:
-            self._pause -= 1
-            return None
-        self.refusal = None
-        for form in (self.special, self.traced):
-            if form is not None:
-                self.refusal = form.refuses(x, level)
-                if self.refusal is None:
-                    return partial(self._evaluate, form, level)
-        self._pause, self._refused = PAUSE, kind
-        return None
-
-    def _evaluate(self, form: Form, level: Tensor | None, x: Tensor) -> tuple[Tensor, Pullback]:
-        result = form(x, level)
-        self.path = form.path
-        return result
+    def path(self) -> str:
+        """The form of the last evaluation, in words."""
+        if not isinstance(self._by, str):
+            return self._by.path
+        return self._by
 
     @property
-    def single(self) -> bool:
-        """Whether outputs by hand are those of one network, without an axis for networks."""
-        return self.special is None
+    def copies_weights(self) -> bool:
+        """Whether it works on copies of the networks' weights."""
+        return not self.single or len(self.networks) > 1
+
+    def heard(self, noise_level: Tensor | None) -> Tensor | None:
+        """What the networks are told of a noise level."""
+        return noise_level if self.noise_conditioned else None
+
+    def ready(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | None:
+        """What gives outputs and pulls cotangents back without a graph, or None where no form serves such
+        states: outputs (networks, batch, ...), or those of the one network alone if `single`."""
+        if self.form is None:
+            return None
+        level, now = self.heard(noise_level), spell()
+        kind = (x.shape, x.dtype, x.device, None if level is None else level.shape)
+        known, then, found = self._asked
+        if kind != known or not (self._pause if isinstance(found, str) else now is not None and now == then):
+            found = self.form.ready(x, level)
+            self._asked = kind, now, found
+            self._pause = PAUSE
+        if isinstance(found, str):
+            self._pause -= 1
+            return None
+        self._by = self.form
+        return found
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> Sequence[Tensor]:
         """Outputs of each network, at noise levels () or (batch,)."""
-        if (evaluate := self.by_hand(x, noise_level)) is not None:
-            outputs = _ByHand.apply(x, evaluate)
+        level = self.heard(noise_level)
+        if (evaluate := self.ready(x, noise_level)) is not None:
+            outputs = _ByHand.apply(x, level, evaluate)
             return [outputs] if self.single else outputs
-        level = noise_level if self.noise_conditioned else None
-        self.path = "by autograd" + (f": {self.refusal}" if self.refusal else "")
-        if len(self.networks) > 1 and self.special is None:
+        refusal = self._asked[2]
+        self._by = f"by autograd: {refusal}" if refusal else "by autograd"
+        if len(self.networks) > 1 and self.single:
             version = tuple(watch() for watch in self._watches)
             if self._stacked is None or version != self._stacked_version:
                 self._stacked, self._stacked_version = Stacked(self.networks), version
@@ -134,7 +135,7 @@ class Group:
         first, count = self.networks[0], len(self.networks)
         kind = type(first.leaf if isinstance(first, _Whole) else first).__name__
         text = f"one {kind}" if count == 1 else f"{count} {kind}"
-        if count > 1 and self.special is None:
+        if count > 1 and self.single:
             text += " in one batched pass"
         readers = sum(len(leaves) for _, leaves in self.readers)
         text += f", read by {readers} terms" if readers > count else ""
@@ -189,10 +190,15 @@ def _fixed(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
-class LeafPlan:
-    """How to evaluate the leaves of a composition: `plan(x, noise_level)` -> energies by key."""
+class Plan:
+    """How the leaves of a composition are evaluated: `plan(x, noise_level)` -> their energies, by key.
 
-    def __init__(self, composition: Energy, stack: bool) -> None:
+    Args:
+        composition: Any energy.
+        stack: Runs networks of one architecture as one batched pass.
+    """
+
+    def __init__(self, composition: Energy, stack: bool = False) -> None:
         self.composition = composition
         leaves = list(composition.leaves())
         single = [leaf for leaf in leaves if leaf.body() is None]
@@ -203,6 +209,7 @@ class LeafPlan:
             if (body := leaf.body()) is not None:
                 readers.setdefault(id(body), (body, []))[1].append(leaf)
         self.groups = _grouped(list(readers.values()), stack)
+        self.linear = None if single else LinearPlan.of(composition, self.groups)
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:
         energies = {}
@@ -221,111 +228,36 @@ class LeafPlan:
                         energies[leaf.key] = one_per_state(leaf, leaf.read(output), x)
         return energies
 
+    def gradient(
+        self, x: Tensor, noise_level: Tensor | None, composition: Energy, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Energies of all that its leaves make up, and ∂E/∂x, None where they do not depend on `x`.
+
+        Args:
+            x: States, (batch, *event).
+            noise_level: Noise that they carry, () or (batch,), or None.
+            composition: Of the same leaves; the one that was planned, up to the coefficients inside it.
+            coefficients: Those of the composition, (n,) or (batch, n).
+        """
+        if self.linear is not None:
+            found = self.linear(x, noise_level, coefficients)
+            if found is not None:
+                return found
+        return with_gradient(lambda x: composition.combine(self(x, noise_level), coefficients), x)
+
+    @property
+    def structure(self) -> Hashable:
+        """What is evaluated together: how many networks in each group."""
+        return tuple(len(group.networks) for group in self.groups)
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether it works on copies of weights, in layouts of their own or stacked."""
+        return any(group.copies_weights for group in self.groups)
+
     def describe(self) -> str:
         """One line for reports: which networks, and by which path they were last evaluated."""
         parts = [group.describe() for group in (*self.groups, *(group for _, group in self.wholes))]
         if self.alone:
             parts.append(f"{len(self.alone)} energ{'y' if len(self.alone) == 1 else 'ies'} alone")
         return "; ".join(parts)
-
-
-def fuse(energy: Energy, stack: bool = True) -> LeafPlan:
-    """The plan that evaluates the leaves of `energy` with the least work.
-
-    Args:
-        energy: A composition.
-        stack: Runs networks of one architecture as one batched pass.
-    """
-    return LeafPlan(energy, stack)
-
-
-class FusedPotential:
-    """x -> (E(x), ∂E/∂x) of a composition, at coefficients and a noise level that are tensors.
-
-    Args:
-        energy: A composition.
-        coefficients: Shape (n,) or (batch, n); those of the expression unless given.
-        mask: 1 where states may move, 0 where they are held; broadcasts over states. The gradient
-            is zero where they are held, so kernels sample the free part given the rest.
-        stack: See `fuse`.
-    Attributes:
-        evaluations: How many times a gradient was taken.
-        may_be_constant: Whether an energy that does not depend on `x` is taken for constant; refused
-            otherwise. For parts of a composition, of which the whole has been checked.
-    """
-
-    def __init__(
-        self,
-        energy: Energy,
-        coefficients: Tensor | None = None,
-        mask: Tensor | None = None,
-        stack: bool = True,
-    ) -> None:
-        self.composition = energy
-        self.coefficients = energy.coefficients if coefficients is None else coefficients
-        self.noise_level: Tensor | None = None
-        self.mask = mask
-        self.plan = fuse(energy, stack)
-        self.linear = LinearPlan.of(energy, self.plan)
-        self.evaluations = 0
-        self.may_be_constant = False
-
-    def energy(self, x: Tensor) -> Tensor:
-        """E(x), shape (batch,), without gradient."""
-        with torch.no_grad():
-            return self._evaluate(x)
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.evaluations += 1
-        if self.linear is not None:
-            with torch.no_grad():
-                result = self.linear(x, self.noise_level, self.coefficients)
-            if result is not None:
-                energy, gradient = result
-                return energy, gradient if self.mask is None else gradient * self.mask
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            energy = self._evaluate(x)
-            if not energy.requires_grad and self.may_be_constant:
-                return energy, torch.zeros_like(x)
-            if not energy.requires_grad:
-                raise ValueError(
-                    f"the energy of {self.composition} does not depend on `x` by a path that autograd "
-                    "follows, so it cannot be sampled by its gradient; keep tensors attached."
-                )
-            (gradient,) = torch.autograd.grad(energy.sum(), x, materialize_grads=True)
-        return energy.detach(), gradient if self.mask is None else gradient * self.mask
-
-    # -- for steps that are captured, see `graphs` -------------------------------------------------
-
-    @cached_property
-    def structure(self) -> Hashable:
-        """Equal for potentials of one composition up to the weights of its terms."""
-        whole = self.composition
-        terms = whole.operands if isinstance(whole, Sum) else ()
-        key = (type(whole), *(term.key for term in terms)) if terms else whole.key
-        return key, tuple(len(group.networks) for group in self.plan.groups)
-
-    @property
-    def copies_weights(self) -> bool:
-        """Whether it works on copies of weights, in layouts of their own or stacked."""
-        return any(group.copies_weights for group in self.plan.groups)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Coefficients, noise level and mask."""
-        return self.coefficients, self.noise_level, self.mask
-
-    def reading(self, tensors: Sequence[Tensor | None]) -> Self:
-        """The same potential, reading `tensors` instead of its own."""
-        other = copy(self)
-        coefficients, other.noise_level, other.mask = tensors
-        assert coefficients is not None
-        other.coefficients = coefficients
-        return other
-
-    def count(self, gradients: int) -> None:
-        """Counts gradients that were taken elsewhere."""
-        self.evaluations += gradients
-
-    def _evaluate(self, x: Tensor) -> Tensor:
-        return self.composition.combine(self.plan(x, self.noise_level), self.coefficients)

@@ -45,15 +45,14 @@ class Program:
         self.places, self.size = places, len(places)
         before = [node for node in nodes if not node.output.of_states]
         self.of_level = [(_plain(node), self._inputs(node), places[node.output]) for node in before]
-        self.steps: list[tuple[Step | None, Callable[..., Tensor], list[int], int]] = []
-        for node in nodes:
-            if node.output.of_states:
-                step = _step(node)
-                self.steps.append((step, _plain(node), self._inputs(node), places[node.output]))
         self.names = [node.operation for node in nodes if node.output.of_states]
         self.result = places[trace.output]
+        self.steps = [
+            (_chained([_step(node) for node in run]), self._inputs(run[0]), places[run[-1].output])
+            for run in _runs([node for node in nodes if node.output.of_states], trace.output)
+        ]
         self._at: list[Tensor] = []
-        self.operations = len(self.steps)
+        self.operations = len(self.names)
         self._level: tuple[Tensor, tuple[int, int]] | None = None
 
     @property
@@ -86,29 +85,22 @@ class Program:
             values[place] = value
         return values
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         values = self._prepared(x, noise_level)
-        pulls: list[tuple[Callable[[Tensor], Any], list[int], int]] = []
-        for step, plain, inputs, place in self.steps:
-            given = [values[i] for i in inputs]
-            if step is None:
-                values[place] = plain(*given)
-            else:
-                values[place], pull = step(*given)
-                pulls.append((pull, inputs, place))
-        result, size = self.result, self.size
+        pulls: list[tuple[Pullback, list[int], int]] = []
+        for step, inputs, place in self.steps:
+            values[place], pull = step(*[values[i] for i in inputs])
+            pulls.append((pull, inputs, place))
+        result = self.result
 
-        @torch.no_grad()
         def pull_back(cotangent: Tensor) -> Tensor:
-            cotangents: list[Tensor | None] = [None] * size
+            cotangents: list[Tensor | None] = [None] * self.size
             cotangents[result] = cotangent
             for pull, inputs, place in reversed(pulls):
                 given = cotangents[place]
-                if given is None:
+                if given is None or (found := pull(given)) is None:
                     continue
                 cotangents[place] = None
-                found = pull(given)
                 for i, part in zip(inputs, found if len(inputs) > 1 else (found,), strict=True):
                     if part is not None:
                         before = cotangents[i]
@@ -117,6 +109,48 @@ class Program:
             return torch.zeros_like(x) if gradient is None else gradient.reshape(x.shape)
 
         return values[result], pull_back
+
+
+def _runs(nodes: Sequence[Node], result: Value) -> list[list[Node]]:
+    """The operations in runs that follow each other in a line: what one gives only the next one reads."""
+    readers: dict[Value, int] = {}
+    for node in nodes:
+        for value in node.inputs:
+            readers[value] = readers.get(value, 0) + 1
+    runs: list[list[Node]] = []
+    for node in nodes:
+        before = runs[-1][-1].output if runs else None
+        only = before is not None and node.inputs == [before] and readers[before] == 1
+        if only and before is not result and all(each.live for each in (*node.inputs, node.output)):
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+    return runs
+
+
+def _chained(steps: Sequence[Step]) -> Step:
+    """One step after another, each of what the one before it gives."""
+    if len(steps) == 1:
+        return steps[0]
+
+    first, *others = steps
+
+    def step(*inputs: Tensor) -> tuple[Tensor, Pullback]:
+        x, pull = first(*inputs)
+        pulls = [pull]
+        for each in others:
+            x, pull = each(x)
+            pulls.append(pull)
+        pulls.reverse()
+
+        def pull_back(g: Any) -> Any:
+            for pull in pulls:
+                g = pull(g)
+            return g
+
+        return x, pull_back
+
+    return step
 
 
 def _in_c(nodes: Sequence[Node]) -> _InC | None:
@@ -151,23 +185,24 @@ class _InC:
         return self.network(input) if self.ran else self.steps(input, None)
 
 
-def _step(node: Node) -> Step | None:
-    """The step of an operation, from its rule; None where it is to be called as it is."""
+def _step(node: Node) -> Step:
+    """The step of an operation, from its rule; without a gradient where it has none to pull back."""
     if node.operation == IN_C:
         return node.function
-    if not node.output.live:
-        try:
-            return RULES[node.operation](**node.arguments)
-        except (KeyError, NotImplementedError, TypeError):
-            return None
     try:
         return RULES[node.operation](**node.arguments)
-    except NotImplementedError as reason:
-        raise Unreadable(
-            " ".join([node.operation, "has no gradient by hand", str(reason)]).strip()
-        ) from reason
-    except TypeError as reason:
-        raise Unreadable(f"{node.operation} is called in an unusual way ({reason})") from reason
+    except (KeyError, NotImplementedError, TypeError) as reason:
+        if not node.output.live:
+            plain = _plain(node)
+            return lambda *inputs: (plain(*inputs), _nothing)
+        if isinstance(reason, TypeError):
+            raise Unreadable(f"{node.operation} is called in an unusual way ({reason})") from reason
+        said = "" if isinstance(reason, KeyError) else str(reason)
+        raise Unreadable(f"{node.operation} has no gradient by hand {said}".strip()) from reason
+
+
+def _nothing(cotangent: Tensor) -> None:
+    """What a step without a gradient pulls back."""
 
 
 def _plain(node: Node) -> Callable[..., Tensor]:

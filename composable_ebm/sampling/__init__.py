@@ -1,7 +1,7 @@
 """Sampling: kernels, one engine that runs them, and the results."""
 
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.chains import Chain, ChainDivergedError
+from composable_ebm.sampling.chains import Chain
 from composable_ebm.sampling.dmala import DMALA
 from composable_ebm.sampling.engine import Engine
 from composable_ebm.sampling.gibbs import Gibbs
@@ -16,6 +16,7 @@ from composable_ebm.sampling.run import Frame, Run
 from composable_ebm.sampling.sample import sample
 from composable_ebm.sampling.settings import from_settings, to_settings
 from composable_ebm.sampling.still import Still
+from composable_ebm.sampling.trace import ChainDivergedError
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
 
 __all__ = [

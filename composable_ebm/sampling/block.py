@@ -8,6 +8,7 @@ chains have alike (state, energy, gradient, whether they are still finite) is on
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, flat
+from composable_ebm.potential.potential import Tally
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
 from composable_ebm.sampling.particles import Particles, Population, carried
@@ -60,13 +62,15 @@ class Rows(NamedTuple):
     def moved(self, new: State, step: int | Tensor, norm: Tensor | None = None) -> Self:
         """`new` for the chains that are finite; the others stay where they were, for good."""
         norm = _norm(new) if norm is None else norm
+        # A CPU can look without waiting: nearly always there is nothing to hold back, and nothing to copy.
+        alike = (self.state.momentum is None) == (new.momentum is None)
+        looks = norm.device.type == "cpu" and alike and bool(self.alive.all())
+        if looks and math.isfinite(float((new.energy + norm).sum())):
+            return type(self)(new, self.alive, self.bad_step, torch.maximum(self.largest, norm))
         finite = new.energy.isfinite() & norm.isfinite()
         bad_step = torch.where(self.alive & ~finite, step, self.bad_step)
         alive = self.alive & finite
         largest = torch.maximum(self.largest, torch.where(finite, norm, 0.0))
-        # A CPU can look without waiting: nearly always there is nothing to hold back, and nothing to copy.
-        if alive.device.type == "cpu" and bool(alive.all()) and _same_parts(self.state, new):
-            return type(self)(new, alive, bad_step, largest)
         state = State(
             *(
                 None if after is None or before is None else torch.where(expand(alive, after), after, before)
@@ -111,7 +115,7 @@ def _split(column: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | Non
 
 
 def _norm(state: State) -> Tensor:
-    return flat(state.gradient).norm(dim=1)
+    return torch.linalg.vector_norm(flat(state.gradient), dim=1)
 
 
 def joined(values: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
@@ -181,7 +185,7 @@ class Block:
         carrier: The density that its rows are particles of, if they are weighed.
         met: Which of its rows met the composition at the last look, (rows,), where there are looks.
         population: Their weights, once they have any.
-        evaluations: Gradients taken of its rows, where potentials are shared by several blocks.
+        tally: Gradients taken of its rows.
         replayed: Steps that were replayed, see `graphs`.
         plain_because: Why the last step that was not replayed was not.
     """
@@ -210,7 +214,7 @@ class Block:
         self.record = record
         self.history: list[tuple[Tensor | None, ...]] = []
         self.num_steps = 0
-        self.evaluations = 0
+        self.tally = Tally()
         self.replayed = 0
         self.plain_because = ""
         self.population: Population | None = None
@@ -319,13 +323,14 @@ class Block:
             self.place,
             self.dynamics,
             len(self.history),
-            self.evaluations,
+            self.tally.gradients,
             self.population,
         )
 
     def restore(self, snapshot: tuple) -> None:
         """Goes back to a `snapshot`."""
-        self.num_steps, self.place, self.dynamics, length, self.evaluations, self.population = snapshot
+        self.num_steps, self.place, self.dynamics, length, gradients, self.population = snapshot
+        self.tally.gradients = gradients
         del self.history[length:]
 
     @property
@@ -429,8 +434,3 @@ def _directions(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _table(like: Tensor, values: list[float] | None) -> Tensor | None:
     return like.new_tensor(values) if values else None
-
-
-def _same_parts(one: State, other: State) -> bool:
-    """Whether both have a momentum, or neither."""
-    return all((a is None) == (b is None) for a, b in zip(one, other, strict=True))

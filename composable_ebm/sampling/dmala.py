@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from composable_ebm.energy import Energy, flat, require_values
-from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State, expand, metropolis
+from composable_ebm.potential.potential import Potential
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand, metropolis
 
 __all__ = ["DMALA"]
 

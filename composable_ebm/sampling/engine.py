@@ -208,7 +208,7 @@ class Engine:
     @property
     def potentials_made(self) -> int:
         """How many sets of terms have been made ready since the engine began; weights make none."""
-        return self._turns.pool.made
+        return self._turns.plans.made
 
     def close(self) -> None:
         """Ends what still runs, as `cancel` does, and the engine's thread."""

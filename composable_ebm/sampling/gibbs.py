@@ -12,8 +12,9 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy, Sum, flat
 from composable_ebm.energy.conditionals import Conditionals
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling.dmala import DMALA
-from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
 
 RELAXED_STEP = 0.2
 """Step size of the `DMALA` that stands in for it, of which an RBM of digits accepts 57 %."""

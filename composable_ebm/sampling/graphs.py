@@ -23,7 +23,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from composable_ebm.energy import Energy, flat
 from composable_ebm.energy.closures import Function
 from composable_ebm.potential.packed import version_of
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling.block import MaskedNoise, Rows
-from composable_ebm.sampling.kernel import Dynamics, Kernel, Noise, Potential, State
+from composable_ebm.sampling.kernel import Dynamics, Kernel, Noise, State
 from composable_ebm.sampling.recorder import CudaRecorder, Recorder
 
 PATIENCE = 8
@@ -41,7 +42,6 @@ PATIENCE = 8
 Tensors = tuple[Tensor | None, ...]
 
 __all__ = [
-    "Capturable",
     "Moved",
     "Step",
     "StepGraphs",
@@ -51,28 +51,6 @@ __all__ = [
     "step_rows",
     "weights_of",
 ]
-
-
-class Capturable(Potential, Protocol):
-    """A potential whose tensors can be put elsewhere.
-
-    Attributes:
-        structure: Equal for potentials that differ in the values of their tensors only.
-        copies_weights: Whether it works on copies of weights, so that it must see them change.
-    """
-
-    @property
-    def structure(self) -> Hashable: ...
-    @property
-    def copies_weights(self) -> bool: ...
-    def tensors(self) -> Tensors:
-        """Coefficients, noise levels and mask."""
-
-    def reading(self, tensors: Tensors) -> Self:
-        """The same potential, reading `tensors` instead of its own."""
-
-    def count(self, gradients: int) -> None:
-        """Counts gradients that a replay took."""
 
 
 class Moved(NamedTuple):
@@ -92,7 +70,7 @@ def step_rows(
 ) -> Moved:
     """One step of every chain, `numbers` being its `Dynamics`; those not finite after it stay."""
     state, info = kernel.step(potential, rows.state, noise, Dynamics(*numbers))  # type: ignore[arg-type]
-    norm = flat(state.gradient).norm(dim=1)
+    norm = torch.linalg.vector_norm(flat(state.gradient), dim=1)
     return Moved(rows.moved(state, clock, norm), norm, info.acceptance)
 
 
@@ -103,7 +81,7 @@ def evaluate_rows(
     (x,) = numbers
     assert x is not None
     energy, gradient = potential(x)
-    norm = flat(gradient).norm(dim=1)
+    norm = torch.linalg.vector_norm(flat(gradient), dim=1)
     return Moved(rows.moved(rows.state._replace(x=x, energy=energy, gradient=gradient), clock, norm), norm)
 
 
@@ -123,7 +101,7 @@ class Step(NamedTuple):
 
     move: Move
     kernel: Kernel
-    potential: Capturable
+    potential: Potential
     rows: Rows
     numbers: Tensors
     noise: Noise
@@ -149,7 +127,7 @@ class Step(NamedTuple):
     @property
     def key(self) -> Hashable:
         """Equal for steps that differ in the values of tensors only."""
-        tensors = (*_columns(self.rows), *self.numbers, *self.potential.tensors())
+        tensors = (*_columns(self.rows), *self.numbers, *self.potential.inputs)
         device = self.rows.alive.device.type
         return (
             self.move,
@@ -239,13 +217,13 @@ class _Captured:
         self.rows = _copied(step.rows)
         self._handed: Rows | None = None
         self._numbers = [None if t is None else _Slot(t) for t in step.numbers]
-        self._tensors = [None if t is None else _Slot(t) for t in step.potential.tensors()]
+        self._inputs = [None if t is None else _Slot(t) for t in step.potential.inputs]
         self._clock = torch.zeros((), dtype=torch.long, device=step.rows.alive.device)
         self._results: Tensors | None = None
         sources = step.noise.sources
         self.generators = [torch.Generator(generator.device) for generator, _ in sources]
         own = Noise(*((g, count) for g, (_, count) in zip(self.generators, sources, strict=True)))
-        bound = step.potential.reading(_buffers(self._tensors))
+        bound = step.potential.reading(_buffers(self._inputs))
         over_buffers = Step(
             step.move,
             step.kernel,
@@ -284,8 +262,8 @@ class _Captured:
     def _load(self, step: Step, states: Sequence[Tensor]) -> None:
         if step.rows is not self._handed:
             _copy_into(_columns(self.rows), _columns(step.rows))
-        slots = (*self._numbers, *self._tensors)
-        for slot, value in zip(slots, (*step.numbers, *step.potential.tensors()), strict=True):
+        slots = (*self._numbers, *self._inputs)
+        for slot, value in zip(slots, (*step.numbers, *step.potential.inputs), strict=True):
             if slot is not None and value is not None:
                 slot.fill(value)
         self._clock.fill_(step.clock)
@@ -374,7 +352,8 @@ class StepGraphs:
         moved = captured(step, states)
         for (generator, _), own in zip(step.noise.sources, captured.generators, strict=True):
             generator.set_state(own.get_state())
-        step.potential.count(step.gradients)
+        for tally in step.potential.tallies:
+            tally.gradients += step.gradients
         self.replays += 1
         return moved, ""
 

@@ -16,34 +16,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, require_values
+from composable_ebm.potential.potential import Potential
 
 __all__ = ["Dynamics", "Info", "Kernel", "Noise", "Potential", "State", "expand"]
-
-
-class Potential(Protocol):
-    """x, (batch, *event) -> energies (batch,) and their gradient ∂E/∂x (batch, *event).
-
-    Attributes:
-        composition: What is evaluated. Kernels that draw from conditional distributions ask it for
-            them; the others only call the potential.
-        coefficients: Those of the composition, (n,) or (batch, n).
-        mask: 1 where states may move, 0 where they are held; None if all may.
-    """
-
-    @property
-    def composition(self) -> Energy: ...
-    @property
-    def coefficients(self) -> Tensor: ...
-    @property
-    def mask(self) -> Tensor | None: ...
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class State(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State, expand
+from composable_ebm.potential.potential import Potential
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand
 
 __all__ = ["Langevin"]
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, NotCarriedError, Sum, carrier, satisfied
-from composable_ebm.potential.plan import LeafPlan, fuse
+from composable_ebm.potential.plan import Plan
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Held, Rows, Sampler
 from composable_ebm.sampling.kernel import Dynamics, Noise, expand
@@ -159,7 +159,7 @@ class LiveBlock(Block):
         except NotCarriedError:
             self.carrier = None
         marginals = [m for leaf in energy.leaves() if (m := leaf.marginal()) is not None]
-        self._plan: LeafPlan = fuse(Sum([energy, *marginals]), stack=False)
+        self._plan = Plan(Sum([energy, *marginals]))
         self._coefficients = energy.coefficients.to(self._table)
         self._tries = torch.zeros_like(self._tries)
         self._look_at = self.num_steps

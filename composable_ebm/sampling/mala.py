@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from composable_ebm.energy import flat
-from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State, expand, metropolis
+from composable_ebm.potential.potential import Potential
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State, expand, metropolis
 
 __all__ = ["MALA"]
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from composable_ebm.data.ranges import as_images
 from composable_ebm.energy import Codec, Energy, Sum, flat, satisfied, settled
-from composable_ebm.potential.plan import FusedPotential, fuse
+from composable_ebm.potential.plan import Plan
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling import diagnostics
-from composable_ebm.sampling.block import Block
-from composable_ebm.sampling.chains import Divergence, Sampler, Trace
+from composable_ebm.sampling.block import Block, Sampler
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.particles import Particles, Weighted, drawn, error_of
 from composable_ebm.sampling.settings import to_settings
+from composable_ebm.sampling.trace import Divergence, Trace
 
 STUCK = 0.01
 """Mean acceptance below which a kernel is said not to move."""
@@ -69,7 +70,7 @@ class TermCheck:
         return f"{share} do not satisfy {self.term}: its energy there is far above that of its own samples"
 
 
-def check_terms(potential: FusedPotential, x: Tensor) -> list[TermCheck]:
+def check_terms(potential: Potential, x: Tensor) -> list[TermCheck]:
     """Holds the samples against each term of the composition.
 
     A value of an expert is failed by a state that the expert thinks likelier to be something else; any other
@@ -123,7 +124,7 @@ def _posterior(term: Energy, energies: Tensor, leaves: Mapping[Hashable, Tensor]
     return torch.exp(marginal.combine(leaves, marginal.coefficients.to(energies)) - energies)
 
 
-def draw_from(block: Block, x: Tensor, num_chains: int, potential: FusedPotential) -> Weighted:
+def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) -> Weighted:
     """Draws the chains that were asked for from the particles of a block.
 
     Args:
@@ -169,7 +170,7 @@ def leaf_energies(composition: Energy, x: Tensor, noise_level: Tensor | None) ->
     """Energies of the leaves of a composition and of their marginals, by key, (batch,) each."""
     marginals = [m for leaf in composition.leaves() if (m := leaf.marginal()) is not None]
     whole = Sum([composition, *marginals]) if marginals else composition
-    return fuse(whole, stack=False)(x, noise_level)
+    return Plan(whole)(x, noise_level)
 
 
 @dataclass(frozen=True)

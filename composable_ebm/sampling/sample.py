@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy
-from composable_ebm.potential.plan import FusedPotential
+from composable_ebm.potential.evaluating import evaluating
+from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Held, Rows, Sampler
-from composable_ebm.sampling.chains import Callback, Chain, divergence_of, evaluating, trace_of
+from composable_ebm.sampling.chains import Callback, Chain
 from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.request import Images, Request
 from composable_ebm.sampling.result import SampleResult, check_terms, draw_from
+from composable_ebm.sampling.trace import divergence_of, trace_of
 
 __all__ = ["conclude", "sample"]
 
@@ -145,15 +147,15 @@ def sample(
         trajectory=torch.stack(kept) if kept else None,
         seed=seed,
         start=start,
-        evaluations=chain.potential.evaluations,
-        path=chain.potential.plan.describe(),
+        evaluations=chain.block.tally.gradients,
+        path=chain.potential.describe(),
         warmup=num_warmup,
         on_divergence=on_divergence,
     )
 
 
 def conclude(
-    potential: FusedPotential,
+    potential: Potential,
     block: Block,
     rows: Rows,
     num_chains: int,
@@ -172,7 +174,7 @@ def conclude(
         ChainDivergedError: If a chain stopped being finite, and that is to be raised.
     """
     x = rows.state.x
-    potential.noise_level = block.noise_level
+    potential = potential.at(noise_level=block.noise_level)
     trace = trace_of(block, rows)
     weighted = None
     with evaluating(block.energy.modules()):
@@ -181,7 +183,7 @@ def conclude(
             x, rows, trace = x[weighted.chosen], rows.picked(weighted.chosen), trace.of(weighted.chosen)
             trajectory = None if trajectory is None else trajectory[:, weighted.chosen]
             if potential.coefficients.ndim > 1:
-                potential.coefficients = potential.coefficients[weighted.chosen]
+                potential = potential.at(coefficients=potential.coefficients[weighted.chosen])
         checks = check_terms(potential, x)
         energies = potential.energy(x)
     divergence = divergence_of(rows)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.chains import Sampler
+from composable_ebm.sampling.block import Sampler
 from composable_ebm.sampling.dmala import DMALA
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.hmc import HMC

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, Potential, State
+from composable_ebm.potential.potential import Potential
+from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
 
 __all__ = ["Still"]
 

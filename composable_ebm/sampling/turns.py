@@ -19,10 +19,11 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from composable_ebm.potential.rows import Plans
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Block, Rows
 from composable_ebm.sampling.graphs import settings_of
-from composable_ebm.sampling.joint import JointBatch, PotentialPool, Saved
+from composable_ebm.sampling.joint import JointBatch, Saved
 from composable_ebm.sampling.live import LiveBlock
 from composable_ebm.sampling.request import calibrated_sampler, calibrated_steps
 from composable_ebm.sampling.result import SampleResult
@@ -44,14 +45,14 @@ class Turns:
         max_batch: Most chains that step together.
         ended: Called with a run that has ended, and its result or the error that ended it.
     Attributes:
-        pool: Where potentials are kept.
+        plans: Where plans are kept.
     """
 
     def __init__(
         self, max_batch: int, ended: Callable[[Run, SampleResult | None, BaseException | None], None]
     ) -> None:
         self.max_batch = max_batch
-        self.pool = PotentialPool()
+        self.plans = Plans()
         self._ended = ended
         self._batches: list[JointBatch] = []
         self._runs: dict[Block, Run] = {}
@@ -112,7 +113,7 @@ class Turns:
     def _begin(self, run: Run, x: Tensor) -> None:
         block = run.block
         self._runs[block] = run
-        batch = JointBatch(_kind(run, x), x[:1], self.pool)
+        batch = JointBatch(_kind(run, x), x[:1], self.plans)
         batch.join(block, batch.begin(block, x))
         self._settle(batch)
 
@@ -185,7 +186,7 @@ class Turns:
         if run.wants_frame:
             run.show(rows)
         try:
-            potential = self.pool.of(block.energy, rows.state.x)
+            potential = self.plans.potential(block.energy, rows.state.x)
             result = conclude(
                 potential,
                 block,
@@ -194,8 +195,8 @@ class Turns:
                 trajectory=None,
                 seed=request.seed,
                 start=run.start,
-                evaluations=block.evaluations,
-                path=potential.plan.describe() + (", in a batch with other requests" if run.shared else ""),
+                evaluations=block.tally.gradients,
+                path=potential.describe() + (", in a batch with other requests" if run.shared else ""),
                 warmup=request.num_warmup,
                 on_divergence=request.on_divergence,
             )
@@ -241,7 +242,7 @@ class Turns:
         blocks = list(batch.blocks)
         passed = []
         for block in blocks:
-            alone = JointBatch(batch.kind, batch.like, self.pool, batch.clock)
+            alone = JointBatch(batch.kind, batch.like, self.plans, batch.clock)
             alone.join(block, batch.leave(block))
             try:
                 if len(blocks) == 1:

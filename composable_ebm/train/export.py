@@ -11,6 +11,7 @@ import torch
 
 from composable_ebm.data import LabelledImages
 from composable_ebm.data.ranges import as_states
+from composable_ebm.energy import slope
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
@@ -94,7 +95,7 @@ def _denoising(
         with torch.enable_grad():
             noisy.requires_grad_()
             outputs = network(noisy, sigma)
-            (gradient,) = torch.autograd.grad(outputs.gather(1, labels[:, None]).sum(), noisy)
+            gradient = slope(outputs.gather(1, labels[:, None])[:, 0], noisy)
         error = (noisy.detach() - level**2 * gradient - x).square().mean()
         errors.append(float(error / network.denoiser_error(sigma[0])))
         if (best_guess := _gaussian_guess(network, noisy.detach(), level)) is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy
 from composable_ebm.plotting import image_grid
-from composable_ebm.potential.plan import LeafPlan, fuse
+from composable_ebm.potential.rows import Plans
 
 from .terms import parts
 
@@ -47,9 +47,7 @@ class Push(NamedTuple):
     strength: float
 
 
-def pushes(
-    energy: Energy, x: Tensor, noise_level: Tensor | None = None, plan: LeafPlan | None = None
-) -> list[Push]:
+def pushes(energy: Energy, x: Tensor, noise_level: Tensor | None = None) -> list[Push]:
     """Where each term pushes one picture, all on one symmetric scale of colours.
 
     A value and its marginal count as one term, as in `terms`. Channels are averaged, so that only
@@ -61,22 +59,17 @@ def pushes(
             the noisy state the push against the noise outshines everything else.
         noise_level: Noise level at which energies that know it are asked, in data units; `UNDECIDED`
             unless given.
-        plan: How to evaluate the leaves, where that is known already.
     Raises:
         ValueError: If `x` is not one picture.
     """
     if x.ndim != 4 or len(x) != 1 or x.shape[1] not in (1, 3):
         raise ValueError(f"`x` must be one picture, (1, 1 or 3, height, width), got {tuple(x.shape)}.")
     found = parts(energy)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        level = x.new_full((), UNDECIDED) if noise_level is None else noise_level
-        leaves = (plan or fuse(energy, stack=False))(x, level)
-        gradients: list[Tensor] = []
-        for part in found:
-            share = part.whole.combine(leaves, part.whole.coefficients.to(x))
-            gradients += torch.autograd.grad(share.sum(), x, retain_graph=True, materialize_grads=True)
-    moves = -torch.cat(gradients).detach().nan_to_num(0.0, 0.0, 0.0)
+    level = x.new_full((), UNDECIDED) if noise_level is None else noise_level
+    states = x.detach().repeat(len(found), 1, 1, 1)  # a row for each part
+    potential = Plans().potential_of_rows([part.whole for part in found], [1] * len(found), x)
+    _, gradients = potential.at(noise_level=level)(states)
+    moves = -gradients.nan_to_num(0.0, 0.0, 0.0)
     brightness = moves.mean(1).cpu()
     scale = float(brightness.abs().flatten().quantile(_QUANTILE)) or 1.0
     low, high = energy.data_range or (-1.0, 1.0)

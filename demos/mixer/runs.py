@@ -13,7 +13,7 @@ from torch import Tensor
 
 from composable_ebm import Energy, Engine, Frame, Mixture, Not, SampleResult, Sum, parse
 from composable_ebm.experts.library import Library
-from composable_ebm.potential.plan import LeafPlan, fuse
+from composable_ebm.potential.plan import Plan
 
 from . import pictures, starts
 from .clock import FrameClock
@@ -337,13 +337,13 @@ class _Plans:
     """What the parts of running chains say, its evaluation planned anew for other experts only."""
 
     def __init__(self) -> None:
-        self._plan: tuple[list[Hashable], LeafPlan] | None = None
+        self._plan: tuple[list[Hashable], Plan] | None = None
 
     def told(self, frame: Frame) -> Message:
         energy = asked_of(frame.composition)
         keys = [leaf.key for leaf in energy.leaves()]
         if self._plan is None or self._plan[0] != keys:
-            self._plan = keys, fuse(energy, stack=False)
+            self._plan = keys, Plan(energy)
         found = terms(frame.composition, frame.states, frame.noise_level, self._plan[1])
         level = None if frame.noise_level is None else round(float(frame.noise_level.max()), 2)
         told = _told(found, marked=level is None or level <= SETTLED) | {"level": level}

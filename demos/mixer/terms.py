@@ -15,7 +15,7 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy, LeafEnergies, Mixture, Sum
 from composable_ebm.experts import Expert
-from composable_ebm.potential.plan import LeafPlan, fuse
+from composable_ebm.potential.plan import Plan
 
 __all__ = ["Part", "Term", "alone", "left_out", "parts", "reweighted", "satisfied", "terms"]
 
@@ -153,7 +153,7 @@ def left_out(energy: Energy) -> Expert | None:
 
 
 def terms(
-    energy: Energy, x: Tensor, noise_level: Tensor | None = None, plan: LeafPlan | None = None
+    energy: Energy, x: Tensor, noise_level: Tensor | None = None, plan: Plan | None = None
 ) -> list[Term]:
     """What each part of `energy` says at states `x`.
 
@@ -165,7 +165,7 @@ def terms(
     """
     found = []
     with torch.no_grad():
-        leaves = (plan or fuse(asked_of(energy), stack=False))(x, noise_level)
+        leaves = (plan or Plan(asked_of(energy)))(x, noise_level)
         for part in parts(energy):
             said = _value(part.asked, leaves, x)
             if part.against is not None:

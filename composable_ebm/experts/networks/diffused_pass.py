@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.experts.networks.diffused_native import Halves, Level, NativePass
+from composable_ebm.potential.forms import Evaluate
 from composable_ebm.potential.native import allowed
 from composable_ebm.potential.packed import PackedLinear, Watch, hooked, version_of
 
@@ -69,7 +70,7 @@ class AtLevel:
 class DiffusedPass:
     """x, noise level -> outputs (networks, batch, values) and the function that pulls gradients back.
 
-    Ask `refuses` before each call: it also takes over weights that have changed. The number of
+    Ask `ready` before each call: it also takes over weights that have changed. The number of
     values is that of the network with most; outputs of the others are padded with copies of their
     common part, which nobody reads.
 
@@ -99,15 +100,16 @@ class DiffusedPass:
                 groups.append([i])
         return groups
 
-    def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
-        """Why it does not serve such states: other types or devices than the weights, autocast, hooks."""
+    def ready(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | str:
+        """Itself, or why it does not serve such states: other types or devices than the weights, autocast,
+        hooks."""
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         self.refresh()
         if not self._usable:
             return "hooks, or weights of several types"
         alike = x.dtype == self._like.dtype and x.device == self._like.device
-        return None if alike else "states of another type or device than the weights"
+        return self if alike else "states of another type or device than the weights"
 
     def refresh(self) -> None:
         """Takes over weights that changed since the last call."""
@@ -213,7 +215,6 @@ class DiffusedPass:
         self._kept = (key, result)
         return result
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Outputs (networks, batch, values), and cotangents of that shape -> gradient, shape of `x`."""
         at = self._at_level(noise_level, x)

@@ -19,24 +19,21 @@ from composable_ebm.potential.operations import Pullback
 
 __all__ = ["Evaluate", "Form", "SpecialForm", "register", "special_form"]
 
-Evaluate = Callable[[Tensor], tuple[Tensor, Pullback]]
-"""x -> outputs, and cotangents of the outputs -> their gradient by x."""
+Evaluate = Callable[[Tensor, Tensor | None], tuple[Tensor, Pullback]]
+"""x, noise level -> outputs, and cotangents of the outputs -> their gradient by x. No graph is recorded:
+call both under `torch.no_grad()`."""
 
 
 class Form(Protocol):
-    """Networks made ready to be evaluated in one way.
+    """Networks made ready to be evaluated in one way."""
 
-    Attributes:
-        path: How the last states were evaluated, in words.
-    """
+    @property
+    def path(self) -> str:
+        """How the last states were evaluated, in words."""
 
-    path: str
-
-    def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
-        """Why it does not serve such states now; None where it does. It also takes over changed weights."""
-
-    def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Pullback]:
-        """Outputs, and the function that pulls cotangents of them back to x."""
+    def ready(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | str:
+        """What evaluates states of this shape and type, or why it does not serve them now, empty where
+        nothing need be said. It takes over changed weights."""
 
 
 class SpecialForm(Protocol):

@@ -16,8 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from composable_ebm.energy import with_gradient
+from composable_ebm.potential.forms import Evaluate
 from composable_ebm.potential.native import wanted
-from composable_ebm.potential.operations import RULES, Pullback
+from composable_ebm.potential.operations import RULES
 from composable_ebm.potential.operations.rule import sharing
 from composable_ebm.potential.packed import Watch, hooked
 from composable_ebm.potential.program import Program
@@ -72,19 +74,22 @@ class TracedForm:
     Args:
         network: Any module.
         owner: What is known of the network is known as long as this lives; the network unless given.
-    Attributes:
-        path: How the last states were evaluated, in words.
     """
 
     def __init__(self, network: nn.Module, owner: nn.Module | None = None) -> None:
         self.network = network
-        self.path = ""
+        self._served: Program | None = None
         self._owner = network if owner is None else owner
         self._watch = Watch(network, attributes=True)
         self._compiled = next(filter(None, map(_compiled, network.modules())), None)
 
-    def refuses(self, x: Tensor, noise_level: Tensor | None) -> str | None:
-        """What stopped it from serving such states; None where it does, empty where nothing need be said."""
+    @property
+    def path(self) -> str:
+        """How the last states were evaluated, in words."""
+        return "" if self._served is None else self._served.path
+
+    def ready(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | str:
+        """The program for such states, or what stopped it from serving them."""
         if x.device.type != "cpu":
             return ""  # there autograd is the form: a step is captured whole
         if torch.is_autocast_enabled("cpu"):
@@ -103,17 +108,14 @@ class TracedForm:
         if known.refusal is not None:
             return known.refusal
         found = self._program(x, noise_level)
-        return found if isinstance(found, str) else None
-
-    def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Pullback]:
-        program = self._program(x, noise_level)
-        assert isinstance(program, Program)
-        result = program(x, noise_level)
-        self.path = program.path
-        return result
+        if not isinstance(found, str):
+            self._served = found
+        return found
 
     def _known(self) -> _Known:
-        return _store.known.setdefault(self._owner, _Known())
+        if (known := _store.known.get(self._owner)) is None:
+            known = _store.known[self._owner] = _Known()
+        return known
 
     def _program(self, x: Tensor, noise_level: Tensor | None) -> Program | str:
         """The program for states of this shape, or why there is none."""
@@ -153,23 +155,23 @@ class TracedForm:
             raise
         except Exception as error:  # the module's own, which the plain call will show
             raise Unreadable(f"reading it failed with {type(error).__name__}: {error}") from error
-        if self._watch() != self._known().version:
+        if self._watch.again() != self._known().version:
             raise Unreadable("it changes its own attributes when it is called")
         return trace
 
     def _check(self, program: Program, x: Tensor, noise_level: Tensor | None) -> None:
         """Raises Unreadable unless the program equals autograd, on the states turned around and shrunk."""
-        states = x.detach().flip(tuple(range(x.ndim))).mul_(0.9).requires_grad_()
+        states = x.detach().flip(tuple(range(x.ndim))).mul_(0.9)
         level = () if noise_level is None else (noise_level,)
         try:
-            with torch.enable_grad():
-                outputs = self.network(states, *level)
-                (gradient,) = torch.autograd.grad(outputs.sum(), states, materialize_grads=True)
+            outputs, gradient = with_gradient(lambda states: self.network(states, *level), states)
+            gradient = torch.zeros_like(states) if gradient is None else gradient
         except Exception as error:
             reason = f"it could not be held against autograd: {type(error).__name__}: {error}"
             raise Unreadable(reason) from error
-        ours, pull_back = program(states.detach(), noise_level)
-        pairs = ((ours, outputs.detach()), (pull_back(torch.ones_like(ours)), gradient))
+        with torch.no_grad():
+            ours, pull_back = program(states, noise_level)
+            pairs = ((ours, outputs), (pull_back(torch.ones_like(ours)), gradient))
         tolerance = TOLERANCE.get(x.dtype, 0.1)
         for mine, theirs in pairs:
             finite = torch.isfinite(theirs)

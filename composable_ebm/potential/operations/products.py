@@ -33,8 +33,13 @@ def _linear(input: Value, weight: Any, bias: Any = None) -> Step:
     if isinstance(weight, Value) or isinstance(bias, Value):
         raise NotImplementedError("with a weight that depends on the states")
     rows = input.shape.numel() // max(input.shape[-1], 1)
-    packed = rows * weight.numel() >= WORTH_PACKING
-    return once(("linear", packed), (weight, bias), lambda: _Linear(weight, bias, packed))
+    if rows * weight.numel() >= WORTH_PACKING:
+        return once("linear", (weight, bias), lambda: _Linear(weight, bias))
+
+    def pull(g: Tensor) -> Tensor:
+        return g @ weight
+
+    return lambda x: (F.linear(x, weight, bias), pull)
 
 
 def _attention(
@@ -66,11 +71,11 @@ def _attention(
 
 
 class _Linear:
-    """A product with a constant matrix; the way back is packed when it is first gone."""
+    """A product with a large constant matrix; the way back is packed when it is first gone."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, packed: bool) -> None:
-        self.weight, self.packed = weight, packed
-        self.forward = PackedLinear(weight, bias, packed)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.forward = PackedLinear(weight, bias)
         self.backward: PackedLinear | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -78,7 +83,7 @@ class _Linear:
 
     def pull(self, g: Tensor) -> Tensor:
         if self.backward is None:
-            self.backward = PackedLinear(self.weight.T, packed=self.packed)
+            self.backward = PackedLinear(self.weight.T)
         return self.backward(g)
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.sampling.chains import Sampler
+from composable_ebm.sampling.block import Sampler
 
 Figures = dict[str, Tensor]
 """What to log of an iteration: name -> a scalar; or (total, count), (2,), of what not every batch

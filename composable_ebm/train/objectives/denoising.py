@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.data.dataset import UNLABELLED
-from composable_ebm.energy import soft_minimum
+from composable_ebm.energy import slope, soft_minimum
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 
 __all__ = ["DenoisingAtOneLevel", "DenoisingScoreMatching"]
@@ -110,7 +110,7 @@ class _OneLevelPhase(Phase):
         noisy = (x + sigma * xi).requires_grad_()
         outputs = model(noisy)
         energy = outputs.gather(1, y[:, None])[:, 0]
-        (gradient,) = torch.autograd.grad(energy.sum(), noisy, create_graph=True)
+        gradient = slope(energy, noisy, learn=True)
         loss = (xi - sigma * gradient).square().mean()
         figures = {"denoising": loss.detach(), "energy_positive": energy.detach().mean()}
         if self.objective.classification and outputs.shape[1] > 1:
@@ -132,7 +132,7 @@ class _DenoisingPhase(Phase):
         noisy = (x + sigma.reshape(-1, *[1] * (x.ndim - 1)) * xi).requires_grad_()
         outputs = model(noisy, sigma)
         energy = _energy_of(outputs, y)
-        (gradient,) = torch.autograd.grad(energy.sum(), noisy, create_graph=True)
+        gradient = slope(energy, noisy, learn=True)
         denoised = noisy - sigma.square().reshape(-1, *[1] * (x.ndim - 1)) * gradient
         error = (denoised - x).square().flatten(1).mean(1) / network.denoiser_error(sigma)  # type: ignore[operator]
         loss = error.mean()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.energy import slope
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 
 LARGEST_EXACT = 256
@@ -146,14 +147,14 @@ def _exact_trace(x: Tensor, gradient: Tensor) -> Tensor:
         )
     trace = x.new_zeros(len(x))
     for i in range(dimension):
-        (row,) = torch.autograd.grad(gradient.flatten(1)[:, i].sum(), x, create_graph=True)
+        row = slope(gradient.flatten(1)[:, i], x, learn=True)
         trace = trace + row.flatten(1)[:, i]
     return trace
 
 
 def _curvature(x: Tensor, gradient: Tensor, v: Tensor) -> Tensor:
     """vᵀ(∇²E)v of each row, (batch,)."""
-    (row,) = torch.autograd.grad((gradient * v).sum(), x, create_graph=True)
+    row = slope(gradient * v, x, learn=True)
     return (row * v).flatten(1).sum(1)
 
 
@@ -174,7 +175,7 @@ class _Phase(Phase):
         x = x.detach().requires_grad_()
         outputs = model(x)
         energy = outputs.gather(1, y[:, None])[:, 0]
-        (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        gradient = slope(energy, x, learn=True)
         loss = self.objective.divergence(x, gradient, self.generator).mean()
         figures = {
             "fisher": loss.detach(),

@@ -1,0 +1,44 @@
+"""Gradients of energies by their states, by autograd. Nobody else takes them.
+
+An energy of a batch has one number a state that knows of no other state, so the gradient of their sum holds
+the gradient of each,
+
+    ∂(Σⱼ E(xⱼ))/∂xᵢ = ∂E(xᵢ)/∂xᵢ,
+
+in one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["slope", "with_gradient"]
+
+
+def slope(energies: Tensor, x: Tensor, *, learn: bool = False) -> Tensor:
+    """∂E/∂x, shape of `x`, zero where nothing depends on it.
+
+    Args:
+        energies: (batch,), computed from `x`; of more axes their sum over all but the first is meant.
+        x: States that require a gradient, (batch, *event).
+        learn: Keeps the graph, so that what is made of the gradient can be differentiated again.
+    """
+    (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=learn, materialize_grads=True)
+    return gradient
+
+
+def with_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """E(x) and ∂E/∂x without a graph; None for a gradient where the energy does not depend on `x`.
+
+    Args:
+        energy: x -> energies, (batch,).
+        x: States, (batch, *event).
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        energies = energy(x)
+        gradient = slope(energies, x) if energies.requires_grad else None
+    return energies.detach(), gradient
