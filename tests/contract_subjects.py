@@ -34,10 +34,12 @@ SIZES = {
     "Denoiser": {"hidden": 8, "components": 4, "noise_range": NOISE_RANGE},
     "ConfinedEnergy": {"hidden": 8, "layers": 2, "noise_range": NOISE_RANGE},
     "NoisyClassifier": {"width": 4, "blocks": 1, "hidden": 8, "noise_range": NOISE_RANGE},
+    "RegionClassifier": {"regions": 3, "components": 4, "squares": 2, "noise_range": NOISE_RANGE},
     "RBM": {"hidden": 3},
     "RBM of reals": {"hidden": 3, "visible": "reals", "scale": 0.7},
 }
 """Of every network that a checkpoint may name, the arguments of a small one."""
+ON_A_BASE = ("NoisyClassifier", "RegionClassifier")  # which tell values apart
 
 
 def expert(kind: str, values: int, seed: int = 0) -> ceb.Expert:
@@ -60,7 +62,7 @@ def expert(kind: str, values: int, seed: int = 0) -> ceb.Expert:
         noise_conditioned="noise_level" in inspect.signature(network.forward).parameters,
         energy_range=dict.fromkeys((*names, "any"), (-1.0, 1.0)),
     )
-    base = expert("ConfinedEnergy", 1) if kind == "NoisyClassifier" else None
+    base = expert("ConfinedEnergy", 1) if kind in ON_A_BASE else None
     return ceb.Expert.standing(network.eval().requires_grad_(False), card, base=base)
 
 
@@ -68,7 +70,7 @@ def _experts() -> dict[str, ceb.Energy]:
     made: dict[str, ceb.Energy] = {}
     for kind in SIZES:
         three = expert(kind, 3)
-        if kind != "NoisyClassifier":  # which tells values apart
+        if kind not in ON_A_BASE:
             made[f"{kind} alone"] = expert(kind, 1)
         made |= {f"{kind} at a value": three["1"], f"{kind} at any": three}
         if three.has_value:

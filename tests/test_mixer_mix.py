@@ -7,9 +7,11 @@ from helpers import card, expert
 from mixer_toys import toy_cards
 
 import composable_ebm as ceb
+from composable_ebm.experts.library import Library
 from demos.mixer import mix, offer
 from demos.mixer.mix import AND, ANY, NOT, OR, Mix, Pick
 from demos.mixer.offer import Offer
+from demos.mixer.terms import parts
 
 PLACES = tuple(f"r{row}c{column}" for row in range(2) for column in range(3))
 CARDS = {
@@ -127,6 +129,32 @@ def test_however_a_recipe_is_written_its_controls_are_found(written, as_controls
 )
 def test_what_the_controls_cannot_show_is_left_to_the_recipe(recipe):
     assert mix.read(KNOWN, ceb.parse(recipe, NAMES), NAMES) is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "found"),
+    [
+        ("portraits/smile", [("base", 1), ("smile", 1)]),
+        (
+            "portraits/base + 3*ratio(portraits/smile, portraits/smile[any]) + "
+            "2*ratio(~portraits/beard, portraits/beard[any])",
+            [("base", 1), ("smile", 3), ("~beard", 2)],
+        ),
+        (
+            "portraits/base + (ratio(portraits/smile, portraits/smile[any]) | "
+            "2*ratio(portraits/hair[red], portraits/hair[any]))",
+            [("base", 1), ("smile", 1), ("hair[red]", 2)],
+        ),
+    ],
+)
+def test_experts_that_stand_on_a_base_are_parts_and_controls_as_any_other(recipe, found):
+    energy = ceb.parse(recipe)
+    said = [(part.name.replace("portraits/", ""), part.weight) for part in parts(energy)]
+    assert said == found
+    known, library = Offer().known, Library("cpu")
+    shown = mix.read(known, energy, library)
+    again = ceb.parse(mix.compose(known, shown), library)
+    assert {part.name for part in parts(again)} == {part.name for part in parts(energy)}
 
 
 def test_what_the_page_sends_is_kept_within_limits():

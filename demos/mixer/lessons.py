@@ -63,10 +63,12 @@ def kept(name: str, visitor: Visitor) -> str:
     expert = visitor.taught.get(name)
     if expert is None:
         raise ValueError(f"There is no expert {name} of yours here; teach it first.")
-    folders = catalogue.model_folders()
-    if not folders:
-        raise ValueError("There is no folder of models to save it in.")
-    folder = folders[0] / expert.card.family / expert.card.name
+    bases = (place for name, place in catalogue.catalogue().items() if name == str(expert["any"]))
+    if (beside := next(bases, None)) is None:
+        raise ValueError(
+            f"{expert['any']}, which it stands on, is in no folder of models: nothing was saved."
+        )
+    folder = beside.parent / expert.card.name
     if (folder / CONFIG).exists():
         raise ValueError(f"{name} is saved already; forget this one and teach it under another name.")
     save_expert(folder, expert.network, expert.card, half=True)

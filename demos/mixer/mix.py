@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from composable_ebm import Energy, Mixture, Not, Sum, parse
 from composable_ebm.experts import Card, Expert
 
-from .terms import left_out
+from .terms import experts, left_out
 
 AND, NOT, OR = "AND", "NOT", "OR"
 ROLES = (AND, NOT, OR)
@@ -219,12 +219,11 @@ def read(known: Mapping[str, Control], energy: Energy, names: Mapping[str, Energ
         energy: A composition.
         names: What names mean in recipes.
     """
-    leaves = list(energy.leaves())
-    experts = [leaf.card.full_name for leaf in leaves if isinstance(leaf, Expert)]
-    families = {known[name].family for name in experts if name in known}
-    if len(families) != 1 or len(experts) < len(leaves) or not known.keys() >= set(experts):
+    named = {expert.card.full_name for expert in experts(energy) or ()}
+    families = {known[name].family for name in named if name in known}
+    if len(families) != 1 or not known.keys() >= named:
         return None
-    mix = Mix(families.pop(), any(known[name].base for name in experts))
+    mix = Mix(families.pop())
     try:
         for term, weight in _pairs(energy):
             _take(known, mix, term, weight)
@@ -233,7 +232,10 @@ def read(known: Mapping[str, Control], energy: Energy, names: Mapping[str, Energ
     for name, pick in mix.picks.items():  # of one value it makes no difference, until there are more
         if len(pick.values) == 1:
             pick.together = known[name].grid is not None
-    for base in (mix.base, True):  # a base that is divided out again is no part of the sum
+    for base in (
+        True,
+        False,
+    ):  # by what they name alone: a base that is divided out again is no part of the sum
         mix.base = base
         with suppress(KeyError, ValueError):
             if _same(energy, compose(known, mix), names):

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, LeafEnergies, Mixture, Sum
+from composable_ebm.energy import Energy, LeafEnergies, Mixture, Not, Sum
 from composable_ebm.experts import Expert
 from composable_ebm.potential.plan import Plan
 
-__all__ = ["Part", "Term", "alone", "left_out", "parts", "reweighted", "satisfied", "terms"]
+__all__ = ["Part", "Term", "alone", "experts", "left_out", "parts", "reweighted", "satisfied", "terms"]
 
 
 class Part(NamedTuple):
@@ -92,12 +92,11 @@ def parts(energy: Energy) -> list[Part]:
 
 def _divided(whole: Sum) -> list[Part]:
     """The terms of a sum, each with its share of the marginal that it is divided by."""
+    found, counted = _on_a_base(whole)
     groups: dict[Hashable, list[tuple[Energy, float]]] = {}
-    for term, weight in zip(whole.operands, whole.weights, strict=True):
-        own = _is_or(term)
-        key = term.key if own else _bodies(term)
-        groups.setdefault(key, []).append((term, float(torch.as_tensor(weight).mean())))
-    found = []
+    for term, weight in counted:
+        key = term.key if _is_or(term) else _bodies(term)
+        groups.setdefault(key, []).append((term, weight))
     for group in groups.values():
         marginals = [pair for pair in group if _is_marginal(pair[0])]
         values = [pair for pair in group if not _is_marginal(pair[0])]
@@ -109,7 +108,23 @@ def _divided(whole: Sum) -> list[Part]:
             found.append(Part(asked, weight, against))
         else:
             found += [Part(term, weight) for term, weight in group]
-    return found
+    return sorted(found, key=lambda part: part.against is not None)  # what the pictures share first
+
+
+def _on_a_base(whole: Sum) -> tuple[list[Part], list[tuple[Energy, float]]]:
+    """The terms that stand on a base, each divided by it, and all others, with as much of the base as that
+    takes: E(x, y) = E_base(x) - log p(y | x), so that -2*base + 3*smile is base + 3*ratio(smile, base)."""
+    found: list[Part] = []
+    others: dict[Hashable, tuple[Energy, float]] = {}
+    for term, weight in zip(whole.operands, whole.weights, strict=True):
+        amount = float(torch.as_tensor(weight).mean())
+        chosen = _chosen(term)
+        if chosen is not None and (base := chosen[0].base) is not None:
+            found.append(Part(term, amount, base))
+            term = base
+        others[term.key] = term, amount + others.get(term.key, (term, 0.0))[1]
+    used = {part.against.key for part in found if part.against is not None}
+    return found, [pair for key, pair in others.items() if key not in used or abs(pair[1]) > 1e-6]
 
 
 def _is_or(term: Energy) -> bool:
@@ -138,6 +153,16 @@ def _chosen(energy: Energy) -> tuple[Expert, frozenset[int]] | None:
     if len(chosen) != len(members) or len({id(expert.network) for expert, _ in chosen}) != 1:
         return None
     return chosen[0][0], frozenset().union(*(values for _, values in chosen))
+
+
+def experts(energy: Energy) -> list[Expert] | None:
+    """The experts that a composition names; None where it names anything else."""
+    if isinstance(energy, Expert):
+        return [energy]
+    if not isinstance(energy, (Sum, Mixture, Not)):
+        return None
+    named = [experts(each) for each in energy.operands]
+    return None if None in named else [expert for each in named for expert in each or ()]
 
 
 def left_out(energy: Energy) -> Expert | None:

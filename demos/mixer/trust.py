@@ -11,7 +11,7 @@ from composable_ebm.energy import Energy, Sum
 from composable_ebm.experts import Card, Expert
 from composable_ebm.sampling.request import check_positive_term
 
-from .terms import parts
+from .terms import experts, parts
 
 _TERM = re.compile(r"(?P<not>~?)(?P<attribute>\w+)(?:\[(?P<value>\w+)\])?")
 
@@ -33,14 +33,13 @@ def doubts(energy: Energy) -> list[str]:
             f"The weights sum to {net:.3g}: far from the data nothing holds this density together, it may be "
             "improper. Add what the pictures share (the base), or lower what is subtracted."
         )
-    experts = [leaf for leaf in energy.leaves() if isinstance(leaf, Expert)]
     wanted = [part for part in parts(energy) if part.weight > 0 and not part.group]
     asked = {
         part.asked.card.attribute: part.asked.card.values[part.asked.value]
         for part in wanted
         if isinstance(part.asked, Expert) and part.asked.value is not None
     }
-    missing = unseen((leaf.card for leaf in experts), asked)
+    missing = unseen((expert.card for expert in experts(energy) or ()), asked)
     said += [
         f"No picture with {combination} was in the training data: this mix goes beyond what was seen."
         for combination in missing

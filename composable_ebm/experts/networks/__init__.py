@@ -13,6 +13,7 @@ from composable_ebm.experts.networks.denoiser import Denoiser
 from composable_ebm.experts.networks.diffused import DiffusedEnergy
 from composable_ebm.experts.networks.patches import DiffusedPatches
 from composable_ebm.experts.networks.rbm import RBM
+from composable_ebm.experts.networks.regions import RegionClassifier
 from composable_ebm.experts.networks.windows import DiffusedWindows
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DiffusedPatches",
     "DiffusedWindows",
     "NoisyClassifier",
+    "RegionClassifier",
     "register_network",
 ]
 
@@ -32,7 +34,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     network.__name__: network
     for network in (
         *(ConfinedEnergy, ConvEnergy, Denoiser, DiffusedEnergy),
-        *(DiffusedPatches, DiffusedWindows, NoisyClassifier, RBM),
+        *(DiffusedPatches, DiffusedWindows, NoisyClassifier, RBM, RegionClassifier),
     )
 }
 """The networks that a checkpoint may name, by the name of their class."""
