@@ -25,7 +25,7 @@ from composable_ebm.experts import Expert
 from composable_ebm.experts.teach import teach
 
 ATTRIBUTES = ("smile", "glasses", "beard")
-MARKS = (3, 6, 12, 24, 48)  # of each kind
+MARKS = (6, 12, 24)  # of each kind
 PICTURES = 600
 SAMPLES = 32
 
@@ -70,6 +70,8 @@ def _lesson(
         "seconds": float(expert.card.training["seconds"]),
     }
     right["within_what_was_told"] = float(told["heldout_low"] <= right["accuracy"] <= told["heldout_high"])
+    if seed:  # what takes most of the time is done once
+        return right
     samples = ceb.sample(ceb.given(base, expert), num_chains=SAMPLES, seed=seed).samples
     judge = ceb.load_expert(f"{base.card.family}/{attribute}")
     level = torch.tensor(base.network.noise_range[0])
@@ -79,7 +81,7 @@ def _lesson(
 
 
 def _means(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    means = {name: round(fmean(each[name] for each in found), 3) for name in found[0]}
+    means = {name: round(fmean(each[name] for each in found if name in each), 3) for name in found[0]}
     return {**means, "worst": round(min(each["accuracy"] for each in found), 3)}
 
 

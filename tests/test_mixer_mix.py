@@ -1,5 +1,6 @@
 """The mix: from controls to a recipe, and from any composition back to the controls, in plain words."""
 
+import dataclasses
 import math
 
 import pytest
@@ -219,6 +220,21 @@ def offered(monkeypatch):
         return Offer()
 
     return build
+
+
+def test_a_mix_is_said_in_the_words_of_its_cards():
+    cards = toy_cards()
+    cards["Yard/hat"] = dataclasses.replace(cards["Yard/hat"], words=("bareheaded", "wearing a hat"))
+    cards["Yard/hue"] = dataclasses.replace(cards["Yard/hue"], words=("in red", "in green", "in blue"))
+    known = mix.controls(cards)
+    assert mix.words(known, yard(hat=Pick({"hat": 1}), hue=Pick({"red": 1, "blue": 1}))) == (
+        "in red or in blue, wearing a hat"
+    )
+    assert mix.words(known, yard(hat=Pick({"hat": 1}, NOT), hue=Pick({"green": 1}, NOT))) == (
+        "not in green, bareheaded"
+    )
+    with pytest.raises(ValueError, match="`words` must be a text for each of"):
+        dataclasses.replace(cards["Yard/hue"], words=("in red",))
 
 
 def test_every_family_has_a_start_and_damage_is_told(offered):

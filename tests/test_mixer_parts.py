@@ -13,6 +13,7 @@ from mixer_toys import diffused
 from PIL import Image, ImageColor, ImageSequence
 
 import composable_ebm as ceb
+from composable_ebm.data import load_data
 from composable_ebm.energy.analytic import Gaussian
 from demos.mixer import animate, explore, heat, labelled, mix, starts, terms
 from demos.mixer.animate import Recorder
@@ -281,6 +282,19 @@ def test_a_value_and_its_marginal_push_as_one_term():
     assert [push.name for push in found] == ["toys/body", "toys/hat"]
     together = 4 * (hat - hat["any"])
     assert found[1].strength == pytest.approx(float(together.score(x).square().mean().sqrt()), rel=1e-4)
+
+
+def test_pushes_on_latents_are_seen_through_the_decoder():
+    mix = ceb.parse("portraits/base + ratio(portraits/smile, portraits/smile[any])")
+    faces = load_data("portraits", "test", num_images=8)
+    unsmiling = int((faces.labels["smile"] == 0).nonzero()[0])
+    found = heat.pushes(mix, mix.states(faces.batch(torch.tensor([unsmiling]))))
+    smile = np.asarray(found[1].picture, float)
+    side = len(smile)
+    colour = np.abs(smile[..., 0] - smile[..., 2])
+    mouth = colour[side // 2 : 3 * side // 4, side // 3 : 2 * side // 3]
+    assert found[1].name == "portraits/smile"
+    assert mouth.mean() > 3 * colour.mean()
 
 
 def test_pushes_are_of_one_picture():

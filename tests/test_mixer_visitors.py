@@ -228,13 +228,26 @@ def test_a_second_run_of_a_visitor_takes_the_place_of_the_first(runs):
 
 
 def test_shaken_chains_begin_anew_from_other_noise(runs):
-    assert not runs.shake("a")  # nothing runs
+    assert not runs.shake(None, "a")  # nothing runs
     visitor = Visitor(runs, "a")
     (run,) = playing(visitor)
-    assert runs.shake("a")
+    assert runs.shake(None, "a") == 2  # of neither is known what it misses
     soon(lambda: visitor.run is not run)
     playing(visitor)
     assert run.done
+    assert stopped(visitor.end())
+
+
+def test_the_chosen_picture_is_shaken_and_all_others_stay(runs):
+    visitor = Visitor(runs, "a", "Noisy/base", num_chains=4)
+    (run,) = playing(visitor)
+    soon(lambda: run.frame is not None)
+    live = runs.visitors["a"].session.live
+    assert runs.shake(2, "a") == 1
+    soon(lambda: visitor.run is not run and run.done)
+    renewed = live.renewed(torch.arange(4) == 2, runs.engine.submit, 1)
+    assert torch.equal(renewed[[0, 1, 3]], run.frame.denoised[[0, 1, 3]])
+    assert not torch.allclose(renewed[2], run.frame.denoised[2], atol=0.1)
     assert stopped(visitor.end())
 
 

@@ -34,6 +34,7 @@ class Card:
         name: Name within the family.
         attribute: What it is an expert of.
         values: Names of the values of the attribute, in the order of the network's outputs.
+        words: What people say of each value, such as "serious" and "smiling"; () where names say it.
         event_shape: (channels, height, width).
         data_range: Smallest and largest value of the data; None for latents, which have no bounds.
         network: "type", and the arguments that build it.
@@ -73,6 +74,7 @@ class Card:
     licence: str = ""
     codec: str = ""
     base: str = ""
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for part in (self.family, self.name):
@@ -89,6 +91,8 @@ class Card:
                 )
         if not self.values or len(set(self.values)) != len(self.values) or "any" in self.values:
             raise ValueError(f"`values` must be distinct names other than 'any', got {self.values}.")
+        if self.words and (len(self.words) != len(self.values) or not all(map(_is_said, self.words))):
+            raise ValueError(f"`words` must be a text for each of {self.values}, got {_short(self.words)}.")
         self._check_numbers()
         self._check_sampler()
 
@@ -175,7 +179,8 @@ class Card:
         needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
         if missing := [n for n in needed if n not in content]:
             raise ValueError(f"missing field {', '.join(missing)}")
-        for name in ("values", "event_shape", "data_range"):
+        content.setdefault("words", [])
+        for name in ("values", "words", "event_shape", "data_range"):
             if name == "data_range" and content[name] is None:
                 continue
             if not isinstance(content[name], list):
@@ -202,6 +207,10 @@ def digest_of(content: Mapping) -> str:
     """SHA-256 of what a description says, however it is laid out."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_said(text: object) -> bool:
+    return isinstance(text, str) and 0 < len(text) <= 40 and text.isprintable()
 
 
 def _is_number(value: object) -> bool:

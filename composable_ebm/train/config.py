@@ -274,6 +274,7 @@ class TrainConfig:
         cpu: Stays on the CPU.
         licence: Licence of the expert and its data.
         weight: Weight of the expert's ratio in `composable_ebm.given`.
+        words: What people say of each value, such as "not smiling" and "smiling".
         init: Name or folder of an expert whose weights to start from, where they fit.
         half: Stores the weights in 16 bits.
         latents: Learns on the latents of the family's codec, <models>/<family>/codec, which is trained first.
@@ -312,6 +313,7 @@ class TrainConfig:
     cpu: bool = False
     licence: str = ""
     weight: float = 1.0
+    words: tuple[str, ...] = ()
     init: str = ""
     half: bool = False
     latents: bool = False

@@ -21,7 +21,19 @@ from composable_ebm.train.config import TrainConfig
 __all__ = ["PICTURES", "check_expert", "check_identity", "identity", "run_digest"]
 
 UNSHAPING = {
-    *("family", "name", "models", "runs", "fresh", "push_to_hub", "licence", "weight", "half", "cpu"),
+    *(
+        "family",
+        "name",
+        "models",
+        "runs",
+        "fresh",
+        "push_to_hub",
+        "licence",
+        "weight",
+        "words",
+        "half",
+        "cpu",
+    ),
     *("num_iterations", "minutes", "log_every", "evaluate_every", "save_every", "largest_gap"),
     "keep_best",
     *("generation", "init", "data"),

@@ -89,6 +89,7 @@ def card_of(
         + (f", without {', '.join(config.data.exclude)}" if config.data.exclude else ""),
         licence=config.licence,
         weight=config.weight,
+        words=config.words,
         codec="" if codec is None else codec.digest,
         base="" if base is None else str(base.card.weights.get("sha256")),
     )

@@ -173,15 +173,14 @@ class Answers:
         return {}
 
     def shake(self, sent: Sent, by: str) -> Message:
-        return {"shaken": self.runs.shake(by)}
+        """Begins anew the chain of a picture, or those that still miss something."""
+        return {"shaken": self.runs.shake(_chain(sent), by)}
 
     # -- pictures ---------------------------------------------------------------------------------------
 
     def heat(self, sent: Sent, by: str) -> Message:
         """Where each part pushes one picture."""
         energy = self.runs.understood(str(sent.get("recipe", "")), by)
-        if energy.codec is not None:
-            raise ValueError("These pictures are drawn by a decoder: pushes on its latents are no picture.")
         x = starts.state_of(pictures.from_uri(sent.get("picture")), energy)
         device = next((p.device for p in energy.parameters()), None)
         found = pushes(energy, x[None].to(device))
@@ -207,10 +206,8 @@ class Answers:
 
     def film(self, sent: Sent, by: str) -> Response:
         """The last run as an animation."""
-        chain = sent.get("chain")
-        chain = None if chain is None else int(mix.clamp(chain, 0, 10**6, 0))
         kind = "webp" if sent.get("kind") == "webp" else "gif"
-        return Response(self.runs.film(chain, kind, by), media_type=f"image/{kind}")
+        return Response(self.runs.film(_chain(sent), kind, by), media_type=f"image/{kind}")
 
     def pack(self, sent: Sent, by: str) -> Response:
         """Pictures as one archive."""
@@ -243,6 +240,12 @@ def _axis(sent: Any) -> Axis:
     sent = sent if isinstance(sent, dict) else {}
     low, high = (mix.clamp(sent.get(end), -mix.MAX_WEIGHT, mix.MAX_WEIGHT, 0.0) for end in ("low", "high"))
     return Axis(str(sent.get("name") or ""), low, high, int(mix.clamp(sent.get("count"), 2, 8, 5)))
+
+
+def _chain(sent: Sent) -> int | None:
+    """The chain of the picture that is chosen, if one is."""
+    chain = sent.get("chain")
+    return None if chain is None else int(mix.clamp(chain, 0, 10**6, 0))
 
 
 def _family(energy: Energy) -> str:

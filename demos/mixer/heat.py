@@ -5,6 +5,8 @@ red where it makes pixels brighter, blue where it makes them darker.
 
 Of a clean picture an expert that has got its way says nothing: where p(a | x) is near 1 its gradient
 is near 0. Energies that know noise levels are therefore asked at one where things are still undecided.
+
+Where states are latents, a push is shown by what it does to the picture: the decoder's change along it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _DARKER, _BRIGHTER, _STILL = (33, 102, 172), (178, 24, 43), (247, 247, 247)
 _PICTURE_PIXELS = 160
 _FAINT = 0.25
 _POWER = 0.7  # below 1: weak pushes show too
+_SMALL = 0.05  # root mean square of the step in latents along which a decoder is looked at
 _QUANTILE = 0.995  # of all pushes: beyond it the colours are full
 
 __all__ = ["UNDECIDED", "Push", "pushes"]
@@ -54,29 +57,34 @@ def pushes(energy: Energy, x: Tensor, noise_level: Tensor | None = None) -> list
     changes of brightness show.
 
     Args:
-        energy: A recipe of images.
-        x: One picture, (1, *event). Of chains that carry noise on purpose, the denoised picture: at
+        energy: A recipe of images, or of their latents.
+        x: One state, (1, *event). Of chains that carry noise on purpose, the denoised picture: at
             the noisy state the push against the noise outshines everything else.
         noise_level: Noise level at which energies that know it are asked, in data units; `UNDECIDED`
             unless given.
     Raises:
-        ValueError: If `x` is not one picture.
+        ValueError: If `x` is not one state of pictures.
     """
-    if x.ndim != 4 or len(x) != 1 or x.shape[1] not in (1, 3):
+    picture = energy.images(x.detach()) if len(x) == 1 else x
+    if picture.ndim != 4 or len(picture) != 1 or picture.shape[1] not in (1, 3):
         raise ValueError(f"`x` must be one picture, (1, 1 or 3, height, width), got {tuple(x.shape)}.")
     found = parts(energy)
     level = x.new_full((), UNDECIDED) if noise_level is None else noise_level
-    states = x.detach().repeat(len(found), 1, 1, 1)  # a row for each part
+    states = x.detach().repeat(len(found), *[1] * (x.ndim - 1))  # a row for each part
     potential = Plans().potential_of_rows([part.whole for part in found], [1] * len(found), x)
     _, gradients = potential.at(noise_level=level)(states)
     moves = -gradients.nan_to_num(0.0, 0.0, 0.0)
-    brightness = moves.mean(1).cpu()
+    strengths = moves.flatten(1).square().mean(1).sqrt()
+    changes = moves
+    if energy.codec is not None:
+        steps = moves * (_SMALL / strengths.max().clamp(min=1e-12))
+        changes = energy.images(x.detach() + steps) - picture
+    brightness = changes.mean(1).cpu()
     scale = float(brightness.abs().flatten().quantile(_QUANTILE)) or 1.0
-    low, high = energy.data_range or (-1.0, 1.0)
-    behind = (x.detach().mean(1).cpu()[0] - low) / (high - low)
+    behind = (picture.mean(1).cpu()[0] + 1) / 2
     return [
-        Push(part.name, _overlay(behind, push / scale), float(move.square().mean().sqrt()))
-        for part, push, move in zip(found, brightness, moves, strict=True)
+        Push(part.name, _overlay(behind, push / scale), float(strength))
+        for part, push, strength in zip(found, brightness, strengths, strict=True)
     ]
 
 

@@ -60,6 +60,7 @@ class Live:
         num_chains: How many chains.
         seed: Seeds their noise.
         start: What they start from; noise unless given.
+        kept: States to go on from as they are, (num_chains, *event), as `renewed` gives them.
         num_steps: How many steps they take; no end unless given.
         frames_per_second: Most frames a second.
         steps_per_second: Most steps a second.
@@ -79,6 +80,7 @@ class Live:
         seed: int,
         *,
         start: Start | None = None,
+        kept: Tensor | None = None,
         num_steps: int | None = None,
         frames_per_second: float | None = None,
         steps_per_second: float | None = None,
@@ -89,9 +91,10 @@ class Live:
         pace = {"frames_per_second": frames_per_second, "steps_per_second": steps_per_second}
         if self.tended:
             tending = Tending(level=REST)
-            self.run = submit(energy, num_chains, None, seed, live=tending, on_divergence="report", **pace)
+            options = {"live": tending, "init": kept, "on_divergence": "report"}
+            self.run = submit(energy, num_chains, None, seed, **options, **pace)
             return
-        init, mask = None, None
+        init, mask = kept, None
         if start is not None:
             if self._level is not None and start.mask is None:
                 self._level = min(max(start.level, HOLD), self._level)
@@ -132,6 +135,40 @@ class Live:
             level = max(NUDGE if _parts(self.energy) == _parts(energy) else STIR, self._carried())
         self.run.steer(energy, _sampler(energy, level), STIR_STEPS + 1)
         self.energy, self._level = energy, level
+
+    def shaken(self, chain: int | None) -> Tensor | None:
+        """Which chains a shake begins anew, (num_chains,): one, or those that miss something; None: all."""
+        frame = self.run.frame
+        if frame is None or not (self.tended or self._level is None):
+            return None
+        again = ~frame.alive
+        if chain is not None:
+            again = torch.arange(len(again), device=again.device) == chain
+        elif frame.met is not None:
+            again |= ~frame.met
+        return again if again.any() and not again.all() else None
+
+    def renewed(self, again: Tensor, submit: Submit, seed: int) -> Tensor | None:
+        """States in which some chains have come down from noise anew, and all others are as they were.
+
+        Args:
+            again: Which ones, (num_chains,).
+            submit: Begins their run.
+            seed: Seeds their noise.
+        """
+        if (frame := self.run.frame) is None:
+            return None
+        x, count = frame.denoised.clone(), int(again.sum())
+        if self.tended:
+            sampler, _ = calibrated_sampler(self.energy)
+            assert isinstance(sampler, Annealed)
+            plain = Annealed(sampler.kernel, sampler.schedule)  # each by itself
+            run = submit(self.energy, count, START_STEPS, seed, sampler=plain, on_divergence="report")
+            x[again] = run.result().samples.to(x)
+        else:
+            generator = torch.Generator(x.device).manual_seed(seed)
+            x[again] = initial_states(self.energy, count, None, generator, x.device)
+        return x
 
     def _carried(self) -> float:
         """As much noise as the states carry, or more: levels only fall until a new recipe comes."""

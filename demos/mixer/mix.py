@@ -41,6 +41,7 @@ class Control(NamedTuple):
         against: What its density is divided by beside the base; empty in a family without one.
         weight: Where its weights start.
         grid: (rows, columns), where its values are places.
+        words: What people say of each value; by its card, which may say nothing.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Control(NamedTuple):
     against: str = ""
     weight: float = 1.0
     grid: tuple[int, int] | None = None
+    words: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:
@@ -104,15 +106,17 @@ def controls(cards: Mapping[str, Card]) -> dict[str, Control]:
         base = bases.get(card.family, "")
         against = f"{name}[any]" if len(card.values) > 1 else base
         label = card.values[1] if len(card.values) == 2 else card.name
+        label = (card.attribute if label.lower() in _PLAIN else label).replace("_", " ")
         made.append(
             Control(
                 name,
-                (card.attribute if label.lower() in _PLAIN else label).replace("_", " "),
+                label,
                 card.values,
                 base=name == base,
                 against=against if base and name != base else "",
                 weight=clamp(card.weight, 0.0, MAX_WEIGHT, 1.0),
                 grid=_grid(card.values),
+                words=card.words,
             )
         )
     order = list(dict.fromkeys(control.family for control in made))
@@ -339,20 +343,28 @@ def words(known: Mapping[str, Control], mix: Mix) -> str:
 
 def _phrase(control: Control, values: list[str], pick: Pick) -> str:
     if not control.many:
-        return f"no {control.label}" if pick.role == NOT else control.label
+        if pick.role == NOT:
+            return control.words[0] if len(control.words) > 1 else f"no {control.label}"
+        return control.words[-1] if control.words else control.label
     if values == [ANY]:
         return f"any {control.label}"
     if control.grid is not None and len(values) > 2:
         where = f"{len(values)} places" if pick.together else f"one of {len(values)} places"
         return f"nothing at {where}" if pick.role == NOT else where
-    named = [place_name(value, control.grid) if control.grid else value.replace("_", " ") for value in values]
-    joined = (" and " if pick.together and pick.role == AND else " or ").join(named)
-    head = "" if control.grid else f"{control.label} "
+    head = "" if control.grid or control.words else f"{control.label} "
+    joined = (" and " if pick.together and pick.role == AND else " or ").join(
+        control.words[control.values.index(value)]
+        if control.words
+        else place_name(value)
+        if control.grid
+        else value.replace("_", " ")
+        for value in values
+    )
     return f"{'not ' if pick.role == NOT else ''}{head}{joined}"
 
 
-def place_name(value: str, grid: tuple[int, int]) -> str:
-    """What people call a place of a grid: "row 1, column 4"."""
+def place_name(value: str) -> str:
+    """What people call a place of a grid: "row 1 column 4"."""
     match = _PLACE.fullmatch(value)
     assert match is not None
     return f"row {int(match[1]) + 1} column {int(match[2]) + 1}"

@@ -111,10 +111,10 @@ class Runs:
             session.recipe = recipe
             self._follow(session, visitor)
 
-    def shake(self, visitor: str) -> bool:
-        """Begins the visitor's chains anew from other noise, if they play; whether they do."""
+    def shake(self, chain: int | None, visitor: str) -> int:
+        """Begins one of the visitor's running chains anew, or those that miss something; how many."""
         session = self.visitors[visitor].session
-        return session is not None and session.shake()
+        return 0 if session is None else session.shake(chain)
 
     def film(self, chain: int | None, kind: str, visitor: str) -> bytes:
         """The frames of the visitor's last run as an animation; of one chain or of all.
@@ -200,7 +200,7 @@ class Runs:
         self, asked: Request, session: Session, visitor: str, sent: Any, num_steps: int | None = None
     ) -> Iterator[Message]:
         clock, plans = FrameClock(self.library.device), _Plans()
-        recipe, seed, frame, ending = asked.recipe, asked.seed, None, ""
+        recipe, seed, frame, ending, kept = asked.recipe, asked.seed, None, "", None
         while recipe or frame is None:
             energy = self.understood(recipe, visitor)
             live = Live(
@@ -209,6 +209,7 @@ class Runs:
                 asked.num_chains,
                 seed,
                 start=starts.started(sent, energy, asked.num_chains),
+                kept=kept,
                 num_steps=num_steps,
                 frames_per_second=clock.frames_per_second,
                 steps_per_second=clock.steps_per_second,
@@ -228,7 +229,8 @@ class Runs:
                     ending = "Stopped, as nothing was moved for a while. Press Play to go on."
                     session.stop()
             live.run.result()  # raises what went wrong, if anything did
-            recipe, sent, seed = session.take_next(), None, (seed + 1) % MAX_SEED
+            (recipe, again), sent, seed = session.take_next(), None, (seed + 1) % MAX_SEED
+            kept = None if again is None else live.renewed(again, session.submit, seed)
             if frame is None:  # stopped before the first step
                 yield {"kind": "end", "said": "Stopped before it began."}
                 return

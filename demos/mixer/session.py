@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from torch import Tensor
+
 from composable_ebm import Energy, Engine, Run
 
 from .live import Live, check
@@ -34,6 +36,7 @@ class Session:
         self.recipe: str | None = None
         self.followed = self.problem = ""
         self._tried = self._next = ""
+        self._again: Tensor | None = None
         self._moved = time.monotonic()
         self._runs: list[Run] = []
         self._stopped = False
@@ -61,15 +64,15 @@ class Session:
         """Whether it was told to end."""
         return self._stopped
 
-    def shake(self) -> bool:
-        """Begins running chains anew, from other noise; whether any run."""
+    def shake(self, chain: int | None) -> int:
+        """Begins one running chain anew, or those that miss something, or all; how many."""
         with self._steering:
             self._moved = time.monotonic()
             if self.live is None or self.live.run.done:
-                return False
-            self._next = self.followed
+                return 0
+            self._next, self._again = self.followed, self.live.shaken(chain)
             self.live.run.cancel()
-            return True
+            return self.live.run.num_chains if self._again is None else int(self._again.sum())
 
     def play(self, recipe: str, live: Live) -> None:
         """From now on these chains follow the visitor, from `recipe` on."""
@@ -92,17 +95,17 @@ class Session:
                     self.followed = recipe
                 else:
                     check(energy)
-                    self._next = recipe
+                    self._next, self._again = recipe, None
                     self.live.run.cancel()
                 self.problem = ""
             except FAILURES as error:  # the chains go on with what they had
                 self.problem = sentences(error)
 
-    def take_next(self) -> str:
-        """The recipe for which new chains are to be begun, or nothing."""
+    def take_next(self) -> tuple[str, Tensor | None]:
+        """The recipe for which new chains are to be begun, or nothing, and which of them, where not all."""
         with self._steering:
-            recipe, self._next = self._next, ""
-            return "" if self._stopped else recipe
+            recipe, again, self._next, self._again = self._next, self._again, "", None
+            return ("", None) if self._stopped else (recipe, again)
 
     @property
     def seconds_unmoved(self) -> float:

@@ -349,8 +349,10 @@ find("play").addEventListener("click", play);
 find("sample").addEventListener("click", sample);
 find("stop").addEventListener("click", stop);
 const shake = async () => {
-    const said = await ask("shake");
-    says(said.shaken ? "Shaken: the chains begin anew from other noise." : "Nothing runs that could be shaken.");
+    const index = picture.chosenIndex();
+    const said = await ask("shake", { chain: index < 0 ? null : index });
+    const what = index >= 0 && said.shaken === 1 ? `picture ${index + 1} begins` : said.shaken === 1 ? "one picture begins" : `${said.shaken} pictures begin`;
+    says(said.shaken ? `Shaken: ${what} anew.` : "Nothing runs that could be shaken.");
 };
 find("shake").addEventListener("click", shake);
 find("undo").addEventListener("click", () => undo());
@@ -448,7 +450,7 @@ document.querySelector(".tabs").addEventListener("keydown", (event) => {
 });
 
 const shortcuts = {
-    p: ["Play", play], s: ["Sample", sample], Escape: ["Stop", stop], k: ["Shake running chains", shake], d: ["New seed", dice],
+    p: ["Play", play], s: ["Sample", sample], Escape: ["Stop", stop], k: ["Shake the chosen picture, or those that miss something", shake], d: ["New seed", dice],
     r: ["Surprise me", () => surprised()],
     m: ["More like the chosen picture", () => chosenOnly("like")], v: ["Keep the chosen one, vary the rest", () => chosenOnly("vary")],
     y: ["Mark the chosen picture as yes", () => chosenOnly("yes")], n: ["Mark it as no", () => chosenOnly("no")],
