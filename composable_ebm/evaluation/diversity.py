@@ -90,9 +90,8 @@ def diversity(
         precision, recall = precision_recall(one, features)
         found[f"precision{name}"], found[f"recall{name}"] = round(precision, 4), round(recall, 4)
     if train is not None:
-        images = train.batch(torch.arange(len(train)))
         found["nearest_training_image"] = {
-            name: _quantiles(nearest_distance(x[:NEIGHBOURS], images))
+            name: _quantiles(_nearest(x[:NEIGHBOURS], train))
             for name, x in (("samples", samples[rows]), ("held_out", pool.batch(first)))
         }
     return found
@@ -135,6 +134,12 @@ def _duplicates(samples: Tensor) -> float:
     flat = samples.flatten(1)
     closest = torch.cdist(flat, flat).fill_diagonal_(float("inf")).min(dim=1).values
     return float((closest < DUPLICATE).float().mean())
+
+
+def _nearest(x: Tensor, train: LabelledImages) -> Tensor:
+    """Distance of each image to its nearest in a data set, which is seen as floats part by part, (n,)."""
+    parts = torch.arange(len(train)).split(4096)
+    return torch.stack([nearest_distance(x, train.batch(index)) for index in parts]).amin(0)
 
 
 def _quantiles(distances: Tensor) -> dict[str, float]:

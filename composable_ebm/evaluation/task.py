@@ -39,7 +39,8 @@ REPORTED = {"shapes": ("count",)}
 REFERENCES: dict[str, tuple[str, dict[str, int]]] = {
     "digits": ("test", {}),
     "faces": ("validation", {"num_images": 6000}),
-    "portraits": ("validation", {"num_images": 6000}),
+    "portraits": ("validation", {}),
+    "letters": ("validation", {}),
     "shapes": ("validation", {"num_images": 6000}),
 }
 BASE = "image"
