@@ -120,15 +120,15 @@ def load(
 
 
 def draw(path: Path, letter: str, size: int, generator: np.random.Generator) -> np.ndarray:
-    """One letter, black on white, its height within 50 to 62 % of the picture; bytes (1, size, size)."""
+    """One letter, black on white, its height within 56 to 60 % of the picture; bytes (1, size, size)."""
     large = 2 * size
     font = ImageFont.truetype(str(path), large)
     left, top, right, bottom = font.getbbox(letter)
-    height = generator.uniform(0.5, 0.62) * large
+    height = generator.uniform(0.56, 0.6) * large
     scale = min(height / max(bottom - top, 1), 0.86 * large / max(right - left, 1))
     font = ImageFont.truetype(str(path), max(4, round(large * scale)))
     left, top, right, bottom = font.getbbox(letter)
-    across, down = generator.uniform(-0.03, 0.03, 2) * large
+    across, down = generator.uniform(-0.01, 0.01, 2) * large
     picture = Image.new("L", (large, large), 255)
     place = ((large - right - left) / 2 + across, (large - bottom - top) / 2 + down)
     ImageDraw.Draw(picture).text(place, letter, font=font, fill=0)
