@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from composable_ebm.data import faces, load_data
+from composable_ebm.data import faces, load_data, rendered
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE
 
 BINARY = ("smile", "glasses", "beard", "curly", "grey_hair")
@@ -160,7 +160,7 @@ def test_cached_faces_need_no_renderer(root, monkeypatch):
 
 @pytest.mark.slow
 def test_processes_render_what_one_process_renders(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(faces, "_CHUNK", 5)
+    monkeypatch.setattr(rendered, "CHUNK", 5)
     several = faces.load("train", root=tmp_path, num_images=12, processes=2)
     one = faces.load("train", root=root, num_images=12)
     torch.testing.assert_close(several.images, one.images)
@@ -247,8 +247,8 @@ def test_broken_pool_says_what_a_script_must_do(tmp_path, counted, monkeypatch):
         def map(self, *args):
             raise BrokenProcessPool("a child was terminated abruptly")
 
-    monkeypatch.setattr(faces, "ProcessPoolExecutor", Broken)
+    monkeypatch.setattr(rendered, "ProcessPoolExecutor", Broken)
     with pytest.raises(BrokenProcessPool) as caught:
-        faces.load("train", root=tmp_path, size=2, num_images=200, processes=2)
+        faces.load("train", root=tmp_path, size=2, num_images=300, processes=2)
     assert "processes=1" in caught.value.__notes__[0]
     assert not list(tmp_path.rglob("*.safetensors"))

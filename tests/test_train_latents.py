@@ -1,6 +1,8 @@
 """A latent family from nothing: codec, base, attribute, by the shared trainer."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -94,6 +96,35 @@ def test_what_is_asked_for_is_what_comes(family):
         assert not torch.allclose(mean, other)
     assert means[0][:8].mean() > means[0][8:].mean()
     assert means[1][:8].mean() < means[1][8:].mean()
+
+
+def test_latents_are_encoded_once_for_all_attributes(family):
+    kept = list((family.parents[1] / "runs" / "squares").glob("latents-*.safetensors"))
+    assert len(kept) == 2  # of the pictures to learn from, and of those held out
+
+
+def test_a_base_may_go_on_from_another_of_its_latents(family, tmp_path):
+    for name in ("codec", "base"):
+        shutil.copytree(family / name, tmp_path / "models" / "squares" / name)
+    base = ConfinedEnergy(hidden=64)
+    started = {"batch_size": 64, "latents": True, "init": str(family / "base")}
+    wanted = config(tmp_path, "base", base, DenoisingScoreMatching(), 1, **started)
+    slow = OptimiserConfig(learning_rate=1e-6, beta1=0.9, beta2=0.99)
+    expert = train(dataclasses.replace(wanted, optimiser=slow), data=DATA)
+    first = ceb.load_expert(family / "base")
+    z = first.codec.latents(DATA[1].batch(torch.arange(50)))
+    with torch.no_grad():
+        assert torch.allclose(first(z), expert(z), rtol=0.02)
+    assert expert.card.codec == first.card.codec
+
+
+def test_what_lies_between_two_values_has_a_value_of_its_own_for_a_classifier():
+    images = DATA[0]
+    labels = torch.where(torch.arange(400) < 200, images.labels["side"], -1)
+    thirds = LabelledImages(images.images, {"side": labels}, images.values, "thirds")
+    known = thirds.with_between("side")
+    assert known.values["side"] == ("left", "right", "between")
+    assert known.labels["side"].tolist() == labels.where(labels >= 0, 2).tolist()
 
 
 def test_an_attribute_without_a_base_is_refused(tmp_path, family):

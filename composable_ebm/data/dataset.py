@@ -16,6 +16,9 @@ from torch import Tensor
 
 UNLABELLED = -1
 
+BETWEEN = "between"
+"""Name of the value of what lies between two, see `LabelledImages.with_between`."""
+
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
@@ -138,6 +141,21 @@ class LabelledImages:
         """The images that have a label for an attribute."""
         self.attribute(attribute)
         return self.select(self.labels[attribute] != UNLABELLED)
+
+    def with_between(self, attribute: str) -> "LabelledImages":
+        """The same images with one value more, "between", which those without a label have.
+
+        Where two values are the ends of a measure, a probability of either is one only if what lies
+        between them has its own.
+        """
+        values = self.attribute(attribute)
+        labels = self.labels[attribute]
+        labels = torch.where(labels == UNLABELLED, len(values), labels)
+        return replace(
+            self,
+            labels={**self.labels, attribute: labels},
+            values={**self.values, attribute: (*values, BETWEEN)},
+        )
 
     def jointly(self, attributes: str) -> "LabelledImages":
         """The same images with one attribute more, whose values are combinations of several.

@@ -16,35 +16,23 @@ Reference:
 """
 
 import functools
-import hashlib
 import importlib.resources
 import io
 import json
-import multiprocessing
-import os
 import re
-import tempfile
-import warnings
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-from tqdm import tqdm
 
 from composable_ebm.data.dataset import LabelledImages, unknown_name
-from composable_ebm.data.root import download_root, search_path
+from composable_ebm.data.rendered import load_rendered
 
 SIZES = {"train": 20_000, "validation": 2_000, "test": 5_000}
 
-# Raise it with every change to what is drawn: caches of another recipe are not read.
 RECIPE = 1
 
 # For each attribute its values, and for each value the dicebear options; one of a list is drawn.
@@ -93,8 +81,6 @@ _SHIFT = 2.0
 
 VALUES = {attribute: tuple(values) for attribute, values in _OPTIONS.items()}
 
-_CHUNK = 100  # images that a process renders before it reports
-
 
 def load(
     split: str = "train",
@@ -127,18 +113,10 @@ def load(
     Example:
         >>> train = load("train", exclude=("smile+glasses+beard",))
     """
-    if split not in SIZES:
-        raise ValueError(unknown_name("split of the faces", split, SIZES))
-    num_images = SIZES[split] if num_images is None else num_images
-    processes = os.cpu_count() or 1 if processes is None else processes
-    for name, number in (("size", size), ("num_images", num_images), ("processes", processes)):
-        if number < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {number}.")
     if isinstance(exclude, str):
         raise TypeError(f"`exclude` must be a list of combinations: exclude=({exclude!r},).")
     held_out = [parse_combination(combination) for combination in exclude]
-    images, labels = _cached(split, None if root is None else Path(root), size, num_images, processes)
-    faces = LabelledImages(images, labels, VALUES, name=f"faces/{split}")
+    faces = load_rendered("faces", split, root, size, num_images, processes)
     for combination in held_out:
         has_all = torch.ones(len(faces), dtype=torch.bool)
         for attribute, value in combination.items():
@@ -195,16 +173,16 @@ def draw(split: str, index: int) -> tuple[dict[str, int], dict[str, Any]]:
     for attribute, values in VALUES.items():
         labels[attribute] = int(generator.integers(len(values)))
         for name, choices in _OPTIONS[attribute][values[labels[attribute]]].items():
-            options[name] = _one_of(choices, generator)
+            options[name] = one_of(choices, generator)
     for name, choices in _NUISANCES.items():
-        options[name] = _one_of(choices, generator)
+        options[name] = one_of(choices, generator)
     options["facialHairColor"] = options["hairColor"]
     across, down = np.round(generator.uniform(-_SHIFT, _SHIFT, 2), 2)
     options["translateX"], options["translateY"] = float(across), float(_TRANSLATE_Y + down)
     return labels, options
 
 
-def _one_of(choices: tuple[Any, ...], generator: np.random.Generator) -> Any:
+def one_of(choices: tuple[Any, ...], generator: np.random.Generator) -> Any:
     """One of the choices: a number as such, names and colours as the lists that dicebear expects."""
     choice = choices[int(generator.integers(len(choices)))]
     return choice if isinstance(choice, int) else [choice]
@@ -243,102 +221,3 @@ def _renderer() -> tuple[Any, Any, Any]:
             "missing: pip install 'composable_ebm[faces]'. Faces that are already cached need none of them."
         ) from err
     return dicebear, resvg_py, dicebear.Style(json.loads(definition.read_text(encoding="utf-8")))
-
-
-def _render_range(split: str, start: int, stop: int, size: int) -> np.ndarray:
-    """Faces start to stop - 1 of a split, bytes of shape (stop - start, 3, size, size)."""
-    return np.stack([render(draw(split, index)[1], size) for index in range(start, stop)])
-
-
-def _render_all(split: str, size: int, num_images: int, processes: int) -> Tensor:
-    """The first faces of a split, rendered in several processes."""
-    _renderer()  # what is missing is said here, not in a worker
-    starts = range(0, num_images, _CHUNK)
-    images = np.empty((num_images, 3, size, size), dtype=np.uint8)
-    with tqdm(total=num_images, desc=f"rendering faces/{split}", unit="face", disable=None) as progress:
-
-        def put(start: int, chunk: np.ndarray) -> None:
-            images[start : start + len(chunk)] = chunk
-            progress.update(len(chunk))
-
-        processes = min(processes, len(starts))
-        if processes == 1:
-            for start in starts:
-                put(start, _render_range(split, start, min(start + _CHUNK, num_images), size))
-            return torch.from_numpy(images)
-        # Spawned, because a fork of a process that has used torch's threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            try:
-                stops = [min(start + _CHUNK, num_images) for start in starts]
-                repeat = len(starts)
-                chunks = pool.map(_render_range, [split] * repeat, starts, stops, [size] * repeat)
-                for start, chunk in zip(starts, chunks, strict=True):
-                    put(start, chunk)
-            except BrokenProcessPool as err:
-                err.add_note(
-                    "while rendering faces: a script that loads them in several processes must do so "
-                    'under `if __name__ == "__main__":`; or render in one: load(..., processes=1).'
-                )
-                raise
-    return torch.from_numpy(images)
-
-
-def _cached(
-    split: str, root: Path | None, size: int, num_images: int, processes: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The first faces of a split and their labels, from the cache or else rendered into it."""
-    stem = f"recipe{RECIPE}-{size}px-{split}"
-    roots = search_path() if root is None else (root.expanduser(),)
-    for path in (path for folder in roots for path in _holding(folder / "faces", stem, num_images)):
-        try:
-            images, labels = _read(path)
-        except (SafetensorError, ValueError, OSError) as err:
-            warnings.warn(f"{path} is damaged and will not be used: {err}", stacklevel=3)
-            continue
-        return images[:num_images], {name: label[:num_images] for name, label in labels.items()}
-    images = _render_all(split, size, num_images, processes)
-    drawn = [draw(split, index)[0] for index in range(num_images)]
-    labels = {name: torch.tensor([label[name] for label in drawn]) for name in VALUES}
-    folder = (download_root() if root is None else root.expanduser()) / "faces"
-    _write(folder / f"{stem}-{num_images}.safetensors", images, labels)
-    return images, labels
-
-
-def _holding(folder: Path, stem: str, num_images: int) -> list[Path]:
-    """The caches in a folder that hold enough images, the smallest first."""
-    sizes = {path: int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{stem}-*.safetensors")}
-    return sorted((path for path, held in sizes.items() if held >= num_images), key=sizes.__getitem__)
-
-
-def _write(path: Path, images: Tensor, labels: dict[str, Tensor]) -> None:
-    """Writes a cache in one move, so that nobody reads half of one, readable to whom the umask allows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"images": images, **labels}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        written = Path(folder) / path.name
-        written.write_bytes(save(tensors, metadata={"sha256": _digest(tensors)}))
-        written.replace(path)
-
-
-def _read(path: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """Images and labels of a cache.
-
-    Raises:
-        ValueError: If they are not what was written.
-    """
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in ("images", *VALUES)}
-        expected = (file.metadata() or {}).get("sha256")
-    if _digest(tensors) != expected:
-        raise ValueError("its checksum does not match")
-    return tensors.pop("images"), tensors
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """The SHA-256 of some tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().numpy().data)
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,14 @@ def _rendered(module: str, split: str, size: int, count: int, processes: int) ->
     # Spawned, because a fork of a process that has used torch's threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(tasks)), mp_context=context) as pool:
-        yield from pool.map(_render_range, *zip(*tasks, strict=True))
+        try:
+            yield from pool.map(_render_range, *zip(*tasks, strict=True))
+        except BrokenProcessPool as error:
+            error.add_note(
+                f"while rendering {module}: a script that loads them in several processes must do so "
+                'under `if __name__ == "__main__":`; or render in one: load(..., processes=1).'
+            )
+            raise
 
 
 def _holding(folders: list[Path], stem: str, count: int) -> list[Path]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data import LabelledImages, load_data
+from composable_ebm.data.dataset import BETWEEN
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.catalogue import cards, load_expert
 from composable_ebm.experts.expert import Expert
@@ -113,6 +114,8 @@ def task_of(family: str, combinations: Sequence[str] = ()) -> Task:
     terms: dict[str, dict[int, Expert]] = {}
     for name, expert in experts.items():
         for position, value in enumerate(expert.card.values):
+            if value == BETWEEN:
+                continue
             if family in PLACES:
                 terms[PLACES[family].format(value)] = {1: expert[value]}
             else:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from composable_ebm.data import LabelledImages, LabelledLatents
 from composable_ebm.energy import Codec
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.networks.codec import PictureCodec
 from composable_ebm.experts.store import save_expert
+from composable_ebm.files import write_atomic
 from composable_ebm.train.config import TrainConfig
 
 HELD_OUT = 512
@@ -22,10 +28,32 @@ __all__ = ["codec_metrics", "codec_sheet", "encoded", "export_codec"]
 
 
 @torch.no_grad()
-def encoded(data: LabelledImages, codec: Codec) -> LabelledLatents:
-    """The same data set as latents of a codec, in 16 bits."""
-    parts = [codec.latents(data.batch(index)).half() for index in torch.arange(len(data)).split(256)]
-    return LabelledLatents(torch.cat(parts).to(data.images.device), data.labels, data.values, data.name)
+def encoded(data: LabelledImages, codec: Codec, cache: Path | None = None) -> LabelledLatents:
+    """The same data set as latents of a codec, in 16 bits.
+
+    Args:
+        data: Pictures.
+        codec: Their codec.
+        cache: A folder that keeps latents, so that every attribute of a family finds them there.
+    """
+    path = None if cache is None else cache / f"latents-{_key(data, codec)}.safetensors"
+    latents = None
+    if path is not None and path.exists():
+        with contextlib.suppress(SafetensorError, KeyError, OSError):  # damaged: encoded again
+            latents = load_file(path)["latents"]
+    if latents is None:
+        parts = [codec.latents(data.batch(index)).half() for index in torch.arange(len(data)).split(256)]
+        latents = torch.cat(parts)
+        if path is not None:
+            write_atomic(path, save({"latents": latents.contiguous().cpu()}))
+    return LabelledLatents(latents.to(data.images.device), data.labels, data.values, data.name)
+
+
+def _key(data: LabelledImages, codec: Codec) -> str:
+    """Names these pictures under this codec."""
+    digest = hashlib.sha256(codec.digest.encode())
+    digest.update(data.images.contiguous().cpu().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

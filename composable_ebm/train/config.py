@@ -52,7 +52,8 @@ class DataConfig:
             for the size that the data set has of itself.
         between: Learns from the images between two values, too, which have no label because neither
             would be right, such as strokes of middling thickness: they belong to p(x), and to no value
-            more than to another. Without them a ratio of values means nothing there.
+            more than to another. Without them a ratio of values means nothing there. A classifier
+            learns them as a value of their own, "between".
         channels: Of a folder's pictures: 3 for colour, 1 for grey, 0 for what they are.
         fit: How a folder's pictures become squares: "crop" takes the middle, "pad" the whole with its
             border's colour around it.
@@ -117,6 +118,7 @@ class NoisyClassifier:
     blocks: int = 2
     hidden: int = 128
     noise_range: tuple[float, ...] = (0.1, 10.0)
+    patch: int = 1
 
 
 @dataclass(frozen=True)
@@ -338,10 +340,10 @@ class TrainConfig:
                 "all others a ConvEnergy; an RBM learns by ContrastiveDivergence."
             )
         objective = self.objective
-        if self.data.between and not isinstance(objective, DenoisingScoreMatching):
+        if self.data.between and not isinstance(objective, (DenoisingScoreMatching, NoisyClassification)):
             raise ValueError(
                 f"{type(objective).__name__} needs a label for every image: leave `data.between` out, or "
-                "train by DenoisingScoreMatching."
+                "train by DenoisingScoreMatching or NoisyClassification."
             )
         contrastive = objective if isinstance(objective, ContrastiveDivergence) else None
         if contrastive and self.binary and (contrastive.data_noise or contrastive.energy_l2):

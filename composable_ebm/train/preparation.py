@@ -23,9 +23,13 @@ COPIES = 10
 __all__ = ["build", "card_of", "check_memory", "load_split"]
 
 
-def load_split(wanted: DataConfig, split: str) -> LabelledImages:
+def load_split(wanted: DataConfig, split: str, between_is_value: bool = False) -> LabelledImages:
     """The images of a split that a training can use: all for p(x), the labelled ones for an attribute.
 
+    Args:
+        wanted: What to learn from.
+        split: "train" or "validation".
+        between_is_value: Whether what is `between` two values has a value of its own.
     Raises:
         ValueError: If there is nothing to tell apart, or nothing labelled.
     """
@@ -51,6 +55,8 @@ def load_split(wanted: DataConfig, split: str) -> LabelledImages:
         raise ValueError(
             f"none of the {len(data)} images of {data.name} has a label for {attribute!r}: add some."
         )
+    if wanted.between and between_is_value:
+        return data.with_between(attribute)
     return data if wanted.between and split == "train" else labelled
 
 

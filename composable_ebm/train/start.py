@@ -18,7 +18,9 @@ FOR_VALUES = ("value_", "choose", "look.")
 """What the names of parameters that only networks with values have begin with."""
 
 
-def start_from(network: nn.Module, init: str, data: LabelledImages, num_values: int = 1) -> None:
+def start_from(
+    network: nn.Module, init: str, data: LabelledImages, num_values: int = 1, codec: str = ""
+) -> None:
     """The weights of another expert, but for those that tell values apart, or else what the data tells.
 
     Args:
@@ -26,6 +28,7 @@ def start_from(network: nn.Module, init: str, data: LabelledImages, num_values: 
         init: Name or folder of the other expert; "" for none.
         data: What is learned from.
         num_values: Outputs of the network.
+        codec: Digest of the codec whose latents the data are.
     Raises:
         ValueError: If there is no such expert, or it is one of other states or another network.
     """
@@ -41,7 +44,7 @@ def start_from(network: nn.Module, init: str, data: LabelledImages, num_values: 
     except (KeyError, CheckpointError) as error:
         raise ValueError(f"`init`: {error.args[0]}") from error
     card = expert.card
-    if card.codec or card.event_shape != data.event_shape:
+    if card.codec != codec or card.event_shape != data.event_shape:
         raise ValueError(
             f"`init`: {card.full_name} is an expert of {card.states}, but this training is of images "
             f"{'×'.join(map(str, data.event_shape))}. {_other_size(card.event_shape)}"

@@ -55,6 +55,7 @@ from composable_ebm.train.folder import folder_digest
 from composable_ebm.train.identity import PICTURES, identity, run_digest
 from composable_ebm.train.journal import Journal
 from composable_ebm.train.objectives.base import Figures, Setting
+from composable_ebm.train.objectives.classification import NoisyClassification
 from composable_ebm.train.preparation import build, card_of, check_memory, load_split
 from composable_ebm.train.run_folder import RunFolder
 from composable_ebm.train.start import start_from
@@ -132,7 +133,8 @@ class Trainer:
         self.codec = load_codec(config.model_folder.parent / CODEC, "cpu") if config.latents else None
         if data is None:
             with self.accelerator.main_process_first():  # so that one process renders or downloads
-                data = load_split(config.data, "train"), load_split(config.data, "validation")
+                own = isinstance(config.objective, NoisyClassification)
+                data = load_split(config.data, "train", own), load_split(config.data, "validation", own)
             if config.data.name == "folder":
                 data = without_copies(*data), data[1]
         if self.accelerator.is_main_process and config.data.name == "folder":
@@ -148,7 +150,7 @@ class Trainer:
         check_memory(self.card, self.device)
         torch.manual_seed(config.seed)  # the same weights on every rank
         network = build(self.card)
-        start_from(network, config.init, self.data, len(self.values))
+        start_from(network, config.init, self.data, len(self.values), self.card.codec)
         self.identity = identity(config, data, self.values, self.accelerator.num_processes)
         self.folder = RunFolder(config, self.identity)
         network = network.to(self.device)
@@ -459,7 +461,11 @@ class Trainer:
         self, data: tuple[LabelledImages, LabelledImages]
     ) -> tuple[LabelledImages, LabelledImages]:
         codec = self.codec
-        return data if codec is None else (encoded(data[0], codec), encoded(data[1], codec))
+        if codec is None:
+            return data
+        cache = self.config.run_folder.parent
+        with self.accelerator.main_process_first():
+            return encoded(data[0], codec, cache), encoded(data[1], codec, cache)
 
     def _base(self) -> Expert | None:
         """The density that an expert of a classifier stands on."""

@@ -25,13 +25,14 @@ class NoisyClassifier(nn.Module):
     """A small convolutional network whose gains and biases the noise level gives; (batch, values) in nats.
 
     Args:
-        event_shape: (channels, height, width) of states of about unit scale, the sides even.
+        event_shape: (channels, height, width) of states of about unit scale; sides divisible by 2·`patch`.
         num_values: Values of the attribute, at least 2.
         width: Channels.
         blocks: Residual blocks.
         hidden: Units of the last hidden layer.
         noise_range: Smallest and largest noise level it is trained for, in data units; without a
             noise level given, it is evaluated at the smallest.
+        patch: Pixels a side of what the first layer sees as one; 1 for latents.
     Raises:
         ValueError: If there is nothing to tell apart.
     """
@@ -47,6 +48,7 @@ class NoisyClassifier(nn.Module):
         blocks: int = 2,
         hidden: int = 128,
         noise_range: Sequence[float] = (0.1, 10.0),
+        patch: int = 1,
     ) -> None:
         super().__init__()
         if num_values < 2:
@@ -58,6 +60,7 @@ class NoisyClassifier(nn.Module):
             "blocks": blocks,
             "hidden": hidden,
             "noise_range": list(noise_range),
+            "patch": patch,
         }
         low, high = noise_range
         self.noise_range = (float(low), float(high))
@@ -66,9 +69,10 @@ class NoisyClassifier(nn.Module):
         self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
         self.embed = nn.Linear(32, 64)
         self.modulate = nn.Linear(64, 2 * width * (blocks + 1))
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.patches = nn.PixelUnshuffle(patch) if patch > 1 else nn.Identity()
+        self.enter = nn.Conv2d(channels * patch**2, width, 3, padding=1)
         self.convolutions = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1) for _ in range(2 * blocks)])
-        self.hidden = nn.Linear(width * (height // 2) * (across // 2), hidden)
+        self.hidden = nn.Linear(width * (height // (2 * patch)) * (across // (2 * patch)), hidden)
         self.choose = nn.Linear(hidden, num_values)
         for layer in (self.modulate, *self.convolutions[1::2]):
             nn.init.zeros_(layer.weight)
@@ -87,7 +91,7 @@ class NoisyClassifier(nn.Module):
         embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
         parts = self.modulate(embedding)[:, :, None, None].chunk(len(self.convolutions) + 2, dim=1)
         scale = (1 + sigma.square()).rsqrt().reshape(-1, 1, 1, 1)
-        h = self.enter(x * scale) * (1 + parts[0]) + parts[1]
+        h = self.enter(self.patches(x * scale)) * (1 + parts[0]) + parts[1]
         layers = zip(self.convolutions[::2], self.convolutions[1::2], parts[2::2], parts[3::2], strict=True)
         for first, second, gain, bias in layers:
             h = h + second(F.silu(first(F.silu(h)) * (1 + gain) + bias))
