@@ -86,6 +86,15 @@ class GaussianMixture(Analytic):
         constant = x.shape[1] * math.log(2 * math.pi)
         return -torch.logsumexp(self.log_weights - (quadratic + constant) / 2, dim=1)
 
+    def prior(self, noise: Tensor, noise_level: float) -> Tensor:
+        weights = self.log_weights.exp()
+        mean = weights @ self.means
+        spread = torch.einsum("kde,ke,kfe->kdf", self.axes, self.variances, self.axes)
+        offset = self.means - mean
+        covariance = torch.einsum("k,kdf->df", weights, spread) + (weights[:, None] * offset).T @ offset
+        covariance = covariance + noise_level**2 * torch.eye(len(mean), device=mean.device)
+        return (mean + noise.to(mean) @ torch.linalg.cholesky(covariance).T).to(noise.dtype)
+
     def draw(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         k = torch.multinomial(self.log_weights.exp(), num, replacement=True, generator=generator)
         shape = (num, self.means.shape[1])
