@@ -130,9 +130,7 @@ NINE = (
 
 def run(planar: Planar, num_chains: int, seed: int) -> tuple[dict, Tensor]:
     """Figures of one composition, and its samples."""
-    out = ceb.sample(
-        planar.energy, num_chains=num_chains, sampler=planar.sampler, num_steps=240, seed=seed
-    )
+    out = ceb.sample(planar.energy, num_chains=num_chains, sampler=planar.sampler, num_steps=240, seed=seed)
     row = {
         "name": planar.name,
         "empty": planar.empty,
