@@ -10,7 +10,6 @@ import gc
 import ipaddress
 import os
 import sys
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -75,7 +74,7 @@ class Sample:
         names: Mapping[str, Energy] | None = None
         if self.pipeline is not None:
             own = load_pipeline(self.pipeline, device)
-            names = ChainMap({own.name: own}, Library())  # type: ignore[arg-type]
+            names = Library(device, {own.name: own})
         energy = parse(self.recipe, names).to(device)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         total = calibrated_sampler(energy)[1] if self.num_steps is None else self.num_steps
@@ -235,6 +234,7 @@ class Mixer:
         device: Where to run, such as cpu or cuda.
         num_threads: Threads of the CPU.
         root_path: Where a proxy shows the page, such as /mixer.
+        pipeline: A pipeline of diffusers whose prompts can be typed and mixed, a folder or a name on the Hub.
     """
 
     host: str = "127.0.0.1"
@@ -244,6 +244,7 @@ class Mixer:
     device: str = "cpu"
     num_threads: int | None = None
     root_path: str = ""
+    pipeline: str | None = None
 
     def run(self) -> int:
         user, colon, password = (self.auth or "").partition(":")
@@ -268,6 +269,7 @@ class Mixer:
             max_chains=self.max_chains,
             device=device,
             root_path=self.root_path,
+            pipeline=None if self.pipeline is None else load_pipeline(self.pipeline, device),
         )
         return 0
 

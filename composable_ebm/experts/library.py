@@ -23,14 +23,20 @@ class Library(Mapping[str, Energy]):
 
     Args:
         device: Where to put them.
+        others: Energies that have names here too and no files, such as pipelines.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", others: Mapping[str, Energy] | None = None
+    ) -> None:
         self.device = torch.device(device)
+        self.others = dict(others or {})
         self._loaded: dict[tuple[Path, int], Energy] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Energy:
+        if name in self.others:
+            return self.others[name]
         folders = catalogue()
         alone = [full for full in folders if full.split("/")[-1] == name]
         folder = folders[alone[0] if len(alone) == 1 else name]
@@ -42,7 +48,7 @@ class Library(Mapping[str, Energy]):
             return self._loaded[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(cards()[0])
+        return iter({**self.others, **cards()[0]})
 
     def __len__(self) -> int:
-        return len(cards()[0])
+        return len({**self.others, **cards()[0]})

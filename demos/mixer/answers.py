@@ -21,7 +21,7 @@ from .heat import pushes
 from .lessons import forgotten, kept
 from .runs import FAILURES, Message, Runs, sentences, understood
 from .state import Request
-from .terms import parts, reweighted
+from .terms import named, parts, reweighted
 from .trust import doubts
 
 THUMB_STEPS, THUMB_SEED, THUMB_SHARE, THUMB_WEIGHT = 40, 11, 0.25, 3.0
@@ -47,8 +47,12 @@ class Answers:
 
     def prepare(self) -> None:
         """Loads the experts of the first mix and draws a picture of every start."""
-        self.runs.warm_up(self.runs.offer.first)
-        for start in self.runs.offer.starts:
+        offer = self.runs.offer
+        if offer.first not in offer.pipelines:  # which may take minutes a step
+            self.runs.warm_up(offer.first)
+        for start in offer.starts:
+            if start.recipe in offer.pipelines:
+                continue
             if self.runs.closed:
                 break
             with suppress(*FAILURES):
@@ -91,7 +95,13 @@ class Answers:
         return {
             "families": offer.families(self._taught(by)),
             "starts": [
-                {"title": each.title, "recipe": each.recipe, "photo": each.photo, "family": each.mix.family}
+                {
+                    "title": each.title,
+                    "recipe": each.recipe,
+                    "photo": each.photo,
+                    "family": each.mix.family,
+                    "drawn": each.recipe not in offer.pipelines,
+                }
                 for each in offer.starts
             ],
             "problems": offer.problems,
@@ -106,12 +116,13 @@ class Answers:
 
         Of `texts` of a saved picture, its numbers too.
         """
-        offer, known = self.runs.offer, self.runs.offer.controls(self._taught(by))
+        offer, taught = self.runs.offer, self._taught(by)
         found, numbers = None, {}
         if "texts" in sent:
             asked = state.restored(sent["texts"], self.runs.limits)
             recipe, numbers = asked.recipe, vars(asked)
         elif "mix" in sent:
+            known = offer.controls(taught, mix.names(sent["mix"]))
             found = mix.shown(known, sent["mix"])
             recipe = mix.compose(known, found)
         else:
@@ -123,7 +134,9 @@ class Answers:
             shown = found.as_json() if found else None
             return {"recipe": recipe, "problem": sentences(error), "mix": shown}
         self.runs.steer(recipe, by)
-        found = found or mix.read(known, energy, self.runs.names(by))
+        if found is None:
+            known = offer.controls(taught, map(str, named(energy) or ()))
+            found = mix.read(known, energy, self.runs.names(by))
         if found is not None and (lone := mix.lone(known, found)):
             said.append(lone)
         family = found.family if found else _family(energy)

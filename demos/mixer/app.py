@@ -21,6 +21,7 @@ from fastapi import Body, Depends, Header, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from composable_ebm.experts.library import Library
+from composable_ebm.pipelines import Pipeline
 
 from .answers import Answers
 from .api import add_api
@@ -51,6 +52,7 @@ def serve(
     max_chains: int = 64,
     device: torch.device | str = "cpu",
     root_path: str = "",
+    pipeline: Pipeline | None = None,
 ) -> None:
     """Serves the page until interrupted.
 
@@ -61,8 +63,10 @@ def serve(
         max_chains: Most samples that a visitor may ask for at once.
         device: Where to run.
         root_path: Where a proxy shows the page, such as /mixer.
+        pipeline: Whose prompts visitors may type.
     """
-    server, runs = build(Limits(max_chains), device, keeps=auth is not None or host == "127.0.0.1")
+    keeps = auth is not None or host == "127.0.0.1"
+    server, runs = build(Limits(max_chains), device, keeps, pipeline)
     count, families = len(runs.offer.cards), len({card.family for card in runs.offer.cards.values()})
     print(f"Found {count} experts in {families} families. Starting the page.", flush=True)
     try:
@@ -91,15 +95,19 @@ def serve(
         runs.close()
 
 
-def build(limits: Limits, device: torch.device | str = "cpu", keeps: bool = True) -> tuple[gr.Server, Runs]:
+def build(
+    limits: Limits, device: torch.device | str = "cpu", keeps: bool = True, pipeline: Pipeline | None = None
+) -> tuple[gr.Server, Runs]:
     """The server of the page and its API, not yet listening, and what it runs.
 
     Args:
         limits: What a visitor may ask for.
         device: Where to run.
         keeps: Whether visitors may save the experts that they taught.
+        pipeline: Whose prompts visitors may type.
     """
-    runs = Runs(Library(device), limits)
+    others = {} if pipeline is None else {str(pipeline): pipeline}
+    runs = Runs(Library(device, others), limits)
     answers = Answers(runs, keeps)
     server = gr.Server(title="Composable energies", openapi_url=None)
     server.add_middleware(Guard)

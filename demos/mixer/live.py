@@ -10,6 +10,7 @@ from torch import Tensor
 
 from composable_ebm import Annealed, Energy, Run
 from composable_ebm.energy import Sum
+from composable_ebm.pipelines import Pipeline, Prompt
 from composable_ebm.sampling.block import Sampler
 from composable_ebm.sampling.live import Live as Tending
 from composable_ebm.sampling.request import calibrated_sampler, check_positive_term, initial_states
@@ -22,6 +23,7 @@ HOLD, NUDGE, STIR = 0.2, 1.0, 2.0
 # Where chains rest that the engine has land. At 0.2 and weight 1 a smile comes and goes (11 to 14 of 16 faces
 # met a mix of three at a time), at 0.05 all sixteen stay.
 REST = 0.05
+PROMPTED = 0.4  # of the noise that pipelines start from: with so much of it another prompt shows
 START_STEPS, STIR_STEPS = 24, 16
 
 Submit = Callable[..., Run]
@@ -132,7 +134,8 @@ class Live:
             return
         level = None
         if _start_level(energy) is not None:
-            level = max(NUDGE if _parts(self.energy) == _parts(energy) else STIR, self._carried())
+            stir = PROMPTED * (_start_level(energy) or 0.0) if _is_prompted(energy) else STIR
+            level = max(NUDGE if _parts(self.energy) == _parts(energy) else stir, self._carried())
         self.run.steer(energy, _sampler(energy, level), STIR_STEPS + 1)
         self.energy, self._level = energy, level
 
@@ -188,10 +191,16 @@ def _is_tendable(energy: Energy) -> bool:
     """Whether the engine can take chains of an energy up and down between noise levels."""
     sampler, _ = calibrated_sampler(energy)
     return (
-        isinstance(sampler, Annealed)
+        not _is_prompted(energy)
+        and isinstance(sampler, Annealed)
         and sampler.schedule.noise_level is not None
         and sampler.schedule.predict
     )
+
+
+def _is_prompted(energy: Energy) -> bool:
+    """Whether it is of prompts, which give no verdict of what is met."""
+    return any(isinstance(leaf, (Pipeline, Prompt)) for leaf in energy.leaves())
 
 
 def _start_level(energy: Energy) -> float | None:

@@ -6,6 +6,7 @@ the way it is written do not matter; a mix becomes a recipe in which p(x) is cou
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 
 from composable_ebm import Energy, Mixture, Not, Sum, parse
 from composable_ebm.experts import Card, Expert
+from composable_ebm.pipelines import Pipeline, Prompt
 
-from .terms import experts, left_out
+from .terms import left_out, named
 
 AND, NOT, OR = "AND", "NOT", "OR"
 ROLES = (AND, NOT, OR)
@@ -24,6 +26,8 @@ ANY = "any"
 MAX_WEIGHT = 12.0
 
 _PLACE = re.compile(r"r(\d+)c(\d+)")
+_PROMPT = re.compile(r"(\w+)\[(\".*\")\]", re.DOTALL)
+LONGEST_PROMPT = 400  # letters
 _PLAIN = {"yes", "true", "1", "on"}  # values that say nothing without their attribute
 _CLOSE = 1e-5  # of weights, which recipes write with six digits
 
@@ -55,7 +59,7 @@ class Control(NamedTuple):
 
     @property
     def family(self) -> str:
-        return self.name.partition("/")[0]
+        return self.name.partition("[")[0].partition("/")[0]
 
     @property
     def many(self) -> bool:
@@ -124,6 +128,24 @@ def controls(cards: Mapping[str, Card]) -> dict[str, Control]:
     return {control.name: control for control in made}
 
 
+def of_pipeline(name: str, pipeline: Pipeline) -> Control:
+    """The p(x) of a pipeline, to which prompts are added."""
+    return Control(name, "all that it knows", (ANY,), base=True)
+
+
+def of_prompt(name: str, pipelines: Mapping[str, Pipeline]) -> Control | None:
+    """What a prompt such as sd["a castle"] is chosen by; None where it is none of these pipelines."""
+    match = _PROMPT.fullmatch(name)
+    if match is None or (pipeline := pipelines.get(match[1])) is None or len(match[2]) > LONGEST_PROMPT:
+        return None
+    try:
+        text = str(json.loads(match[2]))
+    except ValueError:
+        return None
+    weight = clamp(pipeline.given_weight, 0.0, MAX_WEIGHT, 1.0)
+    return Control(name, text, (text,), against=match[1], weight=weight)
+
+
 def is_base(card: Card) -> bool:
     """Whether it is the card of a family's p(x)."""
     return card.attribute == "image" and len(card.values) == 1
@@ -140,6 +162,12 @@ def _grid(values: Sequence[str]) -> tuple[int, int] | None:
 
 
 # -- from the page, and to a recipe -------------------------------------------------------------------------
+
+
+def names(content: Any) -> list[str]:
+    """What the mix that the page sends chooses, by name."""
+    picks = content.get("picks") if isinstance(content, dict) else None
+    return [str(name) for name in picks] if isinstance(picks, dict) else []
 
 
 def shown(known: Mapping[str, Control], content: Any) -> Mix:
@@ -223,9 +251,9 @@ def read(known: Mapping[str, Control], energy: Energy, names: Mapping[str, Energ
         energy: A composition.
         names: What names mean in recipes.
     """
-    named = {expert.card.full_name for expert in experts(energy) or ()}
-    families = {known[name].family for name in named if name in known}
-    if len(families) != 1 or not known.keys() >= named:
+    names_in_it = {_name(each) for each in named(energy) or ()}
+    families = {known[name].family for name in names_in_it if name in known}
+    if len(families) != 1 or not known.keys() >= names_in_it:
         return None
     mix = Mix(families.pop())
     try:
@@ -247,6 +275,11 @@ def read(known: Mapping[str, Control], energy: Energy, names: Mapping[str, Energ
     return None
 
 
+def _name(energy: Energy) -> str:
+    """What the palette knows an expert, a prompt or a pipeline by."""
+    return energy.card.full_name if isinstance(energy, Expert) else str(energy)
+
+
 def _pairs(energy: Energy) -> list[tuple[Energy, float]]:
     whole = Sum([energy])
     return [(term, float(weight)) for term, weight in zip(whole.operands, whole.weights, strict=True)]
@@ -254,7 +287,9 @@ def _pairs(energy: Energy) -> list[tuple[Energy, float]]:
 
 def _take(known: Mapping[str, Control], mix: Mix, term: Energy, weight: float) -> None:
     """Notes one term of a sum in the mix; what it is divided by is left to the comparison at the end."""
-    if weight < 0 or (isinstance(term, Expert) and known[term.card.full_name].base):
+    if isinstance(term, Prompt) and weight < 0:
+        _note(mix, str(term), known[str(term)].usual, -weight, NOT, True)
+    if weight < 0 or (isinstance(term, (Expert, Pipeline)) and known[_name(term)].base):
         return
     if isinstance(term, Mixture) and left_out(term) is None:
         parts = [_part(known, component) for component in term.operands]
@@ -287,6 +322,8 @@ def _part(known: Mapping[str, Control], term: Energy) -> _Part:
         (asked,) = asked.operands
     if isinstance(asked, Mixture) and (left := left_out(asked)) is not None:
         asked, negated = left, True
+    if isinstance(asked, Prompt):
+        return _Part(str(asked), known[str(asked)].usual, weight, negated)
     if not isinstance(asked, Expert):
         raise _UnlikeError
     control = known[asked.card.full_name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from composable_ebm import Energy
 from composable_ebm.experts import Card, Expert
 from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.pipelines import Pipeline
 
 from . import mix, state
 from .mix import AND, NOT, Control, Mix, Pick
@@ -49,12 +50,14 @@ class Offer:
         known: What can be chosen, by name.
         starts: What to begin with.
         problems: What is wrong with experts that cannot be offered.
+        pipelines: Families of prompts, by name; whatever is typed is an expert of theirs.
     """
 
     cards: dict[str, Card] = field(default_factory=dict)
     known: dict[str, Control] = field(default_factory=dict)
     starts: list[Start] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,19 +68,23 @@ class Offer:
         found, damaged = cards()
         with self._lock:
             self.problems = [f"{name} is damaged: {why}" for name, why in damaged.items()]
-            if not found:
+            if not found and not self.pipelines:
                 self.problems.insert(0, _NO_EXPERTS)
             if found != self.cards or not self.starts:
-                self.cards, self.known = found, mix.controls(found)
-                self.starts = _starts(self.known)
+                prompted = {name: mix.of_pipeline(name, each) for name, each in self.pipelines.items()}
+                self.cards, self.known = found, {**prompted, **mix.controls(found)}
+                self.starts = [Start("Prompts of yours", Mix(name), name) for name in prompted]
+                self.starts += _starts(mix.controls(found))
 
     def is_base(self, energy: Energy) -> bool:
         """Whether an energy is the p(x) that its family shares."""
-        return isinstance(energy, Expert) and mix.is_base(energy.card)
+        return isinstance(energy, Pipeline) or (isinstance(energy, Expert) and mix.is_base(energy.card))
 
-    def controls(self, taught: Mapping[str, Card]) -> dict[str, Control]:
-        """What a visitor may choose, the experts that they taught last."""
-        return mix.controls({**self.cards, **taught}) if taught else self.known
+    def controls(self, taught: Mapping[str, Card], names: Iterable[str] = ()) -> dict[str, Control]:
+        """What a visitor may choose: the experts that they taught last, and what of `names` are prompts."""
+        known = {**self.known, **mix.controls({**self.cards, **taught})} if taught else self.known
+        prompts = {name: mix.of_prompt(name, self.pipelines) for name in names if name not in known}
+        return {**known, **{name: each for name, each in prompts.items() if each is not None}}
 
     @property
     def first(self) -> str:
@@ -86,6 +93,8 @@ class Offer:
 
     def steps(self, family: str) -> int:
         """The steps that the experts of a family were calibrated with."""
+        if family in self.pipelines:
+            return int((self.pipelines[family].sampler_settings or {})["num_steps"])
         known = [card.sampler.get("num_steps", 0) for card in self.cards.values() if card.family == family]
         return int(max(known, default=0)) or state.DEFAULT_STEPS
 
@@ -105,6 +114,7 @@ class Offer:
                 "title": name.replace("_", " "),
                 "method": name not in things,
                 "steps": self.steps(name),
+                "prompts": self.pipelines[name].given_weight if name in self.pipelines else None,
                 "controls": [
                     control._asdict() | {"taught": control.name in taught}
                     for control in known.values()
@@ -117,6 +127,8 @@ class Offer:
     def is_thing(self, family: str) -> bool:
         """Whether its experts are things to ask for, and have energies; others show how energies may be
         had."""
+        if family in self.pipelines:
+            return True
         own = [card for card in self.cards.values() if card.family == family]
         valued = all(getattr(NETWORKS.get(str(card.network.get("type"))), "has_value", True) for card in own)
         return valued and any(map(mix.is_base, own)) and not all(map(mix.is_base, own))

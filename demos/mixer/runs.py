@@ -13,6 +13,7 @@ from torch import Tensor
 
 from composable_ebm import Energy, Engine, Frame, Mixture, Not, SampleResult, Sum, parse
 from composable_ebm.experts.library import Library
+from composable_ebm.pipelines import Pipeline
 from composable_ebm.potential.plan import Plan
 
 from . import pictures, starts
@@ -64,7 +65,8 @@ class Runs:
         most = MAX_BATCH if library.device.type == "cpu" else MAX_ACCELERATED_BATCH
         self.engine = Engine(library.device, max(most, limits.max_chains))
         self.closed = False
-        self.offer = Offer()
+        pipelines = {name: each for name, each in library.others.items() if isinstance(each, Pipeline)}
+        self.offer = Offer(pipelines=pipelines)
         self.visitors = Visitors()
         self._players, self._samplers = Queue(limits.max_players), Queue(1)
 
@@ -376,6 +378,8 @@ def _told(found: Sequence[Term], marked: bool) -> Message:
 
 def nats(energy: float) -> str:
     """An energy for people: a nat counts, in energies of thousands too; never a number of forty digits."""
+    if math.isnan(energy):
+        return ""
     size = abs(energy)
     return f"{energy:,.0f}" if 1000 <= size < 1e7 else f"{energy:.3g}"
 

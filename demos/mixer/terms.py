@@ -7,6 +7,7 @@ itself, so that how its recipe is written does not matter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from composable_ebm.energy import Energy, LeafEnergies, Mixture, Not, Sum
 from composable_ebm.experts import Expert
+from composable_ebm.pipelines import Pipeline, Prompt
+from composable_ebm.pipelines.prompts import Without
 from composable_ebm.potential.plan import Plan
 
-__all__ = ["Part", "Term", "alone", "experts", "left_out", "parts", "reweighted", "satisfied", "terms"]
+__all__ = ["Part", "Term", "alone", "left_out", "named", "parts", "reweighted", "satisfied", "terms"]
 
 
 class Part(NamedTuple):
@@ -58,7 +61,8 @@ class Term(NamedTuple):
     Attributes:
         name: Of the part.
         weight: Its weight.
-        energy: Its energy in nats, weight left out; of a ratio of a value a to any, -log p(a | x).
+        energy: Its energy in nats, weight left out; of a ratio of a value a to any, -log p(a | x). Not a
+            number where it has none.
         probability: p(a | x), where the part is of an expert that knows other values.
         group: The OR it stands in; 0 beside all others.
         likely: The probability in each picture, (batch,).
@@ -92,7 +96,8 @@ def parts(energy: Energy) -> list[Part]:
 
 def _divided(whole: Sum) -> list[Part]:
     """The terms of a sum, each with its share of the marginal that it is divided by."""
-    found, counted = _on_a_base(whole)
+    standing, counted = _on_a_base(whole)
+    found = []
     groups: dict[Hashable, list[tuple[Energy, float]]] = {}
     for term, weight in counted:
         key = term.key if _is_or(term) else _bodies(term)
@@ -108,7 +113,7 @@ def _divided(whole: Sum) -> list[Part]:
             found.append(Part(asked, weight, against))
         else:
             found += [Part(term, weight) for term, weight in group]
-    return sorted(found, key=lambda part: part.against is not None)  # what the pictures share first
+    return found + standing
 
 
 def _on_a_base(whole: Sum) -> tuple[list[Part], list[tuple[Energy, float]]]:
@@ -118,13 +123,21 @@ def _on_a_base(whole: Sum) -> tuple[list[Part], list[tuple[Energy, float]]]:
     others: dict[Hashable, tuple[Energy, float]] = {}
     for term, weight in zip(whole.operands, whole.weights, strict=True):
         amount = float(torch.as_tensor(weight).mean())
-        chosen = _chosen(term)
-        if chosen is not None and (base := chosen[0].base) is not None:
-            found.append(Part(term, amount, base))
+        if (base := _stands_on(term)) is not None:
+            negated = amount < 0 and isinstance(term, Prompt)
+            found.append(Part(~term if negated else term, abs(amount) if negated else amount, base))
             term = base
         others[term.key] = term, amount + others.get(term.key, (term, 0.0))[1]
     used = {part.against.key for part in found if part.against is not None}
     return found, [pair for key, pair in others.items() if key not in used or abs(pair[1]) > 1e-6]
+
+
+def _stands_on(term: Energy) -> Energy | None:
+    """What a term adds an attribute or a prompt to, where that stands still."""
+    if isinstance(term, Prompt):
+        return term.pipeline
+    chosen = _chosen(term)
+    return None if chosen is None else chosen[0].base
 
 
 def _is_or(term: Energy) -> bool:
@@ -155,18 +168,21 @@ def _chosen(energy: Energy) -> tuple[Expert, frozenset[int]] | None:
     return chosen[0][0], frozenset().union(*(values for _, values in chosen))
 
 
-def experts(energy: Energy) -> list[Expert] | None:
-    """The experts that a composition names; None where it names anything else."""
-    if isinstance(energy, Expert):
+def named(energy: Energy) -> list[Expert | Pipeline | Prompt] | None:
+    """What a composition names; None where that is anything else than experts and prompts."""
+    if isinstance(energy, (Expert, Pipeline, Prompt)):
         return [energy]
     if not isinstance(energy, (Sum, Mixture, Not)):
         return None
-    named = [experts(each) for each in energy.operands]
-    return None if None in named else [expert for each in named for expert in each or ()]
+    inner = [named(each) for each in energy.operands]
+    return None if None in inner else [each for many in inner for each in many or ()]
 
 
-def left_out(energy: Energy) -> Expert | None:
-    """The expert at the one value that a mixture of all its others leaves out, as in `~digit[3]`."""
+def left_out(energy: Energy) -> Expert | Prompt | None:
+    """The expert at the one value that a mixture of all its others leaves out, as in `~digit[3]`, or the
+    prompt that is not wanted."""
+    if isinstance(energy, Without):
+        return energy.prompt
     if not isinstance(energy, Mixture) or (chosen := _chosen(energy)) is None:
         return None
     expert, values = chosen
@@ -197,7 +213,9 @@ def terms(
                 said = said - _value(part.against, leaves, x)
             likely = _likely(part, leaves, x)
             mean = None if likely is None else float(likely.mean())
-            found.append(Term(part.name, part.weight, float(said.mean()), mean, part.group, likely))
+            valued = all(leaf.has_value for leaf in part.asked.leaves())
+            energy_of = float(said.mean()) if valued else math.nan  # prompts are known by their score
+            found.append(Term(part.name, part.weight, energy_of, mean, part.group, likely))
     return found
 
 

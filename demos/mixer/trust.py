@@ -11,7 +11,7 @@ from composable_ebm.energy import Energy, Sum
 from composable_ebm.experts import Card, Expert
 from composable_ebm.sampling.request import check_positive_term
 
-from .terms import experts, parts
+from .terms import named, parts
 
 _TERM = re.compile(r"(?P<not>~?)(?P<attribute>\w+)(?:\[(?P<value>\w+)\])?")
 
@@ -39,7 +39,7 @@ def doubts(energy: Energy) -> list[str]:
         for part in wanted
         if isinstance(part.asked, Expert) and part.asked.value is not None
     }
-    missing = unseen((expert.card for expert in experts(energy) or ()), asked)
+    missing = unseen((each.card for each in named(energy) or () if isinstance(each, Expert)), asked)
     said += [
         f"No picture with {combination} was in the training data: this mix goes beyond what was seen."
         for combination in missing

@@ -20,6 +20,7 @@ const state = {
     busy: "", // what runs: play, sample, grid, alone, teach
     problem: "",
 };
+const FEW = 4; // pictures of a pipeline, which takes its time
 const family = () => state.world.families.find((each) => each.name === state.family);
 
 // -- what is drawn ---------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ const drawStarts = () => {
     const things = state.world.families.filter((each) => !each.method).map((each) => each.name);
     const cards = state.world.starts.map((each, index) => ({ ...each, index })).filter((each) => things.includes(each.family)).slice(0, 8).map((each) => make(
         "button", { type: "button", class: "start", onclick: () => begin(each) },
-        make("img", { src: `ask/thumb/${each.index}`, alt: "", width: 64, height: 64, class: "pixels" }), make("span", {}, each.title),
+        each.drawn ? make("img", { src: `ask/thumb/${each.index}`, alt: "", width: 64, height: 64, class: "pixels" }) : make("span", { class: "dice", "aria-hidden": "true" }, "…"), make("span", {}, each.title),
     ));
     const dice = make("button", { type: "button", class: "start", id: "surprise", title: "A mix at random (R)", onclick: () => surprised() }, make("span", { class: "dice", "aria-hidden": "true" }, "?"), make("span", {}, "Surprise me"));
     find("starts").replaceChildren(...cards, dice);
@@ -167,6 +168,7 @@ const begin = async (start) => {
         find("start-file").focus();
         return says("Choose a picture of yours, paint over where the glasses go, and press Play.");
     }
+    if (family().prompts) return find("prompt").focus();
     if (state.busy !== "play") play();
 };
 const surprised = async () => {
@@ -536,12 +538,14 @@ const open = async () => {
     const asked = new URLSearchParams(location.hash.slice(1));
     const first = world.starts[0];
     state.family = world.families[0].name;
+    if (family().prompts) state.numbers.chains = FEW;
     teach.ofFamily(state.family);
     if (asked.get("mix")) {
         const said = await read({ texts: { recipe: asked.get("mix"), seed: asked.get("seed") ?? "0", num_chains: asked.get("chains") ?? "16", num_steps: asked.get("steps") ?? "80" } });
         if (said.problem) draw();
     } else if (first) await read({ recipe: first.recipe }, { keepSteps: false });
     document.body.dataset.ready = "yes";
+    if (family().prompts) return picture.blank("Type a prompt, and press Sample");
     if (new URLSearchParams(location.search).has("still")) return picture.blank("Press Play or Sample");
     if (matchMedia("(prefers-reduced-motion: reduce)").matches) sample();
     else play();

@@ -5,6 +5,8 @@ const HINTS = { AND: "all of these", NOT: "the opposite of it", OR: "one at leas
 const place = (value) => /^r(\d+)c(\d+)$/.exec(value)?.slice(1).map((part) => Number(part) + 1);
 const named = (control, value) => (control.grid ? `row ${place(value)[0]} column ${place(value)[1]}` : value.replaceAll("_", " "));
 
+const typed = new Map(); // prompts, which stay when they are switched off
+
 /** Draws the controls of a family into `root`. `change(mix, quiet)` is called with another mix; quiet where only
     a weight moved, so that what is being dragged stays. */
 export const palette = (root, family, mix, most, change) => {
@@ -16,14 +18,30 @@ export const palette = (root, family, mix, most, change) => {
         else delete next.picks[name];
         change(next, quiet);
     };
-    const rows = family.controls.map((control) => (control.base ? shared(control) : row(control)));
+    if (family.prompts) for (const [name, pick] of Object.entries(picks)) typed.set(name, { name, label: Object.keys(pick.values)[0], values: Object.keys(pick.values), base: false, grid: null, weight: family.prompts });
+    const controls = [...family.controls, ...(family.prompts ? typed.values() : [])];
+    const rows = controls.map((control) => (control.base ? shared(control) : row(control)));
     const inOr = (control) => picks[control.name]?.role === "OR";
-    const either = rows.filter((_, i) => inOr(family.controls[i]));
-    const others = rows.filter((_, i) => !inOr(family.controls[i]));
+    const either = rows.filter((_, i) => inOr(controls[i]));
+    const others = rows.filter((_, i) => !inOr(controls[i]));
     const box = either.length ? make("fieldset", { class: "either" }, make("legend", {}, "One at least of"), either) : null;
-    const all = make("fieldset", { class: "experts", disabled: !mix }, make("legend", { class: "unseen" }, `Experts of ${family.title}`), others, box);
+    const all = make("fieldset", { class: "experts", disabled: !mix }, make("legend", { class: "unseen" }, `Experts of ${family.title}`), others, box, family.prompts ? adding() : null);
     root.replaceChildren(all);
     if (focus) root.querySelector(`[data-key="${CSS.escape(focus)}"]`)?.focus();
+
+    function adding() {
+        const text = make("input", { type: "text", id: "prompt", maxlength: 300, placeholder: "a castle", autocomplete: "off", "aria-label": "A prompt to add", "data-key": "prompt" });
+        const add = () => {
+            const said = text.value.trim();
+            if (said) set(`${family.name}[${JSON.stringify(said)}]`, { role: "AND", together: false, values: { [said]: family.prompts } });
+        };
+        text.addEventListener("keydown", (event) => {
+            if (event.key !== "Enter") return;
+            event.preventDefault();
+            add();
+        });
+        return make("div", { class: "expert line" }, text, button("Add prompt", add));
+    }
 
     function shared(control) {
         const box = make("input", {

@@ -14,7 +14,8 @@ export const whyPanel = (alone) => {
 };
 
 const label = (name) => {
-    const text = name.replaceAll(/\w+\//g, "").replaceAll("_", " ").replaceAll("[", " ").replaceAll("]", "");
+    const prompt = /^(~?)\w+\[(".*")\]$/s.exec(name);
+    const text = prompt ? prompt[1] + JSON.parse(prompt[2]) : name.replaceAll(/\w+\//g, "").replaceAll("_", " ").replaceAll("[", " ").replaceAll("]", "");
     return text.startsWith("~") ? `not ${text.slice(1)}` : text;
 };
 
@@ -40,7 +41,7 @@ export const explain = (message) => {
     recipe = message.recipe ?? recipe;
     if (!message.terms) return;
     const rows = message.terms.map((term) => {
-        const energy = Number(term.energy.replaceAll(",", ""));
+        const energy = parseFloat(term.energy.replaceAll(",", "")); // not a number where there is none
         const history = (along[term.name] = [...(along[term.name] ?? []), energy].slice(-200));
         const percent = term.probability === null ? null : Math.round(100 * term.probability);
         return make(
