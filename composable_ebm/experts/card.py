@@ -114,7 +114,7 @@ class Card:
             raise ValueError(
                 f"`noise_conditioned` must be true or false, got {_short(self.noise_conditioned)}."
             )
-        for name in ("attribute", "data", "failures", "licence", "codec"):
+        for name in ("attribute", "data", "failures", "licence", "codec", "base"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` must be text, got {_short(getattr(self, name))}.")
         for name in ("bytes", "parameters"):

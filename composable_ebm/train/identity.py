@@ -15,7 +15,7 @@ from pathlib import Path
 from composable_ebm.data import LabelledImages
 from composable_ebm.experts.card import CheckpointError
 from composable_ebm.experts.catalogue import find_folder
-from composable_ebm.experts.store import read_card
+from composable_ebm.experts.store import CONFIG, read_card
 from composable_ebm.train.config import TrainConfig
 
 __all__ = ["PICTURES", "check_expert", "check_identity", "identity", "run_digest"]
@@ -91,7 +91,10 @@ def _data_digest(data: tuple[LabelledImages, LabelledImages], attribute: str) ->
 
 def _digest_of_init(init: str) -> str:
     """Of its weights; "" where a training starts from none."""
-    return str(read_card(find_folder(init)).weights.get("sha256", "")) if init else ""
+    if not init:
+        return ""
+    folder = Path(init) if (Path(init) / CONFIG).exists() else find_folder(init)
+    return str(read_card(folder).weights.get("sha256", ""))
 
 
 def check_identity(where: Path, stored: Mapping, wanted: Mapping) -> None:

@@ -9,8 +9,10 @@ from composable_ebm.data import LabelledImages
 from composable_ebm.data.ranges import rescaled
 from composable_ebm.experts.card import CheckpointError
 from composable_ebm.experts.catalogue import load_expert
+from composable_ebm.experts.networks.codec import PictureCodec
 from composable_ebm.experts.networks.rbm import RBM
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton, images_to_fit
+from composable_ebm.experts.store import load_codec
 
 __all__ = ["start_from"]
 
@@ -25,13 +27,17 @@ def start_from(
 
     Args:
         network: Gets the weights.
-        init: Name or folder of the other expert; "" for none.
+        init: Name or folder of the other expert, of a codec its folder; "" for none.
         data: What is learned from.
         num_values: Outputs of the network.
         codec: Digest of the codec whose latents the data are.
     Raises:
         ValueError: If there is no such expert, or it is one of other states or another network.
     """
+    if isinstance(network, PictureCodec):
+        if init:
+            _start_codec(network, init)
+        return
     if not init:
         if isinstance(network, (GaussianSkeleton, RBM)):
             generator = torch.Generator().manual_seed(0)  # folders come sorted by class
@@ -63,6 +69,36 @@ def start_from(
             'or start without it: --init "".'
         )
     network.load_state_dict(shared, strict=False)
+
+
+def _start_codec(codec: PictureCodec, init: str) -> None:
+    """The weights of a codec of the same sizes, of pictures of any size, grey or in colour."""
+    try:
+        other = load_codec(init)
+    except CheckpointError as error:
+        raise ValueError(f"`init`: {error}") from error
+    theirs, mine = other.state_dict(), codec.state_dict()
+    colours = other.image_shape[0], codec.image_shape[0]
+    state = dict(theirs)
+    for name, value in theirs.items():
+        if name in mine and value.shape != mine[name].shape and colours[0] != colours[1]:
+            state[name] = _recoloured(value, name, *colours)
+    unlike = [name for name in mine if name not in state or state[name].shape != mine[name].shape]
+    if unlike or len(state) > len(mine):
+        raise ValueError(
+            f"`init`: the codec in {init} has other sizes: {other.options} there, {codec.options} here. Give "
+            'both the same network settings, or start without it: --init "".'
+        )
+    codec.load_state_dict(state)
+
+
+def _recoloured(value: Tensor, name: str, theirs: int, mine: int) -> Tensor:
+    """The first or last layer of a codec for another number of colours: each is taken as grey."""
+    if name.startswith("encoder"):
+        each = value.unflatten(1, (theirs, -1)).sum(1) / mine
+        return each.repeat(1, mine, *[1] * (value.ndim - 2))
+    each = value.unflatten(0, (theirs, -1)).mean(0)
+    return each.repeat(mine, *[1] * (value.ndim - 1))
 
 
 def _other_size(shape: tuple[int, ...]) -> str:
