@@ -218,9 +218,14 @@ def _claim(generation: Generation, request: dict, energy: Energy) -> None:
 
 def _read_request(folder: Path) -> dict:
     try:
-        return json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder} holds no generation: {REQUEST} cannot be read ({error}).") from error
+    for name in ("num_chains", "shard_size"):
+        count = request.get(name) if isinstance(request, dict) else None
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{folder} holds no generation: {REQUEST} gives {name} as {count!r}.")
+    return request
 
 
 def _check_same(folder: Path, request: dict) -> None:

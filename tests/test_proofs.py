@@ -15,6 +15,7 @@ PROOFS = Path(__file__).parents[1] / "benchmarks" / "proofs"
     [
         ("recipes", ["--texts", "20000", "--compositions", "1000"]),
         ("files", ["--flips", "40"]),
+        ("inputs", ["--flips", "100"]),
         ("engine", ["--requests", "200"]),
         ("targets", ["--steps", "0.2", "--chains", "32", "--only", "correlated, 10 "]),
     ],

@@ -429,11 +429,13 @@ def test_every_shipped_config_reads():
         ("[data]\nsize = 64", "images of 'digits' have one size; `size` is for celeba, faces, folder"),
         ("[data]\nsize = -1", "must be at least 1 pixel, got -1"),
         ("this is not toml", "is no TOML"),
+        (b"family = '\xe9'", "config.toml is no TOML: 'utf-8' codec"),
+        (b"\xef\xbb\xbfbatch_size = 0\r\n", "`batch_size` must be at least 1, got 0"),
     ],
 )
 def test_a_config_with_a_mistake_says_where(tmp_path, text, message):
     path = tmp_path / "config.toml"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         read_config(path)
 

@@ -23,8 +23,8 @@ def read_config(path: str | Path) -> TrainConfig:
         FileNotFoundError: If there is no such file.
     """
     try:
-        content = tomllib.loads(Path(path).read_text())
-    except tomllib.TOMLDecodeError as error:
+        content = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}.") from error
     try:
         return _build(TrainConfig, content, TrainConfig(), "")
