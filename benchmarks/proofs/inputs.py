@@ -1,4 +1,4 @@
-"""Inputs of trainings and generations, cut and flipped: pictures, tables, configurations, checkpoints, shards.
+"""Inputs of trainings and generations, cut and flipped: pictures, tables, configurations, checkpoints.
 
     python benchmarks/proofs/inputs.py --flips 300
 
