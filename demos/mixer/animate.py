@@ -29,16 +29,14 @@ class Recorder:
     Args:
         limit_frames: Most frames to keep, 2 at least; fewer are kept of chains so many that these
             would take more than `MAX_BYTES`.
-        data_range: Black and white of the pictures.
     Raises:
         ValueError: If the limit is below 2.
     """
 
-    def __init__(self, limit_frames: int = 160, data_range: tuple[float, float] = (-1.0, 1.0)) -> None:
+    def __init__(self, limit_frames: int) -> None:
         if limit_frames < 2:
             raise ValueError(f"`limit_frames` must be at least 2, got {limit_frames}.")
         self.limit_frames = limit_frames
-        self.data_range = data_range
         self.clear()
 
     def __len__(self) -> int:
@@ -64,8 +62,7 @@ class Recorder:
             )
         if self._last is not None and self._last.shape != states.shape:
             self.clear()
-        low, high = self.data_range
-        pixels = (states.detach().float().nan_to_num(0.0, high, low) - low) / (high - low)
+        pixels = (states.detach().float().nan_to_num(0.0, 1.0, -1.0) + 1) / 2
         self._last = pixels.mul(255).round().clamp(0, 255).byte().cpu()
         if self._seen % self._stride == 0:
             if len(self._frames) >= max(2, min(self.limit_frames, MAX_BYTES // self._last.numel())):

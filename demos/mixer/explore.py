@@ -23,7 +23,6 @@ from .mix import MAX_WEIGHT
 from .terms import alone, parts, reweighted
 
 MAX_VALUES = 12  # along an axis
-MAX_CHAINS = 256
 FRAMES_PER_SECOND = 5
 
 __all__ = ["Axis", "GridFrame", "Strip", "strip", "weight_grid"]
@@ -97,7 +96,6 @@ def weight_grid(
     vertical: Axis,
     submit: Submit,
     *,
-    num_chains_per_cell: int = 1,
     num_steps: int | None = None,
     seed: int = 0,
 ) -> Iterator[GridFrame]:
@@ -112,7 +110,6 @@ def weight_grid(
         horizontal: Weights from left to right.
         vertical: Weights from the bottom up.
         submit: Begins the runs. When they are cancelled, the last frame shows what was reached.
-        num_chains_per_cell: Pictures in each cell.
         num_steps: Steps of the sampler; what the experts were calibrated with unless given.
         seed: Seeds the noise.
     Yields:
@@ -125,10 +122,6 @@ def weight_grid(
     if names[0] == names[1]:
         raise ValueError(f"the axes must name two different experts, got {names[0]} twice.")
     cells = [(across, up) for up in vertical.values[::-1] for across in horizontal.values]
-    if not 1 <= num_chains_per_cell * len(cells) <= MAX_CHAINS:
-        raise ValueError(
-            f"a grid holds 1 to {MAX_CHAINS} pictures, got {len(cells)} cells of {num_chains_per_cell}."
-        )
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"`num_steps` of a grid must be at least 1, got {num_steps}.")
     energies = [reweighted(energy, dict(zip(names, cell, strict=True))) for cell in cells]
@@ -137,10 +130,10 @@ def weight_grid(
 
     def drawn(images: Sequence[Tensor], frames: Sequence[Frame], done: bool) -> GridFrame:
         lost = torch.cat([~frame.alive for frame in frames])
-        picture = labelled_grid(torch.cat([*images]), lost, (-1.0, 1.0), labels, axes)
+        picture = labelled_grid(torch.cat([*images]), lost, labels, axes)
         return GridFrame(picture, done, frames[0].step)
 
-    with _together(submit, energies, num_chains_per_cell, num_steps, seed) as runs:
+    with _together(submit, energies, num_steps, seed) as runs:
         for _ in runs[0].frames():
             frames = [run.frame for run in runs if run.frame is not None]
             if len(frames) == len(runs):
@@ -190,14 +183,14 @@ def strip(
     """
     wanted = [("mix", energy), *((_label(name), each) for name, each in alone(energy, is_base))]
     energies = [each for _, each in wanted]
-    with _together(submit, energies, 1, num_steps, seed) as runs:
+    with _together(submit, energies, num_steps, seed) as runs:
         images = torch.cat([run.result().images for run in runs])
     return Strip([label for label, _ in wanted], images, energies)
 
 
 @contextmanager
 def _together(
-    submit: Submit, energies: Sequence[Energy], num_chains: int, num_steps: int | None, seed: int
+    submit: Submit, energies: Sequence[Energy], num_steps: int | None, seed: int
 ) -> Iterator[list[Run]]:
     """A run of each energy, all from the same noise, that share the time of one run."""
     runs: list[Run] = []
@@ -205,7 +198,7 @@ def _together(
         for energy in energies:
             run = submit(
                 energy,
-                num_chains,
+                1,
                 "calibrated" if num_steps is None else num_steps,
                 seed,
                 frames_per_second=FRAMES_PER_SECOND,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,35 +18,30 @@ __all__ = ["labelled_grid"]
 
 
 def labelled_grid(
-    states: Tensor,
+    images: Tensor,
     lost: Tensor,
-    data_range: tuple[float, float] | None,
     names: Sequence[str],
     axes: tuple[Sequence[float], Sequence[float]],
 ) -> Image.Image:
     """Samples at pairs of two weights as one picture.
 
     Args:
-        states: Images, cell after cell from the top left, (cells * chains, 1 or 3, height, width).
-        lost: Chains that diverged, (cells * chains,): a cross goes through their cells.
-        data_range: Black and white; -1 and 1 where None.
+        images: In [-1, 1], cell after cell from the top left, (cells, 1 or 3, height, width).
+        lost: Chains that diverged, (cells,): a cross goes through their cells.
         names: What the weights are of, horizontally and vertically.
         axes: The weights from left to right, and from the bottom up.
     """
-    low, high = data_range or (-1.0, 1.0)
     columns, rows = len(axes[0]), len(axes[1])
-    chains = len(states) // (columns * rows)
-    scale = max(1, round(CELL / (states.shape[-1] * math.ceil(math.sqrt(chains)))))
-    images = ((states - low) / (high - low) * 2 - 1).split(chains)
-    tiles = [Image.fromarray(image_grid(each, padding=0, scale=scale)) for each in images]
+    scale = max(1, round(CELL / images.shape[-1]))
+    tiles = [Image.fromarray(image_grid(each[None], padding=0, scale=scale)) for each in images]
     across, down = tiles[0].width + GAP, tiles[0].height + GAP
     bottom = TOP + rows * down
     picture = Image.new("RGB", (LEFT + columns * across + RIGHT, bottom + BELOW), PAPER)
     draw = ImageDraw.Draw(picture)
-    for i, (tile, bad) in enumerate(zip(tiles, lost.split(chains), strict=True)):
+    for i, (tile, bad) in enumerate(zip(tiles, lost.tolist(), strict=True)):
         x, y = LEFT + i % columns * across, TOP + i // columns * down
         picture.paste(tile, (x, y))
-        if bool(bad.any()):
+        if bad:
             draw.line((x, y, x + tile.width - 1, y + tile.height - 1), ALERT, 3)
             draw.line((x, y + tile.height - 1, x + tile.width - 1, y), ALERT, 3)
     number, title = ImageFont.load_default(15), ImageFont.load_default(17)

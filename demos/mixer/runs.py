@@ -277,7 +277,6 @@ def _frame(
         "recipe": recipe,
         "step": frame.step,
         "of": total,
-        "energy": nats(float(frame.energies.mean())),
         "rate": rate and round(rate, 1),
         "left": left and round(left, 1),
     }
@@ -292,7 +291,6 @@ def _finished(result: SampleResult, energy: Energy, asked: Request) -> Message:
     texts = {**result.provenance(), "recipe": asked.recipe}
     return {
         **_saved(result.images, texts, asked),
-        "energy": nats(float(result.energies.mean())),
         "step": result.num_steps,
         "of": asked.num_steps,
         "stopped": stopped,
@@ -316,7 +314,6 @@ def _stopped(
     }
     return {
         **_saved(frame.images, texts, asked),
-        "energy": nats(float(frame.energies.mean())),
         "step": frame.step,
         "of": total,
         "stopped": total is None or frame.step < total,
