@@ -300,6 +300,7 @@ SMALL = card(values=("no", "yes")).network
         ({"sampler": {"kernel": "MALA", "grad_clip": math.inf}}, "numbers of `sampler` must be finite"),
         ({"weights": {"sha256": "0", "bytes": "many"}}, "bytes of `weights` must be a whole number"),
         ({"network": {**SMALL, "hidden": True}}, "arguments that do not fit: hidden is a number, got True"),
+        ({"base": 3}, "`base` must be text, got 3"),
         ({"noise_conditioned": True}, "describes a network of noise levels, and ConvEnergy takes none"),
         ({"network": {**SMALL, "num_values": 1_000_000}}, "describes 2 values .* its network gives 1000000"),
         ({"network": {**SMALL, "hidden": 10**9}}, "(?s)does not fit the network .*size mismatch"),
