@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from run_helpers import DATA
 
 import composable_ebm as ceb
 from composable_ebm.cli import main as command_line
 from composable_ebm.data import folder
+from composable_ebm.experts import Card
 from composable_ebm.experts.catalogue import cards
+from composable_ebm.experts.networks.codec import PictureCodec
 from composable_ebm.train import __main__ as training
 from composable_ebm.train.folder import folder_config
+from composable_ebm.train.start import start_from
 from demos.mixer import mix
 
 TABLE = "attributes.csv"
@@ -135,6 +139,45 @@ def test_codec_and_base_are_trained_first_and_once_where_an_attribute_is_learned
     assert training.main([photos.name, *flags]) == 0
     said = capsys.readouterr().out
     assert "my_photos/codec" not in said
+
+
+def test_a_folder_is_learned_on_latents_unless_told_otherwise(tmp_path):
+    def described(*flags):
+        return training._described([str(tmp_path), "sky", *flags])[0]
+
+    assert described("--minutes", "20").latents
+    assert described("--latents", *NETWORK).latents
+    assert not described("--no-latents").latents
+    assert not described(*NETWORK).latents
+    assert described().data.size == 64
+
+
+def test_a_base_of_pixels_is_not_stood_on_by_an_attribute_on_latents(photos, capsys):
+    assert train(photos.name, num_iterations=1) == 0
+    assert training.main([photos.name, "sky", "--cpu", "--minutes", "1"]) == 1
+    assert "my_photos/base is about pixels" in capsys.readouterr().err
+    assert training.main([photos.name, "--no-latents", "--num-iterations", "1", *SMALL, *NETWORK]) == 0
+
+
+def test_a_codec_starts_from_another_of_its_sizes_whatever_the_colours(tmp_path):
+    sizes = {"widths": (8, 8), "encoder_blocks": (1, 1), "decoder_blocks": (1, 1), "channels": 2}
+    colour = PictureCodec((3, 16, 16), **sizes)
+    made = Card(
+        "toys", "codec", "codec", ("image",), (2, 2, 2), None, {**colour.options, "type": "PictureCodec"}
+    )
+    ceb.save_expert(tmp_path, colour, made)
+    grey, same = PictureCodec((1, 32, 32), **sizes), PictureCodec((3, 16, 16), **sizes)
+    for codec in (grey, same):
+        start_from(codec, str(tmp_path), DATA[0])
+    x = torch.rand(2, 1, 32, 32) * 2 - 1
+    wide = PictureCodec((3, 32, 32), **sizes)
+    wide.load_state_dict(colour.state_dict())
+    z = wide.encode(x.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(grey.encode(x), z)
+    torch.testing.assert_close(grey.decode(z), wide.decode(z).mean(1, keepdim=True))
+    assert same.encoder[1].weight.equal(colour.encoder[1].weight)
+    with pytest.raises(ValueError, match="has other sizes"):
+        start_from(PictureCodec((3, 16, 16), **{**sizes, "widths": (4, 8)}), str(tmp_path), DATA[0])
 
 
 def test_pictures_are_learned_at_the_size_asked_for(photos):

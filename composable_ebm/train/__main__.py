@@ -14,11 +14,11 @@ from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.folder import folder_config, stages_before
 from composable_ebm.train.reading import read_config
 from composable_ebm.train.stopping import TrainingStoppedError
-from composable_ebm.train.trainer import TrainingDivergedError, train
+from composable_ebm.train.trainer import TrainingDivergedError, accelerator_for, train
 
 USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ...
-       composable-ebm train FOLDER [ATTRIBUTE] [--num-iterations N] ...   your own images
-       composable-ebm train FOLDER [ATTRIBUTE] --latents [--minutes M]    at 64 pixels, through a codec"""
+       composable-ebm train FOLDER [ATTRIBUTE] [--minutes M] ...   your own images at 64 pixels, by a codec
+       composable-ebm train FOLDER [ATTRIBUTE] --no-latents ...    at 32, without one"""
 
 PLACES = ("--models", "--runs", "--push-to-hub")
 
@@ -51,8 +51,7 @@ def _train(arguments: list[str]) -> int:
     try:
         if config.latents and config.data.name == "folder":
             before, config = stages_before(config)
-            for stage in before:
-                train(stage)
+            _train_before(before)
         expert = train(config, arguments=_what_is_trained(arguments))
     except TrainingStoppedError as stopped:
         if is_first():
@@ -71,6 +70,14 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _train_before(stages: Sequence[TrainConfig]) -> None:
+    """Trains one part of a family after the other, in one group of processes, which the last stage ends."""
+    for stage in stages:
+        accelerator = accelerator_for(stage)
+        train(stage, accelerator)
+        accelerator.free_memory()
+
+
 def _complain(error: Exception, status: int) -> int:
     if is_first():
         print(f"error: {error}", file=sys.stderr)
@@ -87,7 +94,13 @@ def _described(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         return read_config(arguments[0]), arguments[1:]
     attribute = arguments[1] if arguments[1:] and not arguments[1].startswith("-") else ""
     flags = arguments[2 if attribute else 1 :]
-    return folder_config(arguments[0], attribute, latents="--latents" in flags), flags
+    return folder_config(arguments[0], attribute, latents=_on_latents(flags)), flags
+
+
+def _on_latents(flags: Sequence[str]) -> bool:
+    """Whether a folder is learned on latents: unless told otherwise, or told a network of pixels."""
+    own = any(flag.startswith(("network:", "objective:")) for flag in flags)
+    return "--latents" in flags or not (own or "--no-latents" in flags)
 
 
 def _what_is_trained(arguments: list[str]) -> list[str]:

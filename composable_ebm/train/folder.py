@@ -153,9 +153,15 @@ def _kind(config: TrainConfig) -> str:
 def _is_there(expert: Path, digest: str) -> bool:
     """Whether a finished part of a family is there, learned from this folder."""
     try:
-        training = read_card(expert).training
+        card = read_card(expert)
     except CheckpointError:
         return False
+    training = card.training
+    if expert.name == BASE and not card.codec:
+        raise ValueError(
+            f"{expert} is about pixels, and an attribute on latents stands on a base of latents: add "
+            f"--no-latents, or give this one another --family, or delete {expert}."
+        )
     if training.get("folder") != digest:
         raise ValueError(
             f"{expert} has learned from another folder: give this one another --family, or delete {expert}."
@@ -175,4 +181,6 @@ def _learned_from(expert: Path, root: Path) -> bool:
     except CheckpointError:
         return False
     named = card.data.startswith(f"{root.name}/train,")
-    return named and card.training.get("folder", folder_digest(root)) == folder_digest(root)
+    return (
+        named and not card.codec and card.training.get("folder", folder_digest(root)) == folder_digest(root)
+    )

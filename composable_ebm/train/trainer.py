@@ -65,7 +65,7 @@ from composable_ebm.train.verdict import judge
 MAX_ROLLBACKS = 3
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-__all__ = ["Trainer", "TrainingDivergedError", "train"]
+__all__ = ["Trainer", "TrainingDivergedError", "accelerator_for", "train"]
 
 
 def train(
@@ -96,6 +96,15 @@ def train(
             trainer.accelerator.end_training()
 
 
+def accelerator_for(config: TrainConfig) -> Accelerator:
+    """The processes of a training."""
+    return Accelerator(
+        cpu=config.cpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+    )
+
+
 def _counted(figure: Tensor) -> Tensor:
     """(total, count) of a figure, (2,)."""
     figure = figure.float()
@@ -124,11 +133,7 @@ class Trainer:
         if config.push_to_hub:  # before the training: what would fail at its end
             check_repository(config.push_to_hub)
             hub_token()
-        self.accelerator = accelerator or Accelerator(
-            cpu=config.cpu,
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.accumulate,
-        )
+        self.accelerator = accelerator or accelerator_for(config)
         self.device = self.accelerator.device
         self.codec = load_codec(config.model_folder.parent / CODEC, "cpu") if config.latents else None
         if data is None:
