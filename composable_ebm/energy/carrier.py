@@ -54,7 +54,10 @@ def carrier(energy: Energy, coefficients: Tensor | None = None) -> Energy:
     if coefficients.ndim > 1:
         raise NotCarriedError(f"the weights of {energy} differ from chain to chain")
     if not energy.has_value:
-        raise NotCarriedError(f"{energy} is known only by its gradient, so that nothing can be weighed")
+        raise NotCarriedError(
+            f"{energy} is known only by its gradient, so that nothing can be weighed; correct it at each "
+            "level instead, by a kernel that compares no energies such as Langevin"
+        )
     left = {key: (e, w) for key, (e, w) in _densities(energy, coefficients).items() if abs(w) > _TOLERANCE}
     if len(left) != 1:
         names = " and ".join(f"{w:g}*{e}" for e, w in left.values()) or "no density at all"
