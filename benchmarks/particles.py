@@ -10,8 +10,9 @@
     Feynman-Kac          reverse diffusion by the summed scores, weighed from the scores alone (Skreta et al.
                          2025, arXiv 2503.02819, prop. 3.3)
 
-Every row asks for the same requests of one, three and five attributes, presence and absence alike. `live`
-turns one attribute after another while chains run, and notes how many meet the mix after how long.
+Every row asks for the same requests of one, three and five attributes, presence and absence alike.
+`probability` holds log p(request) against how often samples of p(x) alone are like that. `live` turns one
+attribute after another while chains run, and notes how many meet the mix after how long.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import composable_ebm as ceb
 from composable_ebm.energy import Energy, carrier, satisfied
-from composable_ebm.evaluation.judge import load_judge
+from composable_ebm.evaluation.judge import Judge, load_judge
 from composable_ebm.evaluation.task import Task, requests, task_of
 from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling.annealed import Annealed
@@ -180,6 +181,30 @@ def _all_right(labels: dict[str, Tensor], request: dict[str, int]) -> Tensor:
     return torch.stack([labels[name] == value for name, value in request.items()]).all(0)
 
 
+def probability(task: Task, sizes: Sequence[int], number: int, judge: Judge, seed: int) -> list[dict]:
+    """log p(request) by particles, beside how often p(x)'s own samples are like that, in nats."""
+    drawn = [ceb.sample(task.base, num_chains=1000, seed=seed + i).images for i in range(4)]
+    labels = judge.labels(torch.cat(drawn))
+    rows = []
+    for size in sizes:
+        generator = torch.Generator().manual_seed(50_000 + seed)
+        estimates, frequencies = [], []
+        for i, request in enumerate(requests(task.askable, size, number, generator)):
+            mix = ceb.given(task.base, *(task.terms[name][value] for name, value in request.items()))
+            estimates.append(ceb.sample(mix, num_chains=150, seed=seed + i).log_probability)
+            frequencies.append(math.log(float(_all_right(labels, request).float().mean())))
+        pairs = torch.tensor([estimates, frequencies])
+        row = {
+            "attributes": size,
+            "estimate": round(float(pairs[0].mean()), 3),
+            "frequency": round(float(pairs[1].mean()), 3),
+            "rms": round(float((pairs[0] - pairs[1]).square().mean().sqrt()), 3),
+        }
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def live(task: Task, chains: int, seconds: float, changes: int, seed: int) -> list[dict]:
     """Share of chains that meet a mix after each of some changes, by seconds of one core."""
     generator = torch.Generator().manual_seed(seed)
@@ -237,7 +262,7 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=5.0, help="of one core, after each live change")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--parts", nargs="+", default=["estimators", "live"])
+    parser.add_argument("--parts", nargs="+", default=["estimators", "probability", "live"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -250,6 +275,9 @@ def main() -> None:
         content["estimators"] = compare(
             task, options.sizes, options.requests, options.each, judges, options.seed
         )
+    if "probability" in options.parts:
+        judge = load_judge(options.family, "convolutional")[0]
+        content["probability"] = probability(task, options.sizes, options.requests, judge, options.seed)
     if "live" in options.parts:
         content["live"] = live(task, 16, options.seconds, options.changes, options.seed)
     print(write_results("particles", content, options.out))

@@ -255,6 +255,8 @@ def _draw(generation: Generation, request: dict, energy: Energy, shard: int) -> 
         "diverged": result.divergence.chains.cpu().contiguous(),
     }
     provenance = {**result.provenance(), "shard": str(shard), "sha256": _digest(tensors)}
+    if result.weighted is not None:
+        provenance["log_probability"] = f"{result.log_probability:.4f}"
     try:
         write_atomic(generation.path(shard), save(tensors, provenance))
     except OSError as error:

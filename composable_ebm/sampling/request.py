@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -276,6 +276,8 @@ def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tu
     settings = max((leaf.sampler_settings or {} for leaf in known), key=lambda s: s.get("num_steps", 0))
     coefficients = energy.coefficients if coefficients is None else coefficients
     sampler, num_steps = from_settings(settings, 1 / max(1.0, _total_weight(energy, coefficients)))
+    if isinstance(sampler, Particles):
+        return replace(sampler, kernel=sampler.kernel.suited(energy, coefficients)), num_steps
     if isinstance(sampler, Annealed):
         kernel = sampler.kernel.suited(energy, coefficients)
         return _weighing(Annealed(kernel, sampler.schedule), energy, coefficients), num_steps

@@ -13,6 +13,7 @@ from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.mala import MALA
+from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.schedule import Curve, Schedule
 from composable_ebm.sampling.still import Still
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
@@ -20,6 +21,7 @@ from composable_ebm.sampling.underdamped import UnderdampedLangevin
 KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin, Gibbs, DMALA, Still)
 
 CURVES = ("temperature", "noise_level", "step_scale")
+WEIGHING = ("num_particles", "threshold", "verdict")
 
 __all__ = ["from_settings", "to_settings"]
 
@@ -28,7 +30,8 @@ def to_settings(sampler: Sampler) -> dict:
     """A sampler as plain values that a JSON file can hold; `from_settings` reads them back.
 
     Raises:
-        ValueError: If its schedule follows a function that is no `Curve`.
+        ValueError: If its schedule follows a function that is no `Curve`, or it is particles with a
+            `carrier` of their own.
     """
     if isinstance(sampler, Kernel):
         return sampler.settings()
@@ -43,7 +46,12 @@ def to_settings(sampler: Sampler) -> dict:
     for field in fields(Schedule):
         if field.name not in CURVES and (value := getattr(schedule, field.name)) != field.default:
             anneal[field.name] = value
-    return {**sampler.kernel.settings(), "anneal": anneal}
+    stored: dict[str, object] = {**sampler.kernel.settings(), "anneal": anneal}
+    if isinstance(sampler, Particles):
+        if sampler.carrier is not None:
+            raise ValueError(f"particles carried by {sampler.carrier} cannot be stored: an energy is no number.")
+        stored["particles"] = {name: getattr(sampler, name) for name in WEIGHING}
+    return stored
 
 
 def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]:
@@ -52,14 +60,14 @@ def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]
     Args:
         settings: "kernel" and its arguments; "num_steps"; and "anneal", the curves of a schedule
             ("temperature", "noise_level", "step_scale", each with "knots" and "between") and its
-            other fields.
+            other fields; and "particles", how they are weighed.
         factor: Multiplies the step size.
     Raises:
         ValueError: If the kernel or an argument is unknown.
     """
     values = dict(settings)
     name, num_steps = values.pop("kernel", None), int(values.pop("num_steps", 0))
-    anneal = dict(values.pop("anneal", {}))
+    anneal, weighing = dict(values.pop("anneal", {})), values.pop("particles", None)
     kernels = {kernel.__name__: kernel for kernel in KERNELS}
     if name not in kernels:
         raise ValueError(f"unknown sampler {name!r}; there are {', '.join(kernels)}.")
@@ -70,7 +78,11 @@ def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]
     _refuse_unknown("anneal", anneal, [field.name for field in fields(Schedule)])
     for curve in set(anneal) & set(CURVES):
         anneal[curve] = Curve(anneal[curve]["knots"], anneal[curve]["between"])
-    return Annealed(kernel, Schedule(**anneal)), num_steps
+    schedule = Schedule(**anneal)
+    if weighing is None:
+        return Annealed(kernel, schedule), num_steps
+    _refuse_unknown("particles", weighing, WEIGHING)
+    return Particles(kernel, schedule, **weighing), num_steps
 
 
 def _refuse_unknown(what: str, values: Mapping, known: list[str]) -> None:
