@@ -49,7 +49,7 @@ def to_settings(sampler: Sampler) -> dict:
     stored: dict[str, object] = {**sampler.kernel.settings(), "anneal": anneal}
     if isinstance(sampler, Particles):
         if sampler.carrier is not None:
-            raise ValueError(f"particles carried by {sampler.carrier} cannot be stored: an energy is no number.")
+            raise ValueError(f"particles carried by {sampler.carrier} cannot be stored: it is an energy.")
         stored["particles"] = {name: getattr(sampler, name) for name in WEIGHING}
     return stored
 
