@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from composable_ebm.sampling.annealed import Annealed
@@ -85,6 +85,6 @@ def from_settings(settings: Mapping, factor: float = 1.0) -> tuple[Sampler, int]
     return Particles(kernel, schedule, **weighing), num_steps
 
 
-def _refuse_unknown(what: str, values: Mapping, known: list[str]) -> None:
+def _refuse_unknown(what: str, values: Mapping, known: Sequence[str]) -> None:
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{what} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
