@@ -136,6 +136,8 @@ def evaluate_family(evaluation: Evaluation, out: str | Path) -> dict:
     setting, accuracies = _prepare(evaluation, task)
     result = {**_provenance(evaluation, task), "judges": accuracies}
     result["ceiling"], result["floor"] = bounds(setting.first, task, setting.pool)
+    if task.base is not None and task.base.codec is not None:
+        result["codec_ceiling"], _ = bounds(setting.first, task, setting.pool, task.base.codec)
     plan = _plan(evaluation, task)
     parts = [name for name in PARTS[1:] if name in evaluation.parts]
     alone = [name for name in ALONE if name in parts]

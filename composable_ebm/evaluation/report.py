@@ -113,8 +113,14 @@ def _accuracies(result: dict) -> Iterator[str]:
         if not held_out and any(f"held_out_{judges[0]}" in r for r in rows):
             for part, words in (("seen", "combinations seen"), ("held_out", "combinations held out")):
                 yield _line(f"  {words}", _percent(curve(result, form, f"{part}_{judges[0]}", sizes)))
-    for name, words in (("ceiling", "ceiling: real images"), ("floor", "floor: real images at random")):
-        yield _line(words, _percent([result[name].get(str(k)) for k in sizes]))
+    lines = {
+        "ceiling": "ceiling: real images",
+        "codec_ceiling": "  as they come back of the codec",
+        "floor": "floor: real images at random",
+    }
+    for name, words in lines.items():
+        if name in result:
+            yield _line(words, _percent([result[name].get(str(k)) for k in sizes]))
     for form, reason in result.get("missing", {}).items():
         yield f"{form}: not compared, {reason}"
 

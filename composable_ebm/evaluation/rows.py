@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data import LabelledImages
+from composable_ebm.energy import Codec
 from composable_ebm.evaluation.composition import Row
 from composable_ebm.evaluation.diversity import diversity, marginals
 from composable_ebm.evaluation.judge import Judge, see
@@ -64,16 +65,26 @@ def evaluate_row(
     return found
 
 
-def bounds(judge: Judge, task: Task, pool: LabelledImages) -> tuple[dict[str, float], dict[str, float]]:
+def bounds(
+    judge: Judge, task: Task, pool: LabelledImages, codec: Codec | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
     """What real images score, by number of attributes: the ceiling, and the floor.
 
     The ceiling asks of each image for attributes that it has: what a perfect model would score under
     this judge. The floor asks at random: what a model would score that does not listen.
+
+    Args:
+        judge: Sees attributes.
+        task: What can be asked for.
+        pool: Held-out images.
+        codec: Where given, images are seen as they come back from it: what perfect latents would score.
     """
     generator = torch.Generator().manual_seed(0)
     index = torch.randperm(len(pool), generator=generator)[:BOUND_IMAGES]
     images = pool.select(index)
-    seen = see(judge, task.family, images.batch(torch.arange(len(images))))
+    parts = [images.batch(part) for part in torch.arange(len(images)).split(250)]
+    x = torch.cat(parts if codec is None else [codec.reconstruct(part) for part in parts])
+    seen = see(judge, task.family, x)
     ceiling, floor = {}, {}
     for size in task.sizes:
         blind = requests(task.askable, size, len(images), generator)
