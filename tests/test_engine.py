@@ -253,7 +253,7 @@ def test_networks_of_one_architecture_run_as_one_batched_pass():
     other = binary("large", network={**card().network, "num_values": 2, "hidden": 16})
     plan = Potential(digit["0"] + digit["1"] + thick + other, stack=True).plan
     assert [len(group.networks) for group in plan.groups] == [2, 1]
-    assert plan.describe() == "2 ConvEnergy in one batched pass, read by 3 terms; one ConvEnergy"
+    assert plan.describe() == "2 ConvEnergy, read by 3 terms (in one batched pass); one ConvEnergy"
 
 
 def test_noise_level_reaches_the_noise_conditioned_networks_of_a_batched_pass():

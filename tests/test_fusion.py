@@ -13,9 +13,9 @@ from torch import nn
 
 import composable_ebm as ceb
 from composable_ebm.experts.networks.diffused import DiffusedEnergy
-from composable_ebm.experts.networks.diffused_pass import DiffusedPass
+from composable_ebm.experts.networks.diffused_native import DiffusedPass
 from composable_ebm.potential import native
-from composable_ebm.potential.plan import Group
+from composable_ebm.potential.forms.traced import TracedForm
 from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling.schedule import Schedule, geometric
 
@@ -237,7 +237,7 @@ def test_weighted_sums_of_outputs_equal_autograd(leaves, a_row, batch):
     potential = Potential(composition, coefficients, mask=mask, stack=False)
     energy, gradient = plain(by_autograd(composition, coefficients, None), x)
     for _ in range(2):
-        result = potential.plan.linear(x, None, coefficients)
+        result = potential.plan.gradient(x, None, composition, coefficients)
         assert_equal((result[0], result[1] * mask), (energy, gradient * mask))
         assert_equal(potential(x), (energy, gradient * mask))
         coefficients.mul_(2)  # in place, as a slider does
@@ -288,10 +288,10 @@ def test_annealed_trajectories_of_fifty_steps_agree(monkeypatch):
     schedule = Schedule(noise_level=geometric(3.0, 0.05), noise_power=2.0, predict=True, num_levels=25)
     run = {"num_chains": 4, "num_steps": 50, "sampler": ceb.Annealed(ceb.Langevin(0.05), schedule), "seed": 2}
     fast = ceb.sample(mix, **run)
-    monkeypatch.setattr(DiffusedPass, "ready", lambda self, x, level: "not today")
+    monkeypatch.setattr(TracedForm, "ready", lambda self, x, level: "not today")
     slow = ceb.sample(mix, **run)
-    assert "in one pass" in fast.report()
-    assert "in one pass" not in slow.report()
+    assert "3 DiffusedEnergy, read by 5 terms (traced, gradients by hand)" in fast.report()
+    assert "(by autograd: not today)" in slow.report()
     torch.testing.assert_close(fast.samples, slow.samples, rtol=1e-4, atol=1e-4)
 
 
@@ -308,34 +308,34 @@ def test_a_hook_is_called():
     whole = diffused(2, 0)
     calls = []
     whole.network.second.register_forward_hook(lambda *inputs: calls.append(1))
-    group = Group([(whole.network, [whole])])
-    group(points(3, SHAPE), None)
+    potential = Potential(whole)
+    potential(points(3, SHAPE))
     assert calls
-    assert "by autograd" in group.describe()
+    assert "by autograd: it has hooks" in potential.describe()
 
 
+@pytest.mark.usefixtures("in_c")
 def test_moving_coefficients_and_levels_builds_nothing_again():
-    mix = ceb.given(diffused(1, 0), diffused(2, 1), weight=1.0)
-    potential = Potential(mix, mix.coefficients.float(), stack=False)
-    potential = potential.at(noise_level=torch.tensor(0.5))
+    mix = ceb.given(diffused(1, 0, half=True), diffused(2, 1, half=True), weight=1.0)
+    potential = Potential(mix, mix.coefficients.float(), noise_level=torch.tensor(0.5))
     x = points(4, SHAPE)
     potential(x)
     (group,) = potential.plan.groups
-    packed = group.form.pixels, group.form.weight
+    packed = group.form.product
+    assert packed is not None
     for step in range(1, 4):
         potential = potential.at(coefficients=torch.rand(4, 3), noise_level=torch.tensor(0.1 * step))
         potential(x)
-        assert (group.form.pixels, group.form.weight) == packed
-        assert group.form.pixels is packed[0]
+        assert group.form.product is packed
 
 
 @pytest.mark.gpu
-def test_one_pass_on_cuda_equals_the_plain_pass():
+def test_evaluation_on_cuda_equals_the_plain_pass():
     mix = ceb.given(diffused(1, 0), diffused(2, 1), weight=1.0)
     x, level = points(4, SHAPE), torch.tensor(0.5)
     expected = plain(by_autograd(mix, None, level), x)
     potential = Potential(mix.cuda(), mix.coefficients.float().cuda())
     potential = potential.at(noise_level=level.cuda())
     got = potential(x.cuda())
-    assert "in one pass" in potential.describe()
+    assert "by autograd" in potential.describe()
     torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-4, atol=1e-4)

@@ -539,8 +539,8 @@ class naming:
         self.x = x
         self.before = 0 if x is None or x.is_inference() else x._version
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:

@@ -26,8 +26,9 @@ def slope(energies: Tensor, x: Tensor, *, learn: bool = False) -> Tensor:
         x: States that require a gradient, (batch, *event).
         learn: Keeps the graph, so that what is made of the gradient can be differentiated again.
     """
-    (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=learn, materialize_grads=True)
-    return gradient
+    # The sum, since cotangents that are given load sympy, a third of a second of a cold start.
+    (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=learn, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient
 
 
 def with_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -37,8 +38,10 @@ def with_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor
         energy: x -> energies, (batch,).
         x: States, (batch, *event).
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        energies = energy(x)
-        gradient = slope(energies, x) if energies.requires_grad else None
+    if not torch.is_grad_enabled():
+        with torch.enable_grad():
+            return with_gradient(energy, x)
+    x = x.detach().requires_grad_()
+    energies = energy(x)
+    gradient = slope(energies, x) if energies.requires_grad else None
     return energies.detach(), gradient

@@ -18,7 +18,7 @@ from composable_ebm.energy import Energy, Sum, naming
 from composable_ebm.potential.packed import version_of
 
 if TYPE_CHECKING:
-    from composable_ebm.potential.plan import Group
+    from composable_ebm.potential.plan import Group, Ready
 
 __all__ = ["LinearPlan"]
 
@@ -30,22 +30,21 @@ class LinearPlan:
 
     Args:
         composition: A leaf, or a Sum of leaves.
-        groups: The networks that its leaves read.
+        groups: The networks that its leaves read, in each way that they may be evaluated together.
         columns: Which column each leaf takes.
     """
 
     def __init__(self, composition: Energy, groups: Sequence[Group], columns: dict[Hashable, Column]) -> None:
         self.composition = composition
-        self.groups = groups
         order = {leaf.key: k for k, leaf in enumerate(composition.leaves())}
-        self.places = [
-            [
+        self.places = {
+            group: [
                 (i, columns[leaf.key], order[leaf.key])
                 for i, (_, leaves) in enumerate(group.readers)
                 for leaf in leaves
             ]
-            for group in self.groups
-        ]
+            for group in groups
+        }
         self._made_for: tuple = ()
         self._cotangents: list[Tensor] = []
         self._coefficients: Tensor | None = None  # kept, so that its place is not taken by another
@@ -62,27 +61,24 @@ class LinearPlan:
         return cls(composition, groups, columns)
 
     def __call__(
-        self, x: Tensor, noise_level: Tensor | None, coefficients: Tensor
+        self, x: Tensor, noise_level: Tensor | None, coefficients: Tensor, ready: Sequence[Ready]
     ) -> tuple[Tensor, Tensor] | None:
-        """Energies and gradient; None where a group has no form by hand for these states."""
+        """Energies and gradient, by what is ready; None where something is not, or that is no such sum."""
         if x.device.type != "cpu" or (coefficients.dtype != x.dtype and coefficients.numel()):
             return None
-        forms = [group.ready(x, noise_level) for group in self.groups]
-        if None in forms:
+        if any(form is None for _, form in ready):
             return None
         evaluated = []
         with torch.no_grad():
-            for group, form in zip(self.groups, forms, strict=True):
+            for group, form in ready:
                 with naming(group.readers[0][1][0], self.composition):
-                    evaluated.append(form(x, group.heard(noise_level)))  # type: ignore[misc]
-            cotangents = self._weighing([outputs for outputs, _ in evaluated], coefficients, len(x))
+                    evaluated.append((group, *form(x, group.heard(noise_level))))  # type: ignore[misc]
+            cotangents = self._weighing([each[:2] for each in evaluated], coefficients, len(x))
             if cotangents is None:
                 return None
             energy: Tensor | None = None
             gradient: Tensor | None = None
-            for group, (outputs, pull_back), cotangent in zip(
-                self.groups, evaluated, cotangents, strict=True
-            ):
+            for (group, outputs, pull_back), cotangent in zip(evaluated, cotangents, strict=True):
                 part, slope = _but_batch(outputs * cotangent, group.single), pull_back(cotangent)
                 energy = part if energy is None else energy + part
                 gradient = slope if gradient is None else gradient + slope
@@ -90,18 +86,20 @@ class LinearPlan:
         assert gradient is not None
         return energy, gradient
 
-    def _weighing(self, outputs: list[Tensor], coefficients: Tensor, batch: int) -> list[Tensor] | None:
+    def _weighing(
+        self, evaluated: Sequence[tuple[Group, Tensor]], coefficients: Tensor, batch: int
+    ) -> list[Tensor] | None:
         """∂E/∂outputs of each group; it depends on the coefficients alone. None where outputs have other
         shapes than the columns need."""
-        made_for = (version_of(coefficients), [each.shape for each in outputs])
+        made_for = (version_of(coefficients), [(group, outputs.shape) for group, outputs in evaluated])
         if made_for == self._made_for:
             return self._cotangents
         weights = coefficients.movedim(-1, 0) if coefficients.shape[-1] else [1.0]
         cotangents = []
-        for group, each, places in zip(self.groups, outputs, self.places, strict=True):
-            whole = each[None] if group.single else each
+        for group, outputs in evaluated:
+            whole = outputs[None] if group.single else outputs
             cotangent = torch.zeros_like(whole)
-            for i, column, k in places:
+            for i, column, k in self.places[group]:
                 if column is ... and whole.ndim == 3 and whole.shape[2] == 1:
                     column = 0
                 if whole.ndim != (2 if column is ... else 3) or whole.shape[1] != batch:

@@ -50,6 +50,8 @@ PAUSE = 64
 
 Reader = tuple[nn.Module, list[Energy]]
 """A network and the leaves that read it."""
+Ready = tuple["Group", Evaluate | None]
+"""What evaluates some networks, and its way without a graph if it has one."""
 
 
 class Group:
@@ -57,24 +59,26 @@ class Group:
 
     Args:
         readers: The networks, and who reads each.
+        special: The form of all of them, if one is registered.
+        apart: What evaluates them where that does not serve.
     Attributes:
         form: What serves them without a graph, where anything does.
         single: Whether its outputs are those of one network, without an axis for networks.
     """
 
-    def __init__(self, readers: Sequence[Reader]) -> None:
+    def __init__(
+        self, readers: Sequence[Reader], special: Form | None = None, apart: Sequence[Group] = ()
+    ) -> None:
         self.readers = list(readers)
+        self.apart = list(apart)
         self.networks = [network for network, _ in readers]
         first = self.networks[0]
         self.noise_conditioned = readers[0][1][0].noise_conditioned or isinstance(first, _Whole)
-        special = special_form(first)
         self.single = special is None
-        self.form: Form | None = None
-        if special is not None:
-            self.form = special(self.networks)
-        elif len(readers) == 1:
+        self.form = special
+        if special is None and len(readers) == 1:
             self.form = TracedForm(first, first.leaf if isinstance(first, _Whole) else None)
-        self._by: Form | str = ""  # the form of the last evaluation, or what stopped it
+        self._by: Form | str | None = None  # the form of the last evaluation, or what stopped it
         self._asked: tuple[Hashable, int | None, Evaluate | str] = (None, None, "")
         self._pause = 0
         self._watches = [Watch(network) for network in self.networks]
@@ -84,9 +88,9 @@ class Group:
     @property
     def path(self) -> str:
         """The form of the last evaluation, in words."""
-        if not isinstance(self._by, str):
-            return self._by.path
-        return self._by
+        if self._by is None or not isinstance(self._by, str):
+            return "" if self._by is None else self._by.path
+        return f"by autograd: {self._by}" if self._by else "by autograd"
 
     @property
     def copies_weights(self) -> bool:
@@ -101,28 +105,30 @@ class Group:
         """What gives outputs and pulls cotangents back without a graph, or None where no form serves such
         states: outputs (networks, batch, ...), or those of the one network alone if `single`."""
         if self.form is None:
+            self._by = ""
             return None
         level, now = self.heard(noise_level), spell()
         kind = (x.shape, x.dtype, x.device, None if level is None else level.shape)
         known, then, found = self._asked
-        if kind != known or not (self._pause if isinstance(found, str) else now is not None and now == then):
+        refused = isinstance(found, str)
+        settled = self._pause and self.single if refused else now is not None and now == then
+        if kind != known or not settled:
             found = self.form.ready(x, level)
             self._asked = kind, now, found
             self._pause = PAUSE
         if isinstance(found, str):
             self._pause -= 1
+            self._by = found
             return None
         self._by = self.form
         return found
 
-    def __call__(self, x: Tensor, noise_level: Tensor | None) -> Sequence[Tensor]:
-        """Outputs of each network, at noise levels () or (batch,)."""
+    def outputs(self, x: Tensor, noise_level: Tensor | None, evaluate: Evaluate | None) -> Sequence[Tensor]:
+        """Outputs of each network, at noise levels () or (batch,), by what is `ready`."""
         level = self.heard(noise_level)
-        if (evaluate := self.ready(x, noise_level)) is not None:
+        if evaluate is not None:
             outputs = _ByHand.apply(x, level, evaluate)
             return [outputs] if self.single else outputs
-        refusal = self._asked[2]
-        self._by = f"by autograd: {refusal}" if refusal else "by autograd"
         if len(self.networks) > 1 and self.single:
             version = tuple(watch() for watch in self._watches)
             if self._stacked is None or version != self._stacked_version:
@@ -130,35 +136,44 @@ class Group:
             return self._stacked(x, level)  # type: ignore
         return [network(x) if level is None else network(x, level) for network in self.networks]
 
-    def describe(self) -> str:
-        """How many networks of what kind, and how they ran."""
+    def kinds(self) -> list[tuple[str, int, int, str]]:
+        """Of what kind its networks are, how many, how many terms read them, and how they ran."""
+        if self.apart and isinstance(self._by, str):
+            return [kind for group in self.apart for kind in group.kinds()]
         first, count = self.networks[0], len(self.networks)
-        kind = type(first.leaf if isinstance(first, _Whole) else first).__name__
-        text = f"one {kind}" if count == 1 else f"{count} {kind}"
-        if count > 1 and self.single:
-            text += " in one batched pass"
-        readers = sum(len(leaves) for _, leaves in self.readers)
-        text += f", read by {readers} terms" if readers > count else ""
-        return text + (f" ({self.path})" if self.path else "")
+        name = type(first.leaf if isinstance(first, _Whole) else first).__name__
+        batched = "in one batched pass" if count > 1 and self.single else ""
+        path = ", ".join(filter(None, (batched, self.path)))
+        return [(name, count, sum(len(leaves) for _, leaves in self.readers), path)]
 
 
 def _grouped(readers: Sequence[Reader], stack: bool) -> list[Group]:
-    """Networks sorted into groups that are evaluated together."""
+    """Networks sorted into groups that are evaluated together: by a special form, or else by their kind."""
+    kinds: dict[Hashable, list[Reader]] = {}
+    for network, leaves in readers:
+        special = special_form(network)
+        kind = id(network) if special is None else (special, leaves[0].noise_conditioned)
+        kinds.setdefault(kind, []).append((network, leaves))
+    groups, others = [], []
+    for members in kinds.values():
+        if (special := special_form(members[0][0])) is None:
+            others += members
+            continue
+        for part in special.groups([network for network, _ in members]):
+            together = [members[i] for i in part]
+            groups.append(Group(together, special(list(dict(together))), _alike(together, stack)))
+    return [*groups, *_alike(others, stack)]
+
+
+def _alike(readers: Sequence[Reader], stack: bool) -> list[Group]:
+    """Each network by itself, or those of one architecture together where they are stacked."""
     kinds: dict[Hashable, list[Reader]] = {}
     for network, leaves in readers:
         kind: Hashable = id(network)
-        if (special := special_form(network)) is not None:
-            kind = (special, leaves[0].noise_conditioned)
-        elif stack:
+        if stack:
             kind = (type(network), getattr(network, "architecture", id(network)), leaves[0].noise_conditioned)
         kinds.setdefault(kind, []).append((network, leaves))
-    groups = []
-    for members in kinds.values():
-        networks = [network for network, _ in members]
-        special = special_form(networks[0])
-        parts = [list(range(len(members)))] if special is None else special.groups(networks)
-        groups += [Group([members[i] for i in part]) for part in parts]
-    return groups
+    return [Group(members) for members in kinds.values()]
 
 
 OF_MODULES = frozenset(vars(nn.Module()))
@@ -209,22 +224,40 @@ class Plan:
             if (body := leaf.body()) is not None:
                 readers.setdefault(id(body), (body, []))[1].append(leaf)
         self.groups = _grouped(list(readers.values()), stack)
-        self.linear = None if single else LinearPlan.of(composition, self.groups)
+        everything = [part for group in self.groups for part in (group, *group.apart)]
+        self.linear = None if single else LinearPlan.of(composition, everything)
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:
+        return self._energies(x, noise_level, self._ready(x, noise_level))
+
+    def _ready(self, x: Tensor, noise_level: Tensor | None) -> list[Ready]:
+        """The groups that serve such states, and what evaluates each; None for autograd."""
+        found: list[Ready] = []
+        for group in self.groups:
+            evaluate = group.ready(x, noise_level)
+            if evaluate is None and group.apart:
+                found += [(each, each.ready(x, noise_level)) for each in group.apart]
+            else:
+                found.append((group, evaluate))
+        return found
+
+    def _energies(
+        self, x: Tensor, noise_level: Tensor | None, ready: Sequence[Ready]
+    ) -> dict[Hashable, Tensor]:
         energies = {}
         for leaf in self.alone:
             with naming(leaf, self.composition, x):
                 energies[leaf.key] = one_per_state(leaf, leaf.energy(x, noise_level), x)
         for leaf, group in self.wholes:
             with naming(leaf, self.composition, x):
-                energies[leaf.key] = one_per_state(leaf, group(x, noise_level)[0], x)
-        for group in self.groups:
-            with naming(group.readers[0][1][0], self.composition, x):
-                outputs = group(x, noise_level)
-            for (_, leaves), output in zip(group.readers, outputs, strict=True):
-                for leaf in leaves:
-                    with naming(leaf, self.composition):
+                outputs = group.outputs(x, noise_level, group.ready(x, noise_level))
+                energies[leaf.key] = one_per_state(leaf, outputs[0], x)
+        for group, evaluate in ready:
+            with naming(group.readers[0][1][0], self.composition, x) as told:
+                outputs = group.outputs(x, noise_level, evaluate)
+                for (_, leaves), output in zip(group.readers, outputs, strict=True):
+                    for leaf in leaves:
+                        told.leaf = leaf
                         energies[leaf.key] = one_per_state(leaf, leaf.read(output), x)
         return energies
 
@@ -239,11 +272,14 @@ class Plan:
             composition: Of the same leaves; the one that was planned, up to the coefficients inside it.
             coefficients: Those of the composition, (n,) or (batch, n).
         """
+        ready = self._ready(x, noise_level)
         if self.linear is not None:
-            found = self.linear(x, noise_level, coefficients)
+            found = self.linear(x, noise_level, coefficients, ready)
             if found is not None:
                 return found
-        return with_gradient(lambda x: composition.combine(self(x, noise_level), coefficients), x)
+        return with_gradient(
+            lambda x: composition.combine(self._energies(x, noise_level, ready), coefficients), x
+        )
 
     @property
     def structure(self) -> Hashable:
@@ -257,7 +293,16 @@ class Plan:
 
     def describe(self) -> str:
         """One line for reports: which networks, and by which path they were last evaluated."""
-        parts = [group.describe() for group in (*self.groups, *(group for _, group in self.wholes))]
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for group in (*self.groups, *(group for _, group in self.wholes)):
+            for name, count, readers, path in group.kinds():
+                before = found.get((name, path), (0, 0))
+                found[name, path] = before[0] + count, before[1] + readers
+        parts = []
+        for (name, path), (count, readers) in found.items():
+            text = f"one {name}" if count == 1 else f"{count} {name}"
+            text += f", read by {readers} terms" if readers > count else ""
+            parts.append(text + (f" ({path})" if path else ""))
         if self.alone:
             parts.append(f"{len(self.alone)} energ{'y' if len(self.alone) == 1 else 'ies'} alone")
         return "; ".join(parts)

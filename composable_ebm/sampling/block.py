@@ -254,6 +254,7 @@ class Block:
         if self._sigma is not None and schedule.noise_power:
             power = self._sigma**schedule.noise_power
             self._step_scale = power if self._scale is None else self._scale * power
+        self._moves = self._step_scale is not None or self._temperature is not None
         self.adapt_until = num_warmup
         if annealed and self.levels:
             self.adapt_until = max(num_warmup, self.levels.index(self.levels[-1]))
@@ -289,6 +290,8 @@ class Block:
 
     def scheduled(self) -> Dynamics:
         """The numbers of the next step."""
+        if not self._moves:
+            return self.dynamics
         step_size, temperature, noise_scale = self.dynamics
         if (scale := self._at(self._step_scale)) is not None:
             step_size = step_size * scale

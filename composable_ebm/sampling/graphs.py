@@ -69,7 +69,8 @@ def step_rows(
     kernel: Kernel, potential: Potential, rows: Rows, numbers: Tensors, noise: Noise, clock: Clock
 ) -> Moved:
     """One step of every chain, `numbers` being its `Dynamics`; those not finite after it stay."""
-    state, info = kernel.step(potential, rows.state, noise, Dynamics(*numbers))  # type: ignore[arg-type]
+    dynamics = numbers if isinstance(numbers, Dynamics) else Dynamics(*numbers)  # type: ignore[arg-type]
+    state, info = kernel.step(potential, rows.state, noise, dynamics)
     norm = torch.linalg.vector_norm(flat(state.gradient), dim=1)
     return Moved(rows.moved(state, clock, norm), norm, info.acceptance)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.networks.diffused_pass import DiffusedPass
+from composable_ebm.experts.networks.diffused_native import DiffusedPass
 from composable_ebm.experts.networks.skeleton import ModulatedSkeleton
 from composable_ebm.potential.forms import register
 

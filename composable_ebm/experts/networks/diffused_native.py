@@ -1,8 +1,10 @@
 """Several `DiffusedEnergy` networks in one pass in C (`native/perceptrons.c`), weights read as float16.
 
 Stored experts have float16 weights, so a copy of half the size loses nothing, and serves both ways:
-four face experts take 15 MB instead of 60, and stay in the cache from step to step. Networks with
-other weights, and processors without AVX-512, are left to the operators of `diffused_pass`.
+four face experts take 15 MB instead of 60, and stay in the cache from step to step. What the networks
+of a product have in common is computed once: the embedding of a noise level that all chains share, and
+the skeleton where it is the same, as it is for experts fine-tuned from one base. Networks with other
+weights, and machines without the C function, are left to the general forms.
 """
 
 from __future__ import annotations
@@ -10,21 +12,25 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from composable_ebm.potential.native import in_parts, library, wanted
-from composable_ebm.potential.packed import version_of
+from composable_ebm.potential.forms import Evaluate
+from composable_ebm.potential.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.packed import Watch, hooked, version_of
 
 if TYPE_CHECKING:
     from composable_ebm.experts.networks.diffused import DiffusedEnergy
-    from composable_ebm.experts.networks.diffused_pass import AtLevel
 
-__all__ = ["NativePass"]
+__all__ = ["DiffusedPass"]
 
 INPUTS, OUTPUTS = 16, 64  # sizes are rounded up to multiples of these, with zeros
+SKELETON = ("mean", "axes", "variances", "residual", "spread", "frequencies", "signs")
+MODULATED = ("from_components", "second", "third")
 
 
 class Matrix(ctypes.Structure):
@@ -69,18 +75,160 @@ Halves = dict[str, tuple[Tensor, int]]
 """Large matrices of a network, transposed, in float16, with their number of inputs."""
 
 
-class NativePass:
+@dataclass
+class AtLevel:
+    """What depends on the noise level alone: one row where all chains share a level.
+
+    Attributes:
+        modulation: Gain and bias of the three layers in turn, (networks, rows, hidden) each.
+        root: √(1/(variances + σ²)), (rows, components).
+        rest: 1/(residual + σ²), (rows,).
+        spread: root² - rest, (rows, components).
+        shrink: 1/√(σ² + s²), (rows,).
+        amount: r(σ), (rows,).
+    """
+
+    modulation: list[Tensor]
+    root: Tensor
+    rest: Tensor
+    spread: Tensor
+    shrink: Tensor
+    amount: Tensor
+
+
+class DiffusedPass:
+    """A form: x, noise level -> outputs (networks, batch, values) and the function that pulls gradients back.
+
+    The number of values is that of the network with most; outputs of the others are padded with copies of
+    their common part, which nobody reads.
+
+    Args:
+        networks: `DiffusedEnergy` of one architecture and one skeleton.
+    Attributes:
+        product: The networks as C reads them, once they were asked for.
+    """
+
+    path = "in one pass in C, weights as float16"
+
+    def __init__(self, networks: Sequence[DiffusedEnergy]) -> None:
+        self.networks = list(networks)
+        self._watches = [Watch(network) for network in self.networks]
+        self._version: tuple = ()
+        self._refusal: str | None = None
+        self.product: _InC | None = None
+        self._halves: list[Halves] = []
+
+    @staticmethod
+    def groups(networks: Sequence[DiffusedEnergy]) -> list[list[int]]:
+        """Which networks, by index, may go through one pass: of equal sizes, with equal skeletons."""
+        groups: list[list[int]] = []
+        for i, network in enumerate(networks):
+            group = next((group for group in groups if _agree(network, networks[group[0]])), None)
+            if group is None:
+                groups.append([i])
+            else:
+                group.append(i)
+        return groups
+
+    def ready(self, x: Tensor, noise_level: Tensor | None) -> Evaluate | str:
+        """The pass, or why it does not serve such states: other weights than those of stored experts, hooks,
+        states of another type, no function in C (yet)."""
+        if x.device.type != "cpu" or x.dtype != torch.float32 or not wanted():
+            return "states or settings that the function in C is not for"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        self._take_over()
+        if self._refusal is not None:
+            return self._refusal
+        if not allowed(self._operations * len(x)):
+            return "the function in C is not compiled"
+        if self.product is None:
+            self.product = _InC(self.networks, self._halves)
+        return self._evaluate
+
+    def _take_over(self) -> None:
+        """Takes over weights that changed since the last call."""
+        version = tuple(watch() for watch in self._watches)
+        if version == self._version:
+            return
+        self._version, self.product, self._refusal = version, None, None
+        self._kept: tuple[object, Level | None] = (None, None)  # of the last noise level
+        if any(map(hooked, self.networks)):
+            self._refusal = "hooks"
+            return
+        if not all(_agree(network, self.networks[0]) for network in self.networks):
+            raise ValueError(
+                "the skeletons of these networks were equal and no longer are: build a new chain."
+            )
+        self._halves = [half for network in self.networks if (half := _packed(network)) is not None]
+        if len(self._halves) < len(self.networks):
+            self._refusal = "weights that float16 does not hold"
+            return
+        self._operations = 4 * sum(w.numel() for network in self.networks for w in _weights(network))
+        self._embedding = [self._stack(name, "weight").mT for name in ("embed", "modulate")]
+        biased = ("embed", "modulate", *MODULATED)
+        self._bias = {name: self._stack(name, "bias")[:, None] for name in biased}
+
+    def _stack(self, layer: str, part: str) -> Tensor:
+        return torch.stack([getattr(getattr(n, layer), part).detach() for n in self.networks])
+
+    def _evaluate(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        assert self.product is not None
+        return self.product(x, self._level(noise_level, x))
+
+    def _level(self, noise_level: Tensor | None, x: Tensor) -> Level:
+        """What depends on the noise level, computed once for each."""
+        skeleton = self.networks[0]
+        low, high = skeleton.noise_range
+        if noise_level is None:
+            noise_level = x.new_full((1,), low)
+        key = tuple(noise_level.reshape(-1).tolist())
+        kept, level = self._kept
+        if level is not None and kept == key:
+            return level
+        sigma = noise_level.to(x.dtype).reshape(-1).clamp(low, high)
+        waves = sigma.log()[:, None] * skeleton.frequencies
+        waves = torch.cat([waves.sin(), waves.cos()], dim=1).expand(len(self.networks), -1, -1)
+        embed, modulate = self._embedding
+        embedding = F.silu(torch.baddbmm(self._bias["embed"], waves, embed))
+        modulation = torch.baddbmm(self._bias["modulate"], embedding, modulate)
+        parts = []
+        chunks = modulation.chunk(6, dim=2)
+        for layer, shift, bias in zip(MODULATED, chunks[::2], chunks[1::2], strict=True):
+            gain = 1 + shift
+            # (W h + c) g + b = (W h) g + (c g + b)
+            parts += [gain, torch.addcmul(bias, self._bias[layer], gain)]
+        noise = sigma.square()
+        precision = 1 / (skeleton.variances + noise[:, None])
+        rest = 1 / (skeleton.residual + noise)
+        scale = noise + skeleton.spread.square()
+        assert self.product is not None
+        level = self.product.level(
+            AtLevel(
+                parts,
+                root=precision.sqrt(),
+                rest=rest,
+                spread=precision - rest[:, None],
+                shrink=scale.rsqrt(),
+                amount=2 * (skeleton.denoiser_error(sigma) * scale).sqrt() / noise,
+            )
+        )
+        self._kept = (key, level)
+        return level
+
+
+class _InC:
     """x, what depends on the noise level -> outputs (networks, batch, values) and the function that pulls
     cotangents back.
 
     Args:
         networks: `DiffusedEnergy` of one architecture and one skeleton.
-        halves: Their matrices, see `in_half`.
-        values: Number of outputs of each; those of networks with fewer are the common part alone.
+        halves: Their matrices.
     """
 
-    def __init__(self, networks: Sequence[DiffusedEnergy], halves: Sequence[Halves], values: int) -> None:
+    def __init__(self, networks: Sequence[DiffusedEnergy], halves: Sequence[Halves]) -> None:
         first = networks[0]
+        values = max(1, *(0 if n.value_head is None else len(n.value_head.weight) for n in networks))
         self.values, self.networks = values, len(networks)
         self.kept: list[Tensor] = []  # what the structures point to
         self.hidden = _up(first.second.weight.shape[0], OUTPUTS)
@@ -113,21 +261,6 @@ class NativePass:
             self._keep(torch.cat([network.linear_head.bias.detach() for network in networks])),
         )
         self.memory: list[Tensor] = []
-
-    @staticmethod
-    def in_half(networks: Sequence[DiffusedEnergy]) -> list[Halves] | None:
-        """The matrices of each network in float16, or None where that would change one, or weights are not
-        float32 on a CPU, or C is not wanted."""
-        like = networks[0].second.weight
-        if not wanted() or like.device.type != "cpu" or like.dtype != torch.float32:
-            return None
-        halves = [each for network in networks if (each := _packed(network)) is not None]
-        return halves if len(halves) == len(networks) else None
-
-    @staticmethod
-    def operations(networks: Sequence[DiffusedEnergy]) -> int:
-        """Additions and multiplications of outputs and gradient for one state, about."""
-        return 4 * sum(weight.numel() for network in networks for weight in _weights(network))
 
     def level(self, at: AtLevel) -> Level:
         """What depends on the noise level, as C reads it; it lives as long as the structure."""
@@ -202,7 +335,10 @@ def _packed(network: DiffusedEnergy) -> Halves | None:
     """
     version = [(version_of(weight), float(weight.sum())) for weight in _weights(network)]
     if network not in _kept or _kept[network][0] != version:
-        exact = all(torch.equal(weight.half().float(), weight) for weight in _weights(network))
+        exact = all(
+            weight.dtype == torch.float32 and torch.equal(weight.half().float(), weight)
+            for weight in _weights(network)
+        )
         matrices = {
             "pixels": network.from_pixels.weight,
             "components": network.from_components.weight,
@@ -229,3 +365,13 @@ def _widened(tensor: Tensor, size: int) -> Tensor:
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def _agree(one: DiffusedEnergy, other: DiffusedEnergy) -> bool:
+    """Whether two networks have equal sizes, but for the number of values, and equal skeletons."""
+    if one is other:
+        return True
+    if {**one.options, "num_values": 0} != {**other.options, "num_values": 0}:
+        return False
+    pairs = [(getattr(one, name), getattr(other, name)) for name in SKELETON]
+    return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)
