@@ -138,7 +138,8 @@ def test_codec_and_base_are_trained_first_and_once_where_an_attribute_is_learned
     capsys.readouterr()
     assert training.main([photos.name, *flags]) == 0
     said = capsys.readouterr().out
-    assert "my_photos/codec" not in said
+    assert "codec stays as it is, learned from my photos/train" in said
+    assert said.count("my_photos/codec") == 1
 
 
 def test_a_folder_is_learned_on_latents_unless_told_otherwise(tmp_path):

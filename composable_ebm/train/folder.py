@@ -127,6 +127,11 @@ def stages_before(config: TrainConfig) -> tuple[list[TrainConfig], TrainConfig]:
     )
     first = [codec] if config.name == BASE else [codec, below]
     missing = [stage for stage in first if not _is_there(family / stage.name, digest)]
+    for there in (family / stage.name for stage in first if stage not in missing):
+        print(
+            f"{there} stays as it is, learned from {read_card(there).data}: delete it to learn it from the "
+            "pictures as they are now."
+        )
     total = sum(SHARES[_kind(stage)] for stage in (*first, config))
     timed = [replace(s, minutes=s.minutes * SHARES[_kind(s)] / total) for s in (*missing, config)]
     return timed[:-1], timed[-1]
