@@ -9,7 +9,7 @@ import composable_ebm
 
 ROOT = Path(composable_ebm.__file__).parent
 FLOORS = (
-    "files processes",
+    "files processes proportions",
     "data",
     "energy",
     "potential plotting",

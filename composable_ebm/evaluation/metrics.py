@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from composable_ebm.proportions import wilson_interval
 
 __all__ = [
     "entropy",
@@ -15,20 +15,6 @@ __all__ = [
     "precision_recall",
     "wilson_interval",
 ]
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion.
-
-    Reference:
-        Wilson (1927), Probable inference, the law of succession, and statistical inference.
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    p, n = successes / trials, trials
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def entropy(shares: Tensor) -> float:

@@ -37,6 +37,7 @@ from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks import RegionClassifier
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
+from composable_ebm.proportions import wilson_interval
 
 VALUES = ("no", "yes")
 LEAST = 3  # marks of each kind
@@ -275,7 +276,7 @@ def _fitted(seen: Tensor, signs: Tensor, penalty: float, steps: int = 8) -> Tens
 
 def _card(base: Expert, name: str, yes: int, no: int, right: Tensor, lesson: Lesson) -> Card:
     count, share = len(right), float(right.mean())
-    middle, half = _interval(share, count)
+    low, high = wilson_interval(int(right.sum()), count)
     card = base.card
     return Card(
         family=card.family,
@@ -293,18 +294,11 @@ def _card(base: Expert, name: str, yes: int, no: int, right: Tensor, lesson: Les
         training={"taught": asdict(lesson), "beside": card.full_name},
         metrics={
             "heldout_accuracy": round(share, 4),
-            "heldout_low": round(max(0.0, middle - half), 4),
-            "heldout_high": round(min(1.0, middle + half), 4),
+            "heldout_low": round(low, 4),
+            "heldout_high": round(high, 4),
         },
         failures=f"Learned from {count} pictures: what else they have in common it may take for {name}.",
         licence=card.licence,
         codec=card.codec,
         base=str(card.weights.get("sha256", "")),
     )
-
-
-def _interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Middle and half width of the 95 % interval of a share of `count` (Wilson 1927)."""
-    scale = 1 + z**2 / count
-    middle = (share + z**2 / (2 * count)) / scale
-    return middle, z / scale * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))

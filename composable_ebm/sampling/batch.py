@@ -98,7 +98,8 @@ class Batch(ABC):
     def _drawn_from_the_carrier(self, block: Block, x: Tensor) -> Tensor:
         """Draws of the carrier at the first noise level, from noise of that level.
 
-        Much noise leaves only the mean of the data: x - σ² ∂E_c/∂x, with new noise on it.
+        Much noise leaves only the mean of the data: x - σ² ∂E_c/∂x, with new noise on it. Densities
+        that know no `Energy.prior` need it; the others spend a gradient on it.
         """
         sigma = block.noise_level
         assert sigma is not None
