@@ -41,7 +41,7 @@ from composable_ebm.energy.base import (
     soft_minimum,
 )
 from composable_ebm.energy.carrier import NotCarriedError, carrier, satisfied, settled
-from composable_ebm.energy.gradient import slope, with_gradient
+from composable_ebm.energy.gradient import slope, slopes, with_gradient
 from composable_ebm.energy.nodes import Mixture, Not, Sum
 from composable_ebm.energy.space import Codec
 
@@ -69,6 +69,7 @@ __all__ = [
     "satisfied",
     "settled",
     "slope",
+    "slopes",
     "soft_minimum",
     "with_gradient",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
-from types import EllipsisType
 from typing import Any
 
 import torch
@@ -42,9 +41,7 @@ class _Callable(Energy):
     def body(self) -> nn.Module | None:
         return None if isinstance(self.function, Function) or self.noise_conditioned else self.function
 
-    @property
-    def column(self) -> EllipsisType:
-        return ...
+    is_sum = True
 
     def read(self, outputs: Tensor) -> Tensor:
         return outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs

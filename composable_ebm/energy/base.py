@@ -8,7 +8,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -119,6 +118,14 @@ class Energy(nn.Module, ABC):
     codec: Codec | None = None
     given_weight: float = 1.0
     wide_states: bool = False
+
+    is_sum: bool = True
+    """Whether it is a weighted sum of what networks give: `read` takes a column, `combine` adds."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "is_sum" not in vars(cls) and ("read" in vars(cls) or "combine" in vars(cls)):
+            cls.is_sum = False  # a class that reads or combines in its own way has to say so anew
 
     @abstractmethod
     def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
@@ -352,12 +359,6 @@ class Energy(nn.Module, ABC):
     def read(self, outputs: Tensor) -> Tensor:
         """Energies (batch,) from the outputs of `body()`."""
         raise TypeError(f"{self} has no body to read")
-
-    @property
-    def column(self) -> int | EllipsisType | None:
-        """Where `read` does no more than take a column of the outputs, which one; ... for an output that
-        is the energy, None where `read` does more."""
-        return None
 
     # -- operators ------------------------------------------------------------------------------
 

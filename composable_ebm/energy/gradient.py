@@ -10,12 +10,12 @@ in one backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["slope", "with_gradient"]
+__all__ = ["slope", "slopes", "with_gradient"]
 
 
 def slope(energies: Tensor, x: Tensor, *, learn: bool = False) -> Tensor:
@@ -29,6 +29,18 @@ def slope(energies: Tensor, x: Tensor, *, learn: bool = False) -> Tensor:
     # The sum, since cotangents that are given load sympy, a third of a second of a cold start.
     (gradient,) = torch.autograd.grad(energies.sum(), x, create_graph=learn, allow_unused=True)
     return torch.zeros_like(x) if gradient is None else gradient
+
+
+def slopes(energies: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """∂E/∂ of each of several inputs, shape of each; None for those that nothing depends on.
+
+    Args:
+        energies: (batch,), computed from inputs that require a gradient, and from others perhaps.
+        inputs: Tensors whose rows are those of the states.
+    """
+    wanted = [each for each in inputs if each.requires_grad]
+    found = iter(torch.autograd.grad(energies.sum(), wanted, allow_unused=True))
+    return [next(found) if each.requires_grad else None for each in inputs]
 
 
 def with_gradient(energy: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor | None]:

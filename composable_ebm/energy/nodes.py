@@ -144,6 +144,10 @@ class Sum(Node):
             return self.operands[0].key
         return ("sum", *((t.key, weight_key(w)) for t, w in zip(self.operands, self.weights, strict=True)))
 
+    @property
+    def is_sum(self) -> bool:  # type: ignore[override]
+        return all(term.is_sum for term in self.operands)
+
     def combine(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
         own, blocks = self.split(coefficients)
         return (own * self._child_energies(energies, blocks)).sum(-1)

@@ -179,8 +179,9 @@ class Expert(Energy):
         return self.network if self.base is None else None
 
     @property
-    def column(self) -> int | None:
-        return self.value
+    def is_sum(self) -> bool:  # type: ignore[override]
+        own = self.value is not None
+        return own if self.base is None else self.base.is_sum and (own or self.posterior is None)
 
     def read(self, outputs: Tensor) -> Tensor:
         # A batched pass pads the outputs of networks with fewer values.
@@ -245,9 +246,7 @@ class Posterior(Energy):
     def body(self) -> nn.Module:
         return self.network
 
-    @property
-    def column(self) -> int | None:
-        return self.value
+    is_sum = True
 
     def read(self, outputs: Tensor) -> Tensor:
         return outputs[:, self.value]

@@ -118,9 +118,7 @@ class _Prompted(Energy):
     def body(self) -> nn.Module:
         return self.network
 
-    @property
-    def column(self) -> int:
-        return 0
+    is_sum = True
 
     def read(self, outputs: Tensor) -> Tensor:
         return outputs[:, 0]
