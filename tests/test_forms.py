@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import composable_ebm as ceb
-from composable_ebm.experts.networks import ConvEnergy
+from composable_ebm.experts.networks import ConvEnergy, NoisyClassifier
 from composable_ebm.potential import native
 from composable_ebm.potential.forms.traced import TracedForm
 from composable_ebm.potential.potential import Potential
@@ -321,6 +321,22 @@ ZOO = {
 }
 
 
+def gains(self, x):
+    h = self.a(x)
+    h = F.silu(self.b(F.silu(h * self.gain + self.bias)) * 0.5 + h.mul(self.gain))
+    return self.head(h.flatten(1)).square().sum(1)
+
+
+ZOO["gains and biases"] = Net(
+    gains,
+    a=conv(3, 20),
+    b=conv(20, 20),
+    head=nn.Linear(1280, 60),  # large: it stays outside, and an image comes out
+    gain=nn.Parameter(torch.randn(20, 1, 1)),
+    bias=nn.Parameter(torch.randn(1, 20, 1, 1)),
+)
+
+
 WITH_CONVOLUTIONS_IN_C = {
     *(
         "a sequence in a class",
@@ -331,6 +347,7 @@ WITH_CONVOLUTIONS_IN_C = {
         "plain sums",
         "bottleneck",
         "instance norm",
+        "gains and biases",
     ),
     "weights shared",
     "unet, sixteen channels",
@@ -357,6 +374,19 @@ def test_several_outputs_come_from_c(monkeypatch):
         got = (outputs, pull_back(cotangent[:batch]))
         assert_equal(got, plain(network, x[:batch], cotangent[:batch]))
         assert traced.path == IN_C
+
+
+@pytest.mark.parametrize("level", [torch.tensor(0.3), torch.tensor([0.1, 1.0, 3.0])])
+def test_gains_of_a_noise_level_go_along(level, form):
+    torch.manual_seed(0)
+    network = NoisyClassifier((3, 8, 8), num_values=3, width=20, hidden=24)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    traced, x, cotangent = TracedForm(network), points(3, (3, 8, 8)), points(3, (3,))
+    for moved in (level, 2 * level, level):
+        outputs, pull_back = traced.ready(x, moved)(x, moved)
+        assert_equal((outputs, pull_back(cotangent)), plain(lambda s: network(s, moved), x, cotangent))  # noqa: B023
+    assert traced.path == (STEPS if level.ndim else form)
 
 
 @pytest.mark.parametrize("name", ["residual sum", "unet", "layer norm", "transposed"])

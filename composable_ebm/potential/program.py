@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.potential.forms.native import NativeNetwork, part_for_c
-from composable_ebm.potential.native.plan import Part, Unfit
+from composable_ebm.potential.native.plan import Unfit
 from composable_ebm.potential.operations import RULES, Pullback, Step
 from composable_ebm.potential.packed import version_of
 from composable_ebm.potential.trace import Node, Trace, Unreadable, Value
@@ -36,9 +36,10 @@ class Program:
 
     def __init__(self, trace: Trace, in_c: bool = True) -> None:
         nodes = trace.needed()
-        self.in_c = _in_c(nodes) if in_c else None
-        if self.in_c is not None:
-            nodes = self.in_c.instead(nodes)
+        self.trace, self.native = trace, _native(nodes) if in_c else None
+        self._ran_in_c = False
+        if self.native is not None:
+            nodes = _instead(self.native, nodes)
         places = {trace.x: 0} | ({} if trace.noise_level is None else {trace.noise_level: 1})
         for node in nodes:
             places[node.output] = len(places)
@@ -58,8 +59,12 @@ class Program:
     @property
     def path(self) -> str:
         """How the last states were evaluated, in words."""
-        in_c = self.in_c is not None and self.in_c.ran
-        return "traced, its convolutions in C" if in_c else "traced, gradients by hand"
+        return "traced, its convolutions in C" if self._ran_in_c else "traced, gradients by hand"
+
+    @cached_property
+    def without_c(self) -> Program:
+        """The same, step by step."""
+        return Program(self.trace, in_c=False)
 
     def _inputs(self, node: Node) -> list[int]:
         return [self.places[value] for value in node.inputs]
@@ -86,6 +91,10 @@ class Program:
         return values
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        if self.native is not None:
+            self._ran_in_c = self.native.allowed(len(x))
+            if not self._ran_in_c:
+                return self.without_c(x, noise_level)
         values = self._prepared(x, noise_level)
         pulls: list[tuple[Pullback, list[int], int]] = []
         for step, inputs, place in self.steps:
@@ -153,36 +162,28 @@ def _chained(steps: Sequence[Step]) -> Step:
     return step
 
 
-def _in_c(nodes: Sequence[Node]) -> _InC | None:
+def _native(nodes: Sequence[Node]) -> NativeNetwork | None:
     part = part_for_c(nodes)
     try:
-        return None if part is None else _InC(part)
+        return None if part is None else NativeNetwork(part)
     except Unfit:
         return None
 
 
-class _InC:
-    """A part of a network as one operation: in C where that can be had now, or by its steps."""
+def _instead(native: NativeNetwork, nodes: Sequence[Node]) -> list[Node]:
+    """The operations with those that C does as one of them."""
+    part, inside = native.part, set(native.part.nodes)
 
-    def __init__(self, part: Part) -> None:
-        self.network = NativeNetwork(part)
-        self.part = part
-        self.ran = False
+    def step(x: Tensor, *levels: Tensor) -> tuple[Tensor, Pullback]:
+        y, pull = native(x, *levels)
+        return y, (lambda g: (pull(g), *[None] * len(levels))) if levels else pull
 
-    @cached_property
-    def steps(self) -> Program:
-        """The part without C."""
-        return Program(Trace(self.part.input, None, self.part.output, self.part.nodes), in_c=False)
-
-    def instead(self, nodes: Sequence[Node]) -> list[Node]:
-        """The operations with the part as one of them."""
-        whole = Node(IN_C, self.step, {"input": self.part.input}, self.part.output)
-        inside, last = set(self.part.nodes), self.part.nodes[-1]
-        return [whole if node is last else node for node in nodes if node is last or node not in inside]
-
-    def step(self, input: Tensor) -> tuple[Tensor, Pullback]:
-        self.ran = self.network.allowed(len(input))
-        return self.network(input) if self.ran else self.steps(input, None)
+    whole = Node(IN_C, step, {"inputs": [part.input, *part.levels]}, part.output)
+    return [
+        whole if node is part.nodes[-1] else node
+        for node in nodes
+        if node not in inside or node is part.nodes[-1]
+    ]
 
 
 def _step(node: Node) -> Step:

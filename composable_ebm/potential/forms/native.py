@@ -2,7 +2,8 @@
 
 An image goes through all layers, and back, before the next one starts, so nothing leaves the cache.
 The function (`native/convolutions.c`) is one for all networks. In a traced network `part_for_c` finds what
-it can do, from one image to a few numbers; the rest stays as it is.
+it can do, from one image to a few numbers; the rest stays as it is. So do large linear layers: their weights
+are read once for all images there, and would be read for each here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from composable_ebm.potential.native.plan import (
     Operation,
     Part,
     Plan,
+    of_channels,
     over_all,
 )
 from composable_ebm.potential.operations import Pullback
@@ -30,7 +32,9 @@ from composable_ebm.potential.trace import Node, Value
 __all__ = ["NativeNetwork", "part_for_c"]
 
 SILENT = {"flatten", "view", "reshape", "_unsafe_view", "squeeze", "contiguous", "clone", "dropout", "to"}
-MOST_OUTPUTS, MOST_STRIDE = 64, 4
+MOST_OUTPUTS, MOST_PIXELS, MOST_STRIDE = 64, 4096, 4
+MOST_WEIGHTS = 1 << 16
+"""Of a linear layer."""
 
 
 class _Network(ctypes.Structure):
@@ -54,8 +58,11 @@ def part_for_c(nodes: Sequence[Node]) -> Part | None:
             readers.setdefault(value, []).append(node)
     for last in reversed(nodes):
         shape = last.output.shape
-        flat = 0 < len(shape) <= 2 and shape.numel() <= MOST_OUTPUTS * shape[0]
-        if flat and last.operation in ("linear", "sum", "mean") and _can(last):
+        if not 0 < len(shape) <= 2 or not _can(last):
+            continue
+        ends = last.operation in ("linear", "sum", "mean")
+        flattens = last.operation in SILENT and len(last.inputs[0].shape) == 4
+        if (ends or flattens) and shape.numel() <= (MOST_OUTPUTS if ends else MOST_PIXELS) * shape[0]:
             inside: set[Node] = set()
             outside = _reach(last, made, inside)
             leaks = any(
@@ -63,7 +70,9 @@ def part_for_c(nodes: Sequence[Node]) -> Part | None:
             )
             image = next(iter(outside), last.output)
             if len(outside) == 1 and not leaks and _comes_in(image, inside):
-                return Part(image, last.output, [node for node in nodes if node in inside])
+                kept = [node for node in nodes if node in inside]
+                levels = dict.fromkeys(value for node in kept for value in node.inputs if not value.live)
+                return Part(image, last.output, kept, list(levels))
     return None
 
 
@@ -75,6 +84,8 @@ def _reach(last: Node, made: dict[Value, Node], inside: set[Node]) -> set[Value]
         inside.add(node)
         for value in node.inputs:
             before = made.get(value)
+            if not value.live:
+                continue
             if before is None or not _can(before):
                 outside.add(value)
             elif before not in inside:
@@ -101,10 +112,11 @@ def _can(node: Node) -> bool:
     arguments, inputs = node.arguments, node.inputs
     if not node.output.live or any(v.dtype != torch.float32 for v in (node.output, *inputs)):
         return False
-    shape = inputs[0].shape
+    name, shape = node.operation, inputs[0].shape
+    if name in ("mul", "add") and of_channels(node) is not None:
+        return node.output.shape[1] >= BLOCK
     if len(shape) not in (2, 4) or len(inputs) > 2 or not all(value.live for value in inputs):
         return False
-    name = node.operation
     if name == "add":
         return len(inputs) == 2 and inputs[1].shape == shape and arguments["alpha"] == 1
     if name == "cat":
@@ -114,7 +126,9 @@ def _can(node: Node) -> bool:
     if len(inputs) != 1:
         return False
     known: dict[str, Callable[[], bool]] = {
-        "linear": lambda: len(shape) == 2 and _constant(arguments["weight"]),
+        "linear": lambda: (
+            len(shape) == 2 and _constant(arguments["weight"]) and arguments["weight"].numel() <= MOST_WEIGHTS
+        ),
         "conv2d": lambda: _plain_convolution(arguments) and len(shape) == 4,
         "batch_norm": lambda: not arguments["training"] and arguments["running_mean"] is not None,
         "group_norm": lambda: shape[1] <= MOST_CHANNELS,
@@ -195,12 +209,19 @@ class NativeNetwork:
         )
         self._memory: list[Tensor] = []
         self._kept: list[Tensor] = []
+        self._varying = [(part.levels.index(value), slice(*place)) for value, *place in plan.varying]
+        self._levels: tuple[Tensor, ...] = ()
 
     def allowed(self, rows: int) -> bool:
         """Whether to use it now, see `native.allowed`."""
         return allowed(float(self.operations * rows))
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Pullback]:
+    def __call__(self, x: Tensor, *levels: Tensor) -> tuple[Tensor, Pullback]:
+        """Outputs and pullback, where `levels` are those of the part; they are new where their values are."""
+        if [*map(id, levels)] != [*map(id, self._levels)]:
+            for i, place in self._varying:
+                self.weights[place] = levels[i].reshape(-1)
+            self._levels = levels
         x = x.contiguous()
         outputs = x.new_empty(len(x), self.outputs)
         shape = (len(x), *self.part.output.shape[1:])

@@ -1,7 +1,7 @@
 /* Energy and input gradient of a network of convolutions, one image at a time, everything in cache.
 
-   A network is a list of operations on images (convolutions and linear layers, activations, sums,
-   normalisations by groups, average pooling), which run forward and then backward. Images lie as height, width,
+   A network is a list of operations on images (convolutions and linear layers, activations, sums, gains
+   and biases of channels, normalisations by groups, average pooling), which run forward and then backward. Images lie as height, width,
    channels; channels are padded to BLOCK, and borders of zeros stand around what a convolution reads,
    forward and backward. A linear layer is a convolution of a single pixel with many channels. One primitive
    does nearly all the work, `tile`: a few pixels times a few vectors of output channels, kept in registers,
@@ -13,7 +13,7 @@
 
 #include "vectors.h"
 
-enum { CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING };
+enum { CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING, SCALING };
 enum { IDENTITY, SILU, RELU, TANH, SIGMOID, ELU, GELU, GELU_BY_TANH, SQUARE };
 
 typedef struct {
@@ -110,20 +110,20 @@ static void pixels_times_weights(int count, const float **x, int rows, ptrdiff_t
     float *z[8];
     for (int c = 0; c < channels;) {
 #if LANES == 16
-        int vectors = channels - c >= 4 * LANES ? 4 : channels - c >= 2 * LANES ? 2 : 1;
+        int vectors = channels - c >= 4 * LANES && count == 1 ? 4 : channels - c >= 2 * LANES ? 2 : 1;
 #else
         enum { vectors = BLOCK / LANES }; /* all that registers hold beside four or more pixels */
 #endif
         for (int p = 0; p < 8; p++) z[p] = z0[p] + c;
         if (count == 1) {
             if (vectors == 4) TILE(1, 4); else if (vectors == 2) TILE(1, 2); else TILE(1, 1);
-        } else if (vectors == 4 || LANES == 8) {
-            TILE(4, LANES == 8 ? 2 : 4);
+        } else if (LANES < 16) {
+            TILE(4, BLOCK / LANES);
             if (count > 4) {
                 const float **all = x;
                 x = all + 4;
                 memmove(z, z + 4, 4 * sizeof *z);
-                TILE(4, LANES == 8 ? 2 : 4);
+                TILE(4, BLOCK / LANES);
                 x = all;
             }
         } else if (vectors == 2) {
@@ -366,6 +366,23 @@ static void add(const Image *first, const Image *second, const Image *out, Memor
     }
 }
 
+/* Every channel times its gain, plus its bias, and back. */
+INLINE void scale(const Operation *o, const Image *in, const Image *out, const float *weights, Memory m, const int back) {
+    const float *gain = weights + o->weight, *bias = weights + o->bias;
+    int channels = in->channels, line = in->width * channels;
+    for (int row = 0; row < in->height; row++) {
+        float *a = back ? gradient(m, in) + row * gradient_pitch(in) : values(m, in) + row * pitch(in);
+        float *b = back ? gradient(m, out) + row * gradient_pitch(out) : values(m, out) + row * pitch(out);
+        for (int first = 0; first < line; first += channels)
+            for (int c = 0; c < channels; c += LANES) {
+                int j = first + c;
+                if (!back) STORE(b + j, LOAD(a + j) * LOAD(gain + c) + LOAD(bias + c));
+                else if (o->adds & 1) STORE(a + j, LOAD(b + j) * LOAD(gain + c) + LOAD(a + j));
+                else STORE(a + j, LOAD(b + j) * LOAD(gain + c));
+            }
+    }
+}
+
 /* Means over the pixels and the channels of each group, for every channel; zero for padded ones. */
 static void of_groups(const Operation *o, int area, float *sums) {
     int size = o->real / o->groups;
@@ -521,6 +538,7 @@ static void forward(const Operation *ops, int count, const Image *images, const 
         case NORMALISATION: normalise(o, in, out, weights, m); break;
         case CONCATENATION: join(o, in, images + o->second, out, m, 0); break;
         case UPSAMPLING: spread(o, in, out, m, 0); break;
+        case SCALING: scale(o, in, out, weights, m, 0); break;
         default: windows(o, in, out, m, 0);
         }
     }
@@ -552,32 +570,30 @@ static void backward(const Operation *ops, int count, const Image *images, const
         case NORMALISATION: normalise_back(o, in, out, weights, m); break;
         case CONCATENATION: join(o, in, images + o->second, out, m, 1); break;
         case UPSAMPLING: spread(o, in, out, m, 1); break;
+        case SCALING: scale(o, in, out, weights, m, 1); break;
         default: windows(o, in, out, m, 1);
         }
     }
 }
 
-/* An image, channels first, into memory. */
-static void take(const Image *in, int channels, const float *x, Memory m) {
-    int area = in->height * in->width;
-    open_values(m, in);
-    for (int row = 0; row < in->height; row++) {
-        float *target = values(m, in) + row * pitch(in);
-        if (channels < in->channels) memset(target, 0, (size_t)in->width * in->channels * sizeof(float));
-        for (int column = 0; column < in->width; column++)
+/* An image, channels first, into memory: rows at `target`, a `step` apart. */
+static void take(const Image *i, int channels, const float *x, float *target, ptrdiff_t step) {
+    int area = i->height * i->width;
+    for (int row = 0; row < i->height; row++, target += step) {
+        if (channels < i->channels) memset(target, 0, (size_t)i->width * i->channels * sizeof(float));
+        for (int column = 0; column < i->width; column++)
             for (int c = 0; c < channels; c++)
-                target[column * in->channels + c] = x[c * area + row * in->width + column];
+                target[column * i->channels + c] = x[c * area + row * i->width + column];
     }
 }
 
-static void give(const Image *in, int channels, float *dx, Memory m) {
-    int area = in->height * in->width;
-    for (int row = 0; row < in->height; row++) {
-        const float *source = gradient(m, in) + row * gradient_pitch(in);
-        for (int column = 0; column < in->width; column++)
+/* And out of it. */
+static void give(const Image *i, int channels, const float *source, ptrdiff_t step, float *x) {
+    int area = i->height * i->width;
+    for (int row = 0; row < i->height; row++, source += step)
+        for (int column = 0; column < i->width; column++)
             for (int c = 0; c < channels; c++)
-                dx[c * area + row * in->width + column] = source[column * in->channels + c];
-    }
+                x[c * area + row * i->width + column] = source[column * i->channels + c];
 }
 
 /* How many floats a vector has on this processor. */
@@ -587,24 +603,25 @@ typedef struct {
     const Operation *operations;
     const Image *images; /* the first comes in */
     const float *weights;
-    int count, channels, outputs, result; /* result: the image with the outputs, of one pixel */
+    int count, channels, outputs, result; /* result: the image with the outputs */
     int kept, memory;                     /* floats that are kept of each image, and working memory */
     int thin;                             /* whether the image that comes in is thin: then dx comes from planes */
 } Network;
 
 static void outputs_of(const Network *n, const float *x, float *outputs, Memory m) {
-    take(n->images, n->channels, x, m);
+    const Image *in = n->images, *out = n->images + n->result;
+    open_values(m, in);
+    take(in, n->channels, x, values(m, in), pitch(in));
     forward(n->operations, n->count, n->images, n->weights, m);
-    memcpy(outputs, values(m, n->images + n->result), n->outputs * sizeof(float));
+    give(out, n->outputs / (out->height * out->width), values(m, out), pitch(out), outputs);
 }
 
 static void gradient_of(const Network *n, const float *cotangents, float *dx, Memory m) {
-    float *last = gradient(m, n->images + n->result);
-    open_gradient(m, n->images + n->result);
-    memset(last, 0, n->images[n->result].channels * sizeof(float));
-    memcpy(last, cotangents, n->outputs * sizeof(float));
+    const Image *in = n->images, *out = n->images + n->result;
+    open_gradient(m, out);
+    take(out, n->outputs / (out->height * out->width), cotangents, gradient(m, out), gradient_pitch(out));
     backward(n->operations, n->count, n->images, n->weights, m, dx);
-    if (!n->thin) give(n->images, n->channels, dx, m);
+    if (!n->thin) give(in, n->channels, gradient(m, in), gradient_pitch(in), dx);
 }
 
 /* Outputs of images first .. first + rows, (images, outputs). `kept` has n->kept floats for each image, and

@@ -13,10 +13,13 @@ from composable_ebm.potential.operations.normalisations import affine_of
 from composable_ebm.potential.operations.rule import axes_of
 from composable_ebm.potential.trace import Node, Value
 
-__all__ = ["ACTIVATIONS", "BLOCK", "MOST_CHANNELS", "Image", "Operation", "Part", "Plan", "Unfit", "over_all"]
+__all__ = [
+    *("ACTIVATIONS", "BLOCK", "MOST_CHANNELS"),
+    *("Image", "Operation", "Part", "Plan", "Unfit", "of_channels", "over_all"),
+]
 
 BLOCK = 16
-CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING = range(7)
+CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING, SCALING = range(8)
 TWO = (SUM, CONCATENATION)
 IDENTITY = 0
 ACTIVATIONS = {
@@ -64,13 +67,15 @@ class Part:
 
     Attributes:
         input: The images.
-        output: A few numbers for each.
+        output: A few numbers for each, or an image of few pixels, flattened.
         nodes: What leads from the one to the other.
+        levels: What they read that depends on the noise level alone.
     """
 
     input: Value
     output: Value
     nodes: list[Node]
+    levels: list[Value] = field(default_factory=list)
 
 
 def over_all(node: Node) -> str | None:
@@ -80,6 +85,24 @@ def over_all(node: Node) -> str | None:
     ndim = len(node.inputs[0].shape)
     axes = set(axes_of(node.arguments.get("dim"), ndim))
     return "pixels" if axes == {2, 3} else "state" if axes == set(range(1, ndim)) else None
+
+
+def of_channels(node: Node) -> Value | Tensor | None:
+    """What a product or a sum does to each channel of images, or None if it does something else.
+
+    A constant, or what depends on the noise level: one number, or one a channel.
+    """
+    both = [node.arguments["self"], node.arguments["other"]]
+    live = [side for side in both if isinstance(side, Value) and side.live]
+    if len(live) != 1 or len(live[0].shape) != 4 or node.arguments.get("alpha", 1) != 1:
+        return None
+    other = both[1 - both.index(live[0])]
+    if isinstance(other, (int, float)):
+        return torch.tensor(float(other))
+    ours = isinstance(other, Tensor) or (isinstance(other, Value) and not other.of_states)
+    channels = live[0].shape[1]
+    shapes = {(), (1,), (1, 1, 1), (1, 1, 1, 1), (channels, 1, 1), (1, channels, 1, 1)}
+    return other if ours and tuple(other.shape) in shapes and other.dtype == torch.float32 else None
 
 
 @dataclass
@@ -96,6 +119,8 @@ class Plan:
     arithmetic: int = 0
     thin: bool = False
     result: int = 0
+    varying: list[tuple[Value, int, int]] = field(default_factory=list)
+    """What depends on the noise level, and where it goes in the weights, from and until."""
 
     def __post_init__(self) -> None:
         nodes, image = self.part.nodes, self.part.input
@@ -113,6 +138,9 @@ class Plan:
         self.place = {image: self._image((height, width), channels, padded=not self.thin)}
         for node in nodes:
             self._add(node)
+        for operation in self.operations:
+            if operation.kind == SCALING and operation.bias < 0:
+                operation.bias = self._keep(torch.zeros(self.images[operation.first].channels))
         self.result = self.place[self.part.output]
         self._lay_out()
 
@@ -137,8 +165,8 @@ class Plan:
         return self.size - block.numel()
 
     def _add(self, node: Node) -> None:
-        name, arguments, first = node.operation, node.arguments, self.place[node.inputs[0]]
-        shape = node.inputs[0].shape
+        read = next(value for value in node.inputs if value.live)
+        name, arguments, first, shape = node.operation, node.arguments, self.place[read], read.shape
         if name == "conv2d":
             out = self._convolution(first, arguments["weight"], arguments["bias"], arguments, node.output)
         elif name == "linear":
@@ -155,6 +183,8 @@ class Plan:
             out = self._pooling(first, kernel, node.output.shape[2:], 0.0)
         elif name in ("sum", "mean"):
             out = self._reduction(first, node)
+        elif name in ("mul", "add") and (given := of_channels(node)) is not None:
+            out = self._scaling(first, name, given, len(self.readers[read]) == 1)
         elif name == "add":
             other = self.place[node.inputs[1]]
             sizes = [(self._sides(i), self.real[i]) for i in (first, other)]
@@ -279,6 +309,30 @@ class Plan:
             number=arguments["eps"],
         )
         return out
+
+    def _scaling(self, first: int, name: str, given: Value | Tensor, alone: bool) -> int:
+        image, before = self.images[first], self.producers.get(first)
+        stored, real = image.channels, self.real[first]
+        if name == "add" and alone and before is not None and before.kind == SCALING and before.bias < 0:
+            before.bias = self._of_channels(given, real, stored)
+            return first
+        out = self._image((image.height, image.width), real)
+        operation = self._operation(SCALING, first, out, bias=-1)
+        if name == "mul":
+            operation.weight = self._of_channels(given, real, stored)
+        else:
+            operation.weight = self._keep(torch.ones(stored))
+            operation.bias = self._of_channels(given, real, stored)
+        return out
+
+    def _of_channels(self, given: Value | Tensor, real: int, stored: int) -> int:
+        block = torch.zeros(stored)
+        if isinstance(given, Tensor):
+            block[:real] = given.detach().reshape(-1)
+        place = self._keep(block)
+        if isinstance(given, Value):
+            self.varying.append((given, place, place + real))
+        return place
 
     def _pooling(self, first: int, kernel: Sequence[int], sides: Sequence[int], factor: float) -> int:
         out = self._image(sides, self.real[first])
