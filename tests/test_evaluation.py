@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import composable_ebm as ceb
+from composable_ebm.data import LabelledImages
+from composable_ebm.evaluation import judge as judges
 from composable_ebm.evaluation.composition import compose
 from composable_ebm.evaluation.detection import auroc
-from composable_ebm.evaluation.judge import KINDS, Judge
+from composable_ebm.evaluation.judge import KINDS, Judge, load_judge
 from composable_ebm.evaluation.metrics import (
     entropy,
     frechet_distance,
@@ -144,6 +146,27 @@ def test_a_judge_learns_what_it_is_shown(kind):
         optimiser.step()
     assert judge.labels(x)["bright"].equal(labels)
     assert judge.features(x).shape == (64, 128)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_judge_of_large_pictures_knows_them_shifted_softened_and_mirrored(kind, tmp_path, monkeypatch):
+    """A bright square high or low, anywhere along the row; its training is cut to a few seconds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def squares(name, split, root):
+        low = torch.randint(2, (200,), generator=generator)
+        images = torch.zeros(200, 1, 40, 40, dtype=torch.uint8)
+        for image, row, column in zip(images, low.tolist(), torch.randint(28, (200,)).tolist(), strict=True):
+            image[0, 4 + 20 * row : 16 + 20 * row, column : column + 12] = 255
+        return LabelledImages(images, {"low": low}, {"low": ("no", "yes")}, f"{name}/{split}")
+
+    monkeypatch.setattr(judges, "load_data", squares)
+    monkeypatch.setitem(judges.LARGE, "iterations", 40)
+    judge, accuracy = load_judge("portraits", kind, cache=tmp_path)
+    assert accuracy["low"] == 1
+    again, _ = load_judge("portraits", kind, cache=tmp_path)
+    x = torch.rand(4, 1, 40, 40)
+    assert torch.equal(judge.features(x), again.features(x))
 
 
 def test_an_unknown_kind_of_judge_is_refused():

@@ -155,3 +155,22 @@ def test_an_attribute_without_a_base_is_refused(tmp_path, family):
 def test_pairs_that_do_not_fit_are_refused(network, objective, changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{"name": "codec", "network": network, "objective": objective, **changes})
+
+
+def test_a_decoder_goes_on_alone_and_keeps_its_experts(family, tmp_path):
+    kept = tmp_path / "models" / "squares"
+    shutil.copytree(family, kept)
+    before = ceb.load_expert(kept / "side")
+    sizes = CodecSizes(channels=2, widths=(16, 16), encoder_blocks=(1, 1), decoder_blocks=(1, 1), patch=2)
+    alone = Reconstruction(latent_noise=0.1, decoder_only=True, latents=1.0)
+    train(config(tmp_path, "codec", sizes, alone, 100, batch_size=32, init=str(kept / "codec")), data=DATA)
+    after = ceb.load_expert(kept / "side")
+    x = DATA[1].batch(torch.arange(100))
+    torch.testing.assert_close(after.codec.latents(x), before.codec.latents(x), atol=0, rtol=0)
+    errors = [float((e.codec.reconstruct(x) - x).square().mean()) for e in (before, after)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_latents_are_compared_only_with_an_encoder_that_stands_still():
+    with pytest.raises(ValueError, match=r"set objective\.decoder_only = true"):
+        Reconstruction(latents=1.0)

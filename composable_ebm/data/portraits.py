@@ -31,7 +31,7 @@ from composable_ebm.data import faces
 from composable_ebm.data.dataset import UNLABELLED, LabelledImages
 from composable_ebm.data.rendered import load_rendered
 
-SIZES = {"train": 72_000, "validation": 2_000, "test": 6_000}
+SIZES = {"train": 72_000, "validation": 2_000, "test": 18_000}
 
 RECIPE = 1
 

@@ -16,9 +16,10 @@ from composable_ebm.data import LabelledImages, LabelledLatents
 from composable_ebm.energy import Codec
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.networks.codec import PictureCodec
-from composable_ebm.experts.store import save_expert
+from composable_ebm.experts.store import CONFIG, read_card, save_expert
 from composable_ebm.files import write_atomic
 from composable_ebm.train.config import TrainConfig
+from composable_ebm.train.objectives.reconstruction import Reconstruction
 
 HELD_OUT = 512
 NOISE_LEVELS = (0.1, 0.3)
@@ -87,7 +88,21 @@ def codec_sheet(codec: PictureCodec, data: LabelledImages) -> torch.Tensor:
 def export_codec(
     config: TrainConfig, codec: PictureCodec, card: Card, facts: Mapping, data: LabelledImages
 ) -> PictureCodec:
-    """Writes the codec with its held-out figures."""
+    """Writes the codec with its held-out figures; experts beside it stay its if the encoder stood still."""
     metrics = {name: round(value, 5) for name, value in codec_metrics(codec, data).items()}
-    save_expert(config.model_folder, codec, replace(card, metrics=metrics, training=dict(facts)), config.half)
+    stood_still = isinstance(config.objective, Reconstruction) and config.objective.decoder_only
+    before = str(read_card(Path(config.init)).weights.get("sha256")) if stood_still else ""
+    written = save_expert(
+        config.model_folder, codec, replace(card, metrics=metrics, training=dict(facts)), config.half
+    )
+    if stood_still:
+        _adopt(config.model_folder.parent, before, str(written.weights["sha256"]))
     return codec
+
+
+def _adopt(family: Path, before: str, now: str) -> None:
+    """Experts of a family that name one codec name another of the same encoder."""
+    for path in family.glob(f"*/{CONFIG}"):
+        expert = read_card(path.parent)
+        if expert.codec == before:
+            write_atomic(path, replace(expert, codec=now).to_json().encode())

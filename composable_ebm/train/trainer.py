@@ -156,6 +156,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same weights on every rank
         network = build(self.card)
         start_from(network, config.init, self.data, len(self.values), self.card.codec)
+        config.objective.prepare(network)
         self.identity = identity(config, data, self.values, self.accelerator.num_processes)
         self.folder = RunFolder(config, self.identity)
         network = network.to(self.device)

@@ -114,9 +114,17 @@ class PictureCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """What comes back of a batch, with noise (batch, *event_shape) on its latents; for training."""
-        return self.decoder(self.encode_batch(images) + noise)
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes back of a batch, with noise (batch, *event_shape) on its latents, and those latents.
+
+        For training. An encoder whose weights stand still keeps its moments too.
+        """
+        if next(self.encoder.parameters()).requires_grad:
+            z = self.encode_batch(images)
+        else:
+            with torch.no_grad():
+                z = self.encode(images)
+        return self.decoder(z + noise), z
 
     def encode_batch(self, images: Tensor) -> Tensor:
         """Latents of unit scale over this batch, for training; their moments join the running ones."""

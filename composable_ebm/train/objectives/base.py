@@ -78,6 +78,9 @@ class Objective(ABC):
 
     noise_conditioned: ClassVar[bool] = False
 
+    def prepare(self, network: nn.Module) -> None:  # noqa: B027 (most train all of it)
+        """Stops what it does not train, before there is an optimiser."""
+
     @abstractmethod
     def begin(self, setting: Setting) -> Phase:
         """Puts the objective to work."""
