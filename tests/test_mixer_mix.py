@@ -84,6 +84,11 @@ MIXES = [
         "Yard/hue[red] + 4*~Yard/hat",
         "hue red, no hat",
     ),
+    (
+        yard(False, hue=Pick({"red": 1}, NOT), hat=Pick({"hat": 4}), tree=Pick({"tree": 1})),
+        "~Yard/hue[red] + 4*Yard/hat + Yard/tree",
+        "hat, tree, not hue red",
+    ),
 ]
 
 

@@ -248,6 +248,15 @@ def test_the_film_strip_keeps_what_was_made_and_brings_it_back(page):
     _soon(lambda: page.evaluate("navigator.clipboard.readText()") == page.url)
 
 
+@pytest.mark.parametrize("written", [MIX.replace(" ", ""), MIX, MIX.replace("+", "%2B").replace(" ", "%20")])
+def test_a_link_brings_its_mix_back_however_its_plus_is_written(page, toy_page, written):
+    _open(page, f"{toy_page}/?still#mix={written}%20{'%2B' if '%2B' in written else '+'}%20Toys/thick&seed=7")
+    page.reload()  # an address that differs in its mix alone is no other page
+    expect(page.locator("#words")).to_have_text("You ask for: digit 3, slanted, thick.")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("7")
+    assert "+" not in page.url
+
+
 def test_a_chosen_picture_is_explained_and_begins_others(page, tmp_path):
     _set(page, "Pictures", 4)
     _button(page, "Sample").click()

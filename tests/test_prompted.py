@@ -5,6 +5,7 @@ import torch
 
 import composable_ebm as ceb
 from composable_ebm.pipelines import Pipeline, PromptedDenoiser
+from composable_ebm.pipelines.denoiser import RECENT
 from composable_ebm.sampling.graphs import weights_of
 
 MEANS = {None: (0.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -0.8), "slanted": (0.6, 0.6)}
@@ -97,3 +98,21 @@ def test_a_prompt_that_the_network_does_not_know_is_refused_where_it_is_named(pl
 def test_steps_of_a_network_that_decides_in_python_are_not_captured(plane):
     mix = ceb.given(plane, plane["right"], weight=2)
     assert "Normals decides anew" in weights_of(mix.modules(), versions=False).refusal
+
+
+def test_prompts_are_encoded_once_and_forgotten_when_nobody_holds_them_and_others_came():
+    encoded = []
+
+    class Any(Normals):
+        def encode(self, what):
+            encoded.append(what)
+            return super().encode(None)
+
+    pipeline = Pipeline(Any(), "any")
+    held = pipeline["held"]
+    for i in range(2 * RECENT):
+        pipeline[f"prompt {i}"]
+    assert pipeline["held"] is held
+    for what in ("held", f"prompt {2 * RECENT - 1}", "prompt 0"):
+        pipeline[what]
+    assert encoded == [None, "held", *[f"prompt {i}" for i in range(2 * RECENT)], "prompt 0"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,14 @@ from composable_ebm.energy import Codec
 Condition = Mapping[str, Tensor]
 """What a network is told besides states and times: tensors of one row each."""
 
-__all__ = ["Condition", "PromptedDenoiser"]
+RECENT = 64
+"""Prompts whose conditions are kept though nobody holds them, as of a page that asks for them again."""
+
+__all__ = ["RECENT", "Condition", "PromptedDenoiser"]
+
+
+class _Told(dict[str, Tensor]):
+    """A condition, which lives as long as whoever holds it."""
 
 
 class PromptedDenoiser(nn.Module, ABC):
@@ -44,11 +53,12 @@ class PromptedDenoiser(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._conditions: dict[Hashable, Condition] = {}
+        self._conditions: WeakValueDictionary[Hashable, _Told] = WeakValueDictionary()
+        self._recent: OrderedDict[Hashable, _Told] = OrderedDict()
 
     @abstractmethod
     def encode(self, what: Hashable) -> Condition:
-        """The condition of a prompt, or of nothing in particular for None. Called once a prompt."""
+        """The condition of a prompt, or of nothing in particular for None. Called once a prompt in use."""
 
     @abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -71,11 +81,16 @@ class PromptedDenoiser(nn.Module, ABC):
         return what
 
     def condition(self, what: Hashable) -> Condition:
-        """The condition of a prompt, encoded when it is first asked for."""
-        if what not in self._conditions:
+        """The condition of a prompt, encoded when first asked for, kept while it is held or recent."""
+        told = self._conditions.get(what)
+        if told is None:
             with torch.no_grad():
-                self._conditions[what] = dict(self.encode(what))
-        return self._conditions[what]
+                told = self._conditions[what] = _Told(self.encode(what))
+        self._recent[what] = told
+        self._recent.move_to_end(what)
+        while len(self._recent) > RECENT:
+            self._recent.popitem(last=False)
+        return told
 
     def forward(self, x: Tensor, sigma: Tensor, prompts: Sequence[Hashable]) -> Tensor:
         """D of every state for every prompt, in one pass.

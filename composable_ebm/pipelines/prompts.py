@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class Conditioned(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.what = what
+        self.told = denoiser.condition(what)  # held: steps that are replayed read it where it is
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         sigma, at = _clamped(self.denoiser, x, noise_level), x.detach()
@@ -150,22 +152,21 @@ class Pipeline(_Prompted):
     def __init__(self, denoiser: PromptedDenoiser, name: str) -> None:
         super().__init__(denoiser, None)
         self.name = as_name(name)
-        denoiser.condition(None)
         levels = denoiser.levels(denoiser.num_steps)
         self.sampler_settings = {**to_settings(self.sampler()), "num_steps": len(levels)}
-        self._prompts: dict[Hashable, Prompt] = {}
+        self._prompts: WeakValueDictionary[Hashable, Prompt] = WeakValueDictionary()
 
     def __getitem__(self, what: object) -> Prompt:
-        """The expert of a prompt; its text is encoded here, once.
+        """The expert of a prompt; its text is encoded here, once as long as it is held or recent.
 
         Raises:
             KeyError: If the network can make nothing of it.
         """
         known = self.denoiser.recognised(what)
-        if known not in self._prompts:
-            self.denoiser.condition(known)
-            self._prompts[known] = Prompt(self, known)
-        return self._prompts[known]
+        prompt = self._prompts.get(known)
+        if prompt is None:
+            prompt = self._prompts[known] = Prompt(self, known)
+        return prompt
 
     def marginal(self) -> None:
         return None

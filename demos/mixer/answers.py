@@ -105,7 +105,6 @@ class Answers:
                 for each in offer.starts
             ],
             "problems": offer.problems,
-            "cannot": offer.cannot(),
             "limits": {"chains": self.runs.limits.max_chains, "steps": self.runs.limits.max_steps},
             "most": mix.MAX_WEIGHT,
             "keeps": self.keeps,

@@ -363,8 +363,8 @@ def _key(term: Energy) -> Any:
 
 
 def words(known: Mapping[str, Control], mix: Mix) -> str:
-    """A mix in plain words: "smile, glasses, no beard"."""
-    said, either = [], []
+    """A mix in plain words, what is not wanted last: "glasses, smiling, no beard"."""
+    said, unwanted, either = [], [], []
     for control in known.values():
         pick = mix.picks.get(control.name)
         if pick is None or not (values := [value for value, weight in pick.values.items() if weight]):
@@ -372,10 +372,10 @@ def words(known: Mapping[str, Control], mix: Mix) -> str:
         values.sort(key=lambda value: _place(control, value))
         phrase = _phrase(control, values, pick)
         if phrase:
-            (either if pick.role == OR else said).append(phrase)
+            {AND: said, NOT: unwanted, OR: either}[pick.role].append(phrase)
     if either:
         said.append(" or ".join(either))
-    return ", ".join(said) or f"any of {mix.family.replace('_', ' ')}"
+    return ", ".join(said + unwanted) or f"any of {mix.family.replace('_', ' ')}"
 
 
 def _phrase(control: Control, values: list[str], pick: Pick) -> str:

@@ -115,6 +115,7 @@ class Offer:
                 "method": name not in things,
                 "steps": self.steps(name),
                 "prompts": self.pipelines[name].given_weight if name in self.pipelines else None,
+                "cannot": self._cannot(name),
                 "controls": [
                     control._asdict() | {"taught": control.name in taught}
                     for control in known.values()
@@ -133,9 +134,10 @@ class Offer:
         valued = all(getattr(NETWORKS.get(str(card.network.get("type"))), "has_value", True) for card in own)
         return valued and any(map(mix.is_base, own)) and not all(map(mix.is_base, own))
 
-    def cannot(self) -> list[dict[str, str]]:
-        """What the experts are known to get wrong, by their own cards."""
-        return [{"name": name, "text": card.failures} for name, card in self.cards.items() if card.failures]
+    def _cannot(self, family: str) -> list[dict[str, str]]:
+        """What the experts of a family are known to get wrong, by their own cards."""
+        own = [card for card in self.cards.values() if card.family == family and card.failures]
+        return [{"name": card.name, "text": card.failures} for card in own]
 
 
 def _starts(known: Mapping[str, Control]) -> list[Start]:

@@ -53,6 +53,10 @@ const post = (path, content, signal) => fetch(`ask/${path}`, {
     signal,
 });
 
+/** What stands in an address, as it is written here or by hand: there a plus is a plus, and no space. */
+export const fromAddress = (hash) => new URLSearchParams(/%2[BF]/i.test(hash) ? hash : hash.replaceAll("+", "%2B"));
+export const toAddress = (content) => `#${new URLSearchParams(content)}`.replaceAll("+", "%20");
+
 /** The server's answer; what went wrong is its `problem`. */
 export const ask = async (path, content = {}) => {
     try {

@@ -1,5 +1,5 @@
 // The page. Its state is here and nowhere else; what is drawn follows from it, and the server says what it means.
-import { allow, ask, button, copy, download, find, lines, make, says, stamp } from "./base.js";
+import { allow, ask, button, copy, download, find, fromAddress, lines, make, says, stamp, toAddress } from "./base.js";
 import * as easel from "./easel.js";
 import * as explore from "./explore.js";
 import { texts } from "./files.js";
@@ -73,6 +73,7 @@ const draw = () => {
         find(name).nextElementSibling.value = state.numbers[name];
     }
     find("seed").value = state.numbers.seed;
+    find("cannot").replaceChildren(make("dl", {}, family().cannot.map((each) => [make("dt", {}, each.name), make("dd", {}, each.text)])));
     const begun = state.start;
     find("starting").hidden = !begun;
     find("starting").replaceChildren(...(begun ? [
@@ -109,7 +110,7 @@ const record = () => {
     past.push(now);
     if (past.length > 100) past.shift();
     future.length = 0;
-    history.replaceState(null, "", `#${new URLSearchParams({ mix: now.recipe, seed: now.seed, chains: now.chains, steps: now.steps })}`);
+    history.replaceState(null, "", toAddress({ mix: now.recipe, seed: now.seed, chains: now.chains, steps: now.steps }));
     drawButtons();
 };
 
@@ -493,7 +494,6 @@ const openWorld = async () => {
     find("steps").max = world.limits.steps;
     state.numbers.chains = Math.min(state.numbers.chains, world.limits.chains);
     drawFamilies();
-    find("cannot").replaceChildren(make("dl", {}, world.cannot.map((each) => [make("dt", {}, each.name), make("dd", {}, each.text)])));
     return world;
 };
 
@@ -535,7 +535,7 @@ const open = async () => {
     if (!world.families.length) return;
     const known = world.families.flatMap((each) => each.controls.map((control) => control.name));
     if (await teach.again(known)) await openWorld();
-    const asked = new URLSearchParams(location.hash.slice(1));
+    const asked = fromAddress(location.hash.slice(1));
     const first = world.starts[0];
     state.family = world.families[0].name;
     if (family().prompts) state.numbers.chains = FEW;
