@@ -15,6 +15,7 @@ from torchvision.datasets import CelebA
 
 from composable_ebm.data import LabelledImages, celeba, folder, load_data
 from composable_ebm.data.copies import without_copies
+from composable_ebm.data.jitter import with_jitter
 from composable_ebm.data.pictures import read_images
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE
 from composable_ebm.data.summary import summary
@@ -526,6 +527,22 @@ def test_copies_and_mirror_images_of_held_out_pictures_are_not_learned_from():
 # --- CelebA --------------------------------------------------------------------------------------
 
 
+def test_what_a_stranger_may_not_notice_is_said(tmp_path):
+    for i in range(40):
+        picture(tmp_path / f"{i:02}.png", colour(i), size=(40, 100))
+    (tmp_path / "labels.csv").write_text("image,kind\n00,a\n")
+    notes = folder.load(root=tmp_path).notes
+    assert any(note.startswith("labels.csv is not read: attributes come from") for note in notes)
+    assert any("cuts off 60% of them (--data.fit pad keeps all)" in note for note in notes)
+    assert not any("cuts off" in note for note in folder.load(root=tmp_path, fit="pad").notes)
+    rows = [f"{i:02}.png;red, {'round' if i % 2 else 'square'}" for i in range(40)]
+    (tmp_path / TABLE).write_text("\n".join(["file;tags", *rows]))
+    with pytest.raises(ValueError, match="tags has lists: each of 3 tags is an attribute of its own"):
+        folder.load(root=tmp_path, attributes=["tags"])
+    both = (folder.load(split, root=tmp_path) for split in ("train", "validation"))
+    assert "that is little to learn from" in summary(*both)
+
+
 @pytest.fixture
 def celeba_root(tmp_path, monkeypatch):
     """Nine images in CelebA's own layout: five to train on, then two and two."""
@@ -589,3 +606,25 @@ def test_damaged_celeba_is_named(celeba_root, monkeypatch):
     with pytest.raises(RuntimeError, match="corrupted") as caught:
         celeba.load(root=celeba_root)
     assert str(celeba_root / "celeba") in caught.value.__notes__[0]
+
+
+def test_jittered_copies_keep_labels_and_what_they_show():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(10, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 12:20, 4:12] = 255  # a square on the left
+    label = torch.randint(2, (10,), generator=generator)
+    data = LabelledImages(images, {"kind": label}, {"kind": ("a", "b")}, "toy/train")
+    more = with_jitter(data, 40)
+    assert len(more) == 40
+    assert more.images[:10].equal(images)
+    assert more.labels["kind"].equal(label.repeat(4))
+    copies = more.images[10:].float()
+    columns = torch.arange(32.0)
+    places = (copies.sum((1, 2)) * columns).sum(1) / copies.sum((1, 2, 3))
+    assert 3 < float((places - 7.5).abs().max()) + 2 < 6  # moved, and still on the left
+    assert float(places.std()) > 0.5
+    mirrored = with_jitter(data, 80, mirror=True).images[10:].float()
+    right = (mirrored[..., 16:].sum((1, 2, 3)) > mirrored[..., :16].sum((1, 2, 3))).float().mean()
+    assert 0.3 < float(right) < 0.7
+    assert with_jitter(data, 10) is data
+    assert len(with_jitter(data, 10_000)) == 80  # no picture gets more than seven

@@ -2,7 +2,9 @@
 
 import csv
 import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,9 @@ from composable_ebm.data import folder
 from composable_ebm.experts import Card
 from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.networks.codec import PictureCodec
+from composable_ebm.experts.networks.confined import ConfinedEnergy
 from composable_ebm.train import __main__ as training
-from composable_ebm.train.folder import folder_config
+from composable_ebm.train.folder import folder_config, folder_digest, stages_before
 from composable_ebm.train.start import start_from
 from demos.mixer import mix
 
@@ -230,3 +233,23 @@ def test_split_without_a_label_is_named(photos, capsys):
 def test_neither_configuration_nor_folder_is_said(photos, capsys):
     assert training.main(["phots"]) == 2
     assert "no configuration and no folder of images 'phots'" in capsys.readouterr().err
+
+
+def test_minutes_are_for_what_a_command_trains_itself(photos):
+    command = ["my photos", "sky", "--minutes", "10"]
+    config = replace(folder_config("my photos", "sky", latents=True), minutes=10)
+    before, own = stages_before(config, command)
+    assert [stage.name for stage in before] == ["codec", "base"]
+    assert [stage.minutes for stage in (*before, own)] == [2, 6, 2]
+    codec = PictureCodec((3, 16, 16), widths=(8, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1), channels=2)
+    base = ConfinedEnergy((2, 2, 2), hidden=8)
+    facts = {"folder": folder_digest("my photos"), "command": "composable-ebm train " + shlex.join(command)}
+    for name, network, latents in (("codec", codec, ""), ("base", base, "0" * 64)):
+        options = {**network.options, "type": type(network).__name__}
+        card = Card(
+            "my_photos", name, name, ("image",), (2, 2, 2), None, options, codec=latents, training=facts
+        )
+        ceb.save_expert(Path("models/my_photos") / name, network, card)
+    assert stages_before(config, command)[1].minutes == 2  # given again, it finds what it trained as it was
+    other = replace(folder_config("my photos", "taken by", latents=True), minutes=10)
+    assert stages_before(other, ["my photos", "taken by", "--minutes", "10"])[1].minutes == 10

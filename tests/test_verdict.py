@@ -11,6 +11,7 @@ from toy_task import expert, images
 import composable_ebm as ceb
 from composable_ebm.data import LabelledImages
 from composable_ebm.train import Trainer
+from composable_ebm.train.budget import Budget
 from composable_ebm.train.checkpoint import checkpoints
 from composable_ebm.train.config import DiffusedEnergy, OptimiserConfig
 from composable_ebm.train.export import sample_values
@@ -40,6 +41,20 @@ def test_a_training_by_the_clock_ends_in_time_with_the_rate_at_zero(kept):
     assert trainer.seconds >= 1.2
     assert trainer._rate() == 0
     assert Trainer(replace(kept, minutes=0.02), data=DATA).run().card.training["iterations"] == trainer.step
+
+
+def test_looking_does_not_eat_the_minutes(kept):
+    budget = Budget(replace(kept, minutes=1))
+    looks = 0
+    seconds = 0.0
+    while seconds < 60:
+        budget.tick(seconds)
+        if budget.due(1, 1):
+            looks += 1
+            seconds += 6  # a busy machine
+            budget.looked(seconds, 6)
+        seconds += 0.1
+    assert 1 <= looks <= 2
 
 
 def test_the_best_weights_on_held_out_pictures_are_what_is_written(kept):

@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 
 from composable_ebm.data.dataset import UNLABELLED, LabelledImages, unknown_name
-from composable_ebm.data.pictures import channels_of, check_options, read_what_can_be
+from composable_ebm.data.pictures import channels_of, check_options, cut_off, read_what_can_be
 from composable_ebm.data.tables import Listing, list_folder
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MAX_VALUES = 200
 FEW_VALUES = 10
+MUCH = 0.2  # of a picture, cut off
 NAMED = 3  # unreadable files that are named
 
 __all__ = ["MAX_VALUES", "SHARES", "load", "split_of"]
@@ -77,7 +78,8 @@ def load(
         if attribute not in listing.columns:
             unknown = unknown_name(f"attribute of {root}", attribute, listing.columns)
             why = f" {'; '.join(listing.notes[:2])}." if not listing.columns and listing.notes else ""
-            raise ValueError(unknown + why + listing.hint)
+            lists = [s for told in listing.about.values() for s in told if s.startswith(f"{attribute} has")]
+            raise ValueError(unknown + why + "".join(f" {s}." for s in lists[:1]) + listing.hint)
     splits = [split_of(file) for file in listing.files]
     notes = list(listing.notes)
     wanted = listing.columns if attributes is None else attributes
@@ -127,6 +129,9 @@ def _read(
         more = f" and {len(shown) - NAMED} more" if len(shown) > NAMED else ""
         notes.append(f"{len(shown)} files cannot be read and were skipped: {', '.join(shown[:NAMED])}{more}")
     how = "the middle square of each" if fit == "crop" else "each in a square of its border's colour"
+    lost = cut_off([root / listing.files[i] for i in chosen]) if fit == "crop" else 0.0
+    if lost > MUCH:
+        how += f", which cuts off {lost:.0%} of them (--data.fit pad keeps all)"
     notes.append(f"{'grey' if channels == 1 else 'colour'}, {size}x{size} pixels, {how}")
     kept = [i for i in range(len(chosen)) if i not in unreadable]
     labels = {

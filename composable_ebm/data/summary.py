@@ -7,6 +7,8 @@ from composable_ebm.data.dataset import UNLABELLED, LabelledImages
 MOST = 30  # values that are listed
 FEW = 20  # pictures of a value below which it is pointed out
 
+LITTLE = 500  # pictures below which samples are likely to be copies
+
 __all__ = ["summary"]
 
 
@@ -19,6 +21,8 @@ def summary(train: LabelledImages, held_out: LabelledImages, attribute: str = ""
         attribute: The attribute that is learned; "" for p(x).
     """
     lines = [f"{train.name}: {len(train):,} pictures to learn from, {len(held_out):,} held out"]
+    if len(train) < LITTLE:
+        lines.append("  that is little to learn from: samples may be copies of these pictures, or like none")
     if attribute:
         lines += _table(train, held_out, attribute)
     notes = list(dict.fromkeys((*train.notes, *held_out.notes)))

@@ -97,6 +97,8 @@ def list_folder(root: Path) -> Listing:
         listing = _of_subfolders(root, found.pictures)
     listing.unread = [name for name in found.tables if name != table]
     listing.notes += found.notes()
+    if table is None and listing.hint:
+        listing.notes.append(listing.hint.strip().removesuffix("."))
     return listing
 
 

@@ -50,8 +50,8 @@ def _train(arguments: list[str]) -> int:
         config = _override(config, flags)
     try:
         if config.latents and config.data.name == "folder":
-            before, config = stages_before(config)
-            _train_before(before)
+            before, config = stages_before(config, _what_is_trained(arguments))
+            _train_before(before, _what_is_trained(arguments))
         expert = train(config, arguments=_what_is_trained(arguments))
     except TrainingStoppedError as stopped:
         if is_first():
@@ -70,11 +70,11 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _train_before(stages: Sequence[TrainConfig]) -> None:
+def _train_before(stages: Sequence[TrainConfig], arguments: Sequence[str]) -> None:
     """Trains one part of a family after the other, in one group of processes, which the last stage ends."""
     for stage in stages:
         accelerator = accelerator_for(stage)
-        train(stage, accelerator)
+        train(stage, accelerator, arguments=arguments)
         accelerator.free_memory()
 
 

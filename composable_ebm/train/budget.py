@@ -5,6 +5,7 @@ from __future__ import annotations
 from composable_ebm.train.config import TrainConfig
 
 PARTS = 8  # times that a training by the clock is evaluated and saved
+REST = 4  # times as long as looking at it took, before it is looked at again
 
 __all__ = ["Budget"]
 
@@ -23,11 +24,16 @@ class Budget:
         self.num_iterations = config.num_iterations
         self.seconds = 0.0
         self._crossed = False
+        self._rested = 0.0
 
     def tick(self, seconds: float) -> None:
         """Takes note of the seconds that the training has taken."""
         before, self.seconds = self.progress(0), seconds
-        self._crossed = int(PARTS * self.progress(0)) > int(PARTS * before)
+        self._crossed = int(PARTS * self.progress(0)) > int(PARTS * before) and seconds >= self._rested
+
+    def looked(self, until: float, seconds: float) -> None:
+        """Takes note of an evaluation that took so many seconds: on a busy machine they would eat all."""
+        self._rested = until + REST * seconds
 
     def progress(self, step: int) -> float:
         """How much of the training is done after so many iterations."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, LabelledLatents
 from composable_ebm.energy import Codec
@@ -43,8 +44,9 @@ def encoded(data: LabelledImages, codec: Codec, cache: Path | None = None) -> La
         with contextlib.suppress(SafetensorError, KeyError, OSError):  # damaged: encoded again
             latents = load_file(path)["latents"]
     if latents is None:
-        parts = [codec.latents(data.batch(index)).half() for index in torch.arange(len(data)).split(256)]
-        latents = torch.cat(parts)
+        batches = torch.arange(len(data)).split(256)
+        slow = tqdm(batches, desc=f"encoding {data.name}", unit="batch", disable=None, delay=2)
+        latents = torch.cat([codec.latents(data.batch(index)).half() for index in slow])
         if path is not None:
             write_atomic(path, save({"latents": latents.contiguous().cpu()}))
     return LabelledLatents(latents.to(data.images.device), data.labels, data.values, data.name)

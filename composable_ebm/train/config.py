@@ -57,6 +57,9 @@ class DataConfig:
         channels: Of a folder's pictures: 3 for colour, 1 for grey, 0 for what they are.
         fit: How a folder's pictures become squares: "crop" takes the middle, "pad" the whole with its
             border's colour around it.
+        jitter: Copies of what is learned from, shifted and zoomed a little, up to this number of pictures
+            and at most 7 of each; 0 for none.
+        mirror: Half of those copies are mirrored: for pictures in which left and right are alike.
     Raises:
         ValueError: If the data set has images of one size, or there can be none of that size.
     """
@@ -69,10 +72,17 @@ class DataConfig:
     between: bool = False
     channels: int = 0
     fit: str = "crop"
+    jitter: int = 0
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 0:
             raise ValueError(f"`size` of the data must be at least 1 pixel, got {self.size}.")
+        if self.jitter < 0 or (self.mirror and not self.jitter):
+            raise ValueError(
+                "`jitter` must be at least 0, and `mirror` is about its copies, got "
+                f"jitter = {self.jitter}, mirror = {self.mirror}."
+            )
         if self.size and self.name not in OF_ANY_SIZE:
             raise ValueError(
                 f"the images of {self.name!r} have one size; `size` is for {', '.join(OF_ANY_SIZE)}."

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
 from composable_ebm.train.objectives.reconstruction import Reconstruction
 
 STARTER = Path("portraits") / CODEC
+PICTURES = 20_000
+"""With copies that are shifted and zoomed a little, where there are fewer."""
 SHARES = {CODEC: 1, BASE: 3, "attribute": 1}
 """Of the minutes, where all are trained by one command."""
 
@@ -55,7 +59,13 @@ def folder_config(
     common = TrainConfig(
         family=family,
         name=name,
-        data=DataConfig(name="folder", root=str(root), attribute=attribute, size=64 if latents else 0),
+        data=DataConfig(
+            name="folder",
+            root=str(root),
+            attribute=attribute,
+            size=64 if latents else 0,
+            jitter=PICTURES if latents else 0,
+        ),
         network=DiffusedEnergy(hidden=448),
         objective=DenoisingScoreMatching(classification=0.5),
         optimiser=OptimiserConfig(learning_rate=2e-3, beta1=0.9, beta2=0.99, grad_clip=1.0, ema=0.998),
@@ -89,13 +99,17 @@ def folder_config(
     )
 
 
-def stages_before(config: TrainConfig) -> tuple[list[TrainConfig], TrainConfig]:
+def stages_before(
+    config: TrainConfig, arguments: Sequence[str] = ()
+) -> tuple[list[TrainConfig], TrainConfig]:
     """What has to be trained before an expert on latents, and its configuration with its share of the time.
 
-    The minutes are divided by fixed shares, so that the same command finds each part as long as before.
+    The minutes are divided by fixed shares among what this command trains, or has trained when it was given
+    before, so that it finds each part as long as then; what another command trained takes none of them.
 
     Args:
         config: Of `folder_config`, with `latents`.
+        arguments: The command's, as on cards.
     Raises:
         ValueError: If the codec or the base that is there has learned from another folder.
     """
@@ -132,7 +146,8 @@ def stages_before(config: TrainConfig) -> tuple[list[TrainConfig], TrainConfig]:
             f"{there} stays as it is, learned from {read_card(there).data}: delete it to learn it from the "
             "pictures as they are now."
         )
-    total = sum(SHARES[_kind(stage)] for stage in (*first, config))
+    own = [s for s in first if s in missing or _is_of(arguments, family / s.name)]
+    total = sum(SHARES[_kind(stage)] for stage in (*own, config))
     timed = [replace(s, minutes=s.minutes * SHARES[_kind(s)] / total) for s in (*missing, config)]
     return timed[:-1], timed[-1]
 
@@ -149,6 +164,12 @@ def _shipped_codec(sizes: PictureCodec) -> str:
         if all(network.get(name) == value for name, value in wanted.items()):
             return str(folder / STARTER)
     return ""
+
+
+def _is_of(arguments: Sequence[str], expert: Path) -> bool:
+    """Whether the command that trained an expert has these arguments."""
+    command = str(read_card(expert).training.get("command", ""))
+    return command.endswith(f"train {shlex.join(arguments)}")
 
 
 def _kind(config: TrainConfig) -> str:

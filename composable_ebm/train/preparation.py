@@ -66,6 +66,7 @@ def card_of(
     values: tuple[str, ...],
     codec: PictureCodec | None = None,
     base: Expert | None = None,
+    pictures: int = 0,
 ) -> Card:
     """The card of what a configuration describes, before it has learned anything.
 
@@ -75,6 +76,7 @@ def card_of(
         values: Those of the attribute.
         codec: Whose latents they are.
         base: The density that an expert of a classifier stands on.
+        pictures: How many were learned from, where `data` holds copies of them.
     """
     kind = type(config.network).__name__
     learns_codec = kind in CODECS
@@ -91,7 +93,7 @@ def card_of(
         sampler=config.sampler_settings,
         temperature=1.0 if config.objective.noise_conditioned else config.kernel.implied_temperature,
         noise_conditioned=config.objective.noise_conditioned,
-        data=f"{data.name}, {len(data)} images"
+        data=f"{data.name}, {pictures or len(data)} images"
         + (f", without {', '.join(config.data.exclude)}" if config.data.exclude else ""),
         licence=config.licence,
         weight=config.weight,

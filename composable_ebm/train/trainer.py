@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, LabelledLatents
 from composable_ebm.data.copies import without_copies
+from composable_ebm.data.jitter import with_jitter
 from composable_ebm.data.ranges import as_states
 from composable_ebm.data.summary import summary
 from composable_ebm.experts.card import CheckpointError
@@ -145,13 +146,16 @@ class Trainer:
         if self.accelerator.is_main_process and config.data.name == "folder":
             tqdm.write(summary(*data, config.data.attribute))
         self.pictures = data
+        if config.data.jitter:
+            data = with_jitter(data[0], config.data.jitter, config.data.mirror), data[1]
         train_data, self.held_out = data = self._as_latents(data)
         self.data = train_data.to(self.device)
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
 
         self.base = self._base()
         # Before the training: it refuses names that no recipe could hold.
-        self.card = card_of(config, self.data, self.values, self.codec, self.base)
+        known = len(self.pictures[0])
+        self.card = card_of(config, self.data, self.values, self.codec, self.base, known)
         check_memory(self.card, self.device)
         torch.manual_seed(config.seed)  # the same weights on every rank
         network = build(self.card)
@@ -275,6 +279,9 @@ class Trainer:
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}", left=budget.left(self.step))
             if last or budget.due(self.step, config.evaluate_every):
                 self._evaluate(journal)
+                now = time.perf_counter() - start
+                if self.accelerator.num_processes == 1:  # several decide alike
+                    budget.looked(now, now - self.seconds)
             if saving:
                 good = self._snapshot()
                 self._save(good)
@@ -294,6 +301,7 @@ class Trainer:
         expert = Expert.standing(network, self.card, self.codec, self.base)
         verdict = None
         if expert.has_value and not expert.binary:
+            tqdm.write(f"{self.card.full_name}: drawing samples for the verdict")
             held_out, known = (held_out_metrics(expert, data) for data in (self.held_out, self._labelled()))
             verdict = judge(expert, *self.pictures, held_out, known, config.run_folder / "verdict.png")
             write_atomic(config.run_folder / "verdict.txt", f"{verdict}\n".encode())

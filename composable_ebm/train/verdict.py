@@ -96,6 +96,11 @@ def _nearest(images: Tensor, train: LabelledImages) -> tuple[Tensor, Tensor]:
     return best / flat.shape[1] ** 0.5, where
 
 
+def _gaussian_share(metrics: Mapping[str, float]) -> float:
+    """The denoising error over a Gaussian's own on the same pictures: it, too, knows some of them."""
+    return metrics.get("heldout_denoising", 0.0) / metrics.get("heldout_gaussian", 1.0)
+
+
 def _lines(
     expert: Expert,
     count: int,
@@ -106,19 +111,20 @@ def _lines(
     sheet: Path,
 ) -> list[str]:
     lines, problems = [], []
-    if (error := metrics.get("heldout_denoising")) is not None:
-        known = on_training.get("heldout_denoising", error)
-        # Each against the Gaussian's own error on the same pictures: it, too, knows some of them.
-        error /= metrics.get("heldout_gaussian", 1.0)
-        known /= on_training.get("heldout_gaussian", 1.0)
+    if "heldout_denoising" in metrics:
+        error = _gaussian_share(metrics)
+        known = _gaussian_share(on_training) or error
         lines.append(
             f"  held-out denoising error {error:.2f}, on pictures it learned from {known:.2f} (1 is a "
             "Gaussian: less is better, and the two should be alike)"
         )
         if error > LEARNED:
-            problems.append("it has learned little more than a Gaussian: give it more minutes or pictures")
+            problems.append("it has learned little more than a Gaussian: give it more pictures or minutes")
         elif error > OVERFIT * known:
-            problems.append("it knows the pictures it learned from better than others: give it more pictures")
+            problems.append(
+                "it knows the pictures it learned from better than others: give it more, or --data.mirror "
+                "where left and right are alike"
+            )
     if (accuracy := metrics.get("heldout_accuracy")) is not None:
         labels = held_out.labels[expert.card.attribute]
         chance = float(torch.bincount(labels[labels >= 0]).max() / max(int((labels >= 0).sum()), 1))
@@ -127,6 +133,11 @@ def _lines(
             problems.append(
                 "it tells values apart badly: give it more minutes or labels, or look for wrong ones"
             )
+    if expert.base is not None and _gaussian_share(expert.base.card.metrics) > LEARNED:
+        problems.append(
+            f"{expert.base.card.full_name}, from which its samples come, has learned little more than a "
+            "Gaussian: give that more pictures first, or --data.mirror where left and right are alike"
+        )
     ratio = figures["sample_distance"] / max(figures["heldout_distance"], 1e-6)
     lines.append(
         f"  nearest training picture: {figures['sample_distance']:.2f} from a sample, "
