@@ -248,6 +248,7 @@ def subjects() -> dict[str, Subject]:
         "Langevin": Subject(ceb.Langevin(eta, **options), bias),
         # Noise that is decoupled, at the scale that T asks for; states are seen after the drift.
         "Langevin, short runs": Subject(ceb.Langevin(eta, **short), bias * (1 - eta * PRECISION) ** 2),
+        "LeimkuhlerMatthews": Subject(ceb.LeimkuhlerMatthews(0.3, **options)),
         "MALA": Subject(ceb.MALA(0.35, **options)),
         "HMC": Subject(ceb.HMC(0.7, num_leapfrog=3, **options)),
         "UnderdampedLangevin": Subject(ceb.UnderdampedLangevin(0.8, friction=1.5, **options)),

@@ -12,6 +12,7 @@ KERNELS = [
     ceb.MALA(0.05),
     ceb.HMC(0.1, num_leapfrog=2),
     ceb.UnderdampedLangevin(0.1),
+    ceb.LeimkuhlerMatthews(0.05),
 ]
 
 

@@ -22,6 +22,7 @@ KERNELS = [
     ceb.MALA(0.05, target_acceptance=0.6),
     ceb.HMC(0.1, num_leapfrog=2),
     ceb.UnderdampedLangevin(0.1),
+    ceb.LeimkuhlerMatthews(0.05),
 ]
 SCHEDULE = Schedule(
     temperature=linear(2.0, 1.0), noise_level=geometric(1.0, 0.1), predict=True, noise_power=1.0, num_levels=3

@@ -24,6 +24,7 @@ KERNELS = [
     ceb.MALA(0.2),
     ceb.HMC(0.5, num_leapfrog=3),
     ceb.UnderdampedLangevin(0.3, friction=2.0),
+    ceb.LeimkuhlerMatthews(0.1),
 ]
 
 
@@ -123,6 +124,15 @@ def test_still_leaves_the_reverse_diffusion_alone_at_one_gradient_a_level():
         denoised = x + sigma**2 * normal.score(x, noise_level=torch.tensor(sigma))
         x = x + (after - sigma) * (x - denoised) / sigma
     torch.testing.assert_close(chain.x, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0, 1.8])
+def test_averaged_noise_leaves_every_variance_as_it_is_at_every_stable_step(eta):
+    kernel = ceb.LeimkuhlerMatthews(eta, temperature=0.8)
+    chain = run(Quadratic(1.0), kernel, points(4000, (1,)), 60)
+    drawn = torch.cat([chain.advance(3).clone() for _ in range(20)])
+    assert drawn.var().item() == pytest.approx(0.8, rel=0.03)
+    # Langevin itself is 1 / (1 - η/2) too wide.
 
 
 # --- closed forms --------------------------------------------------------------------------------
@@ -519,6 +529,7 @@ def test_adjusted_kernels_accept_as_often_as_in_ebmkit(ours, theirs):
         (lambda: ceb.Langevin(0.1, clamp=(0, 1, 2)), r"`clamp` must be \(low, high\)"),
         (lambda: ceb.Langevin(0.1, target_acceptance=0.5), "accepts every step .* use MALA"),
         (lambda: ceb.UnderdampedLangevin(0.1, target_acceptance=0.5), "accepts every step .* use HMC"),
+        (lambda: ceb.LeimkuhlerMatthews(0.1, target_acceptance=0.5), "accepts every step .* use MALA"),
         (lambda: ceb.UnderdampedLangevin(0.1, friction=0), "`friction` must be positive and finite, got 0"),
         (lambda: geometric(1.0, 0.0), "a geometric curve needs positive values"),
         (lambda: ceb.schedules.through((0.1, 1), (1, 2)), r"knots must rise from 0 to 1, got \[0.1, 1.0\]"),

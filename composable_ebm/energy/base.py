@@ -239,19 +239,19 @@ class Energy(nn.Module, ABC):
         low, high = self.energy_range
         return energies > high + (high - low)
 
-    def prior(self, noise: Tensor, noise_level: float) -> Tensor:
+    def prior(self, noise: Tensor, noise_level: float) -> Tensor | None:
         """States to begin with at a noise level above most detail, from draws of a standard normal.
 
-        Noise alone unless the energy knows more: at σ = 10 faces still have their mean, 1.6 σ away, and their
-        brightness, 1.7 σ wide, which a flow to lower levels takes along. A composition begins where its
-        first density does.
+        None from an energy that knows nothing but the noise. At σ = 10 faces still have their mean, 1.6 σ
+        away, and their brightness, 1.7 σ wide, which a flow to lower levels takes along. A composition
+        begins where its first density does.
 
         Args:
             noise: Standard normal, (batch, *event).
             noise_level: σ, in data units.
         """
         first = next((leaf for leaf in self.leaves() if not leaf.likelihood), self)
-        return noise_level * noise if first is self else first.prior(noise, noise_level)
+        return None if first is self else first.prior(noise, noise_level)
 
     def images(self, states: Tensor) -> Tensor:
         """States (n, *event) as pictures in [-1, 1]: decoded where they are latents."""

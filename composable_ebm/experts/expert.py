@@ -192,7 +192,7 @@ class Expert(Energy):
         own = self.read(self.network(x, noise_level) if self.noise_conditioned else self.network(x))
         return own if self.base is None else own + self.base.energy(x, noise_level)
 
-    def prior(self, noise: Tensor, noise_level: float) -> Tensor:
+    def prior(self, noise: Tensor, noise_level: float) -> Tensor | None:
         if self.base is not None:
             return self.base.prior(noise, noise_level)
         known = getattr(self.network, "prior", None)

@@ -8,6 +8,7 @@ from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.kernel import Dynamics, Info, Kernel, Noise, State
 from composable_ebm.sampling.langevin import Langevin
+from composable_ebm.sampling.leimkuhler_matthews import LeimkuhlerMatthews
 from composable_ebm.sampling.live import Live
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.sampling.particles import Particles, Weighted
@@ -33,6 +34,7 @@ __all__ = [
     "Info",
     "Kernel",
     "Langevin",
+    "LeimkuhlerMatthews",
     "Live",
     "Noise",
     "Particles",

@@ -29,7 +29,7 @@ from composable_ebm.sampling.graphs import (
     weights_of,
 )
 from composable_ebm.sampling.kernel import Info, Noise, State
-from composable_ebm.sampling.particles import Population
+from composable_ebm.sampling.particles import CANDIDATES, Population, chosen
 
 __all__ = ["Batch"]
 
@@ -81,28 +81,52 @@ class Batch(ABC):
     def begin(self, block: Block, x: Tensor) -> Rows:
         """The rows of a block whose chains stand at `x`, (rows, *event), before any step."""
         with evaluating(block.energy.modules()):
-            x = block.placed(x.detach())
+            x, log_weights = block.placed(x.detach()), None
             if block.carrier is not None and block.starts_in_noise:
-                x = self._drawn_from_the_carrier(block, x)
+                x, log_weights = self._first(block, x)
             before = x.clone()
             state = block.kernel.init(self.potential_of([block]), x, block.noise)
             if not torch.equal(x, before) and bool((x == x).all()):
                 raise ValueError(_who_changes(block.energy, before, block.noise_level))
             if block.weighs:
                 # Chains that come from elsewhere stand for the composition at this level as they are.
-                fresh = block.starts_in_noise
-                log_weights = self._said(block, state, block.noise_level) if fresh else x.new_zeros(len(x))
-                block.population = Population.of(log_weights)
+                block.population = Population.of(x.new_zeros(len(x)) if log_weights is None else log_weights)
         return Rows.new(state, self.clock)
 
-    def _drawn_from_the_carrier(self, block: Block, x: Tensor) -> Tensor:
-        """Draws of the carrier at the first noise level, from noise of that level.
+    def _first(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draws of the carrier at the first noise level, and log weights of those that are weighed.
 
-        Much noise leaves only the mean of the data: x - σ² ∂E_c/∂x, with new noise on it. Densities
-        that know no `Energy.prior` need it; the others spend a gradient on it.
+        Experts are at odds about states even there: with five attributes, of which two show in how bright a
+        face is, every second one would go. Nothing has been spent on them yet, so the weighed are chosen
+        among more, none of them twice.
+        """
+        if not block.weighs:
+            return self._of_the_carrier(block, x), None
+        level = block.noise_level
+        assert level is not None
+        starts = [x, *(self._afresh(block, x, float(level)) for _ in range(CANDIDATES - 1))]
+        starts = [self._of_the_carrier(block, start) for start in starts]
+        potential, carrier = self.potential_of([block]), self.carrier_of(block).at(noise_level=level)
+        said = torch.cat([carrier.energy(start) - potential.energy(start) for start in starts])
+        index, log_weights = chosen(said, len(x), block.noise.number(x))
+        return torch.cat(starts)[index], log_weights
+
+    def _afresh(self, block: Block, x: Tensor, level: float) -> Tensor:
+        """Other states like `x` to begin with at the first noise level."""
+        noise = block.noise.normal(x)
+        known = block.energy.prior(noise, level)
+        return block.placed(level * noise if known is None else known.to(x))
+
+    def _of_the_carrier(self, block: Block, x: Tensor) -> Tensor:
+        """`x` as draws of the carrier at the first noise level, unless it is that already.
+
+        Where nothing but the noise is known, much of it leaves only the mean of the data, x - σ² ∂E_c/∂x,
+        with new noise on it. Draws of `Energy.prior` would lose some of their width by that.
         """
         sigma = block.noise_level
         assert sigma is not None
+        if block.energy.prior(x, float(sigma)) is not None:
+            return x
         _, gradient = self.carrier_of(block).at(noise_level=sigma)(x)
         return block.placed(x - sigma.square() * gradient + sigma * block.noise.normal(x))
 

@@ -292,7 +292,9 @@ class LiveBlock(Block):
         extra = (self._table[places].square() - rest.square()).clamp(min=0).sqrt()
         risen = x + expand(extra, x) * noise
         if bool(lost.any()) and not bool(well.any()):
-            afresh = self.energy.prior(noise, float(self._table[0])).to(x)
+            first = float(self._table[0])
+            known = self.energy.prior(noise, first)
+            afresh = first * noise if known is None else known.to(x)
             risen = torch.where(expand(lost, x), afresh, risen)
         self.places = places
         return torch.where(expand(lost | failing, x), risen, x)

@@ -43,6 +43,8 @@ FEWEST = 32
 """Particles that a request has at least; the chains that were asked for are drawn from them."""
 SPARE = 1.35
 """Particles for each chain that was asked for, so that a draw seldom takes one of them twice."""
+CANDIDATES = 4
+"""States at the first noise level for each particle, of which the particles are chosen."""
 
 __all__ = ["Particles", "Population", "Weighted", "drawn", "systematic"]
 
@@ -200,25 +202,56 @@ def drawn(log_weights: Tensor, count: int, u: Tensor) -> Tensor:
         log_weights: (n,), n ≥ count.
         count: How many.
         u: Uniform on [0, 1), ().
+    """
+    chance = chances(log_weights, count)
+    if bool((chance > 1).any()):
+        return _in_place(systematic(chance / count, count, u), count)
+    edges = chance.cumsum(0)
+    passed = torch.floor(edges * count / edges[-1] - u.double() + 1)
+    index = torch.diff(passed, prepend=passed.new_zeros(1)).nonzero()[:, 0]
+    return _in_place(index[:count], count)
+
+
+def chances(log_weights: Tensor, count: int) -> Tensor:
+    """How often each of (n,) is expected in a draw of `count` by weights, (n,), summing to `count`.
+
+    At most once, min(1, c wᵢ), where more than `count` have some weight; count·wᵢ times otherwise.
+
     Reference:
-        Tillé (2006), Sampling algorithms, section 2.10, for the probabilities.
+        Tillé (2006), Sampling algorithms, section 2.10.
     """
     weights = torch.softmax(log_weights.double(), 0)
     if int((weights * len(weights) > 1e-6).sum()) <= count:
-        chosen = systematic(weights, count, u)
-        return _in_place(chosen, count)
+        return count * weights
     certain = torch.zeros_like(weights, dtype=torch.bool)
     while True:
         rest = torch.where(certain, 0.0, weights)
         share = rest / rest.sum() * (count - int(certain.sum()))
         more = share >= 1
         if not bool(more.any()):
-            break
+            return torch.where(certain, 1.0, share)
         certain |= more
-    edges = torch.where(certain, 1.0, share).cumsum(0)
-    passed = torch.floor(edges * count / edges[-1] - u.double() + 1)
-    chosen = torch.diff(passed, prepend=passed.new_zeros(1)).nonzero()[:, 0]
-    return _in_place(chosen[:count], count)
+
+
+def chosen(log_weights: Tensor, count: int, u: Tensor) -> tuple[Tensor, Tensor]:
+    """`count` of more candidates, drawn by weights, and the log weights that they then stand with.
+
+    The mean weight keeps its expectation: each weight is divided by the chance with which it was drawn.
+
+    Args:
+        log_weights: (n,), n ≥ count.
+        count: How many.
+        u: Uniform on [0, 1), ().
+    Returns:
+        Indices (count,), and log weights (count,).
+    Reference:
+        Horvitz and Thompson (1952), A generalization of sampling without replacement, eq. 4; Fearnhead
+        and Clifford (2003), On-line inference for hidden Markov models via particle filters, section 3.
+    """
+    log_weights = _finite(log_weights)
+    index = drawn(log_weights, count, u)
+    left = log_weights - chances(log_weights, count).log().to(log_weights)
+    return index, left[index] + math.log(count / len(log_weights))
 
 
 def _in_place(chosen: Tensor, count: int) -> Tensor:

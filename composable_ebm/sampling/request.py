@@ -160,7 +160,8 @@ class Request:
         x = initial_states(energy, count, init, generator, device)
         if init is None and (start_level := _start_level(sampler)) is not None:
             noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-            x = energy.prior(noise, start_level)
+            known = energy.prior(noise, start_level)
+            x = start_level * noise if known is None else known
         mask = None if self.mask is None else _fitting_mask(self.mask, x, energy)
         chains = _checked_count(self.num_chains) if isinstance(sampler, Particles) else len(x)
         return Beginning(x, generator, sampler, steps, mask, chains)

@@ -12,13 +12,23 @@ from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.hmc import HMC
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
+from composable_ebm.sampling.leimkuhler_matthews import LeimkuhlerMatthews
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.schedule import Curve, Schedule
 from composable_ebm.sampling.still import Still
 from composable_ebm.sampling.underdamped import UnderdampedLangevin
 
-KERNELS: tuple[type[Kernel], ...] = (Langevin, MALA, HMC, UnderdampedLangevin, Gibbs, DMALA, Still)
+KERNELS: tuple[type[Kernel], ...] = (
+    Langevin,
+    LeimkuhlerMatthews,
+    MALA,
+    HMC,
+    UnderdampedLangevin,
+    Gibbs,
+    DMALA,
+    Still,
+)
 
 CURVES = ("temperature", "noise_level", "step_scale")
 WEIGHING = ("num_particles", "threshold", "verdict")

@@ -105,14 +105,14 @@ class GaussianSkeleton(nn.Module):
         return (kept + rest) / size
 
     @torch.no_grad()
-    def prior(self, noise: Tensor, noise_level: float) -> Tensor:
+    def prior(self, noise: Tensor, noise_level: float) -> Tensor | None:
         """Draws of N(μ, C + σ² I) from draws of a standard normal, (batch, *event) each.
 
-        Around zero where the Gaussian is one of patches, which says little of whole pictures.
+        None where the Gaussian is one of patches, which says little of whole pictures.
         """
         z = noise.flatten(1)
         if z.shape[1] != len(self.mean):
-            return noise_level * noise
+            return None
         rest = (self.residual + noise_level**2).sqrt()
         along = (z @ self.axes.T) * ((self.variances + noise_level**2).sqrt() - rest)
         return (self.mean + rest * z + along @ self.axes).reshape(noise.shape)
