@@ -208,7 +208,20 @@ def _unfold(
 ) -> Step:
     options = (list(kernel_size), list(dilation), list(padding), list(stride))
     side = list(self.shape[-2:])
-    return one(lambda x: aten.im2col(x, *options), lambda g, x, y: aten.col2im(g, side, *options))
+
+    def backward(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return aten.col2im(g, side, *options)
+
+    if set(dilation) != {1}:
+        return one(lambda x: aten.im2col(x, *options), backward)
+    (high, wide), (down, across), (above, left) = kernel_size, stride, padding
+
+    def forward(x: Tensor) -> Tensor:
+        # Windows side by side in memory, as the layer that looks at each reads them: one copy of a view.
+        views = F.pad(x, (left, left, above, above)).unfold(2, high, down).unfold(3, wide, across)
+        return views.permute(0, 2, 3, 1, 4, 5).reshape(len(x), -1, x.shape[1] * high * wide).mT
+
+    return one(forward, backward)
 
 
 RULES: dict[str, Rule] = {
