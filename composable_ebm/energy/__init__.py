@@ -16,7 +16,7 @@ theory). Structure (which leaves, which nodes) is fixed when the expression is w
 coefficients are data, given at call time or taken from the expression.
 
 `space` says what states are, `base` what an energy is, `nodes` what AND, OR and NOT of energies are,
-`algebra` what the operators make of them.
+`algebra` what the operators make of them, `checks` what energies are held to.
 
 Reference:
     Hinton (2002), Training products of experts by minimizing contrastive divergence.
@@ -25,24 +25,19 @@ Reference:
 """
 
 from composable_ebm.energy import algebra
-from composable_ebm.energy.algebra import mixture, negate, ratio
-from composable_ebm.energy.base import (
-    Energy,
-    LeafEnergies,
-    as_name,
+from composable_ebm.energy.algebra import log_ratio, mixture, negate, ratio
+from composable_ebm.energy.base import Energy, LeafEnergies, as_name
+from composable_ebm.energy.carrier import NotCarriedError, carrier, satisfied, settled
+from composable_ebm.energy.checks import (
     changed_states,
-    flat,
     independent,
-    known_by_gradient,
-    log_ratio,
     naming,
     one_per_state,
     require_values,
-    soft_minimum,
 )
-from composable_ebm.energy.carrier import NotCarriedError, carrier, satisfied, settled
 from composable_ebm.energy.gradient import slope, slopes, with_gradient
 from composable_ebm.energy.nodes import Mixture, Not, Sum
+from composable_ebm.energy.numbers import flat, known_by_gradient, soft_minimum
 from composable_ebm.energy.space import Codec
 
 __all__ = [

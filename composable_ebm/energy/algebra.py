@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from composable_ebm.energy.base import Energy
+from composable_ebm.energy.checks import require_values
 from composable_ebm.energy.nodes import Mixture, Not, Sum, flatten, shared, shared_codec
 from composable_ebm.energy.weights import Weight
 
-__all__ = ["either", "mixture", "negate", "ratio", "weighted_sum"]
+__all__ = ["either", "log_ratio", "mixture", "negate", "ratio", "weighted_sum"]
 
 
 def weighted_sum(pairs: Iterable[tuple[Energy, Weight]]) -> Energy:
@@ -77,3 +78,17 @@ def negate(energy: Energy, threshold: float | None = None) -> Energy:
             )
         threshold = energy.energy_range[1]
     return Not(energy, threshold)
+
+
+def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:
+    """log p(x1)/p(x2) = E(x2) - E(x1), exact, no normalising constant, shape (batch,).
+
+    Args:
+        energy: Any energy.
+        x1: States, shape (batch, *event).
+        x2: States, shape (batch, *event).
+    Raises:
+        ValueError: If only the gradient of the energy is known.
+    """
+    require_values("a log ratio is a difference of energies", [energy])
+    return energy(x2) - energy(x1)

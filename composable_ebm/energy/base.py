@@ -6,7 +6,7 @@ import copy
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.data.ranges import as_images
+from composable_ebm.energy.checks import independent, naming, one_per_state, parameter_type
 from composable_ebm.energy.gradient import with_gradient
 from composable_ebm.energy.space import Codec
 from composable_ebm.energy.weights import Weight, as_tensor, as_weight, coefficient_type, is_weight
@@ -24,22 +25,7 @@ if TYPE_CHECKING:
 
 LeafEnergies = Mapping[Hashable, Tensor]
 
-__all__ = [
-    "Algebra",
-    "Energy",
-    "LeafEnergies",
-    "as_name",
-    "changed_states",
-    "flat",
-    "independent",
-    "known_by_gradient",
-    "log_ratio",
-    "naming",
-    "one_per_state",
-    "parameter_count",
-    "require_values",
-    "soft_minimum",
-]
+__all__ = ["Algebra", "Energy", "LeafEnergies", "as_name", "parameter_count"]
 
 
 class _Moving(threading.local):
@@ -197,7 +183,7 @@ class Energy(nn.Module, ABC):
         Raises:
             ValueError: If leaves differ in it.
         """
-        known = [(leaf, kind) for leaf in self.leaves() if (kind := _parameter_type(leaf)) is not None]
+        known = [(leaf, kind) for leaf in self.leaves() if (kind := parameter_type(leaf)) is not None]
         for leaf, kind in known[1:]:
             if kind != known[0][1]:
                 raise ValueError(
@@ -457,147 +443,6 @@ def _refused(left: object, operator: str, right: object) -> Any:
     what = str(other) if isinstance(other, Real) else f"<{kind}>"
     sides = [str(side) if isinstance(side, Energy) else what for side in (left, right)]
     raise TypeError(f"{sides[0]} {operator} {sides[1]} has no meaning. {fix}.")
-
-
-def _parameter_type(leaf: Energy) -> torch.dtype | None:
-    """The type of the first parameter that has a floating type of 16 bits or more."""
-    kinds = (p.dtype for p in leaf.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
-    kind = next(kinds, None)
-    return kind if kind is None or not leaf.wide_states else torch.promote_types(kind, torch.float32)
-
-
-def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:
-    """log p(x1)/p(x2) = E(x2) - E(x1), exact, no normalising constant, shape (batch,).
-
-    Args:
-        energy: Any energy.
-        x1: States, shape (batch, *event).
-        x2: States, shape (batch, *event).
-    Raises:
-        ValueError: If only the gradient of the energy is known.
-    """
-    require_values("a log ratio is a difference of energies", [energy])
-    return energy(x2) - energy(x1)
-
-
-def soft_minimum(energies: Tensor) -> Tensor:
-    """-log Σ exp(-Eᵢ) over the last axis, shape (...): the energy of an OR.
-
-    The derivative of logsumexp is exp(logits - result), which loses digits to the size of the result:
-    at 10,000 nats it is wrong by 1e-3. Around the least energy it is exact.
-    """
-    logits = -energies
-    top = logits.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-    return -(torch.logsumexp(logits - top, dim=-1) + top[..., 0])
-
-
-def known_by_gradient(x: Tensor, gradient: Tensor, value: Tensor | float = 0.0) -> Tensor:
-    """Numbers (batch,) whose gradient at `x` is `gradient`, for energies known by their score alone:
-
-        E(x) = value + ⟨gradient, x - x₀⟩,    x₀ = x without its graph.
-
-    Sums, weights and ratios of them then have the right score, by the same backward pass as every
-    other energy. An energy that returns them says `has_value = False`.
-
-    Args:
-        x: States, shape (batch, *event).
-        gradient: -score at `x`, the same shape; it may depend on parameters, but not on `x` through
-            autograd: take it at `x.detach()`.
-        value: The number itself, (batch,), where something is known of it.
-    """
-    return value + flat(gradient * (x - x.detach())).sum(1)
-
-
-def flat(x: Tensor) -> Tensor:
-    """States (batch, *event) as rows of numbers, (batch, size); numbers (batch,) as rows of one."""
-    return x.flatten(1) if x.ndim > 1 else x[:, None]
-
-
-def require_values(reason: str, energies: Iterable[Energy]) -> None:
-    """Raises ValueError, with the reason, if an energy is known only by its gradient."""
-    for energy in energies:
-        if not energy.has_value:
-            raise ValueError(
-                f"{reason}, and {energy} is known only by its gradient (it is a score, as of a diffusion "
-                "model). Sums, weights and ratios of it are right; sample them with a kernel that compares "
-                "no energies, such as Langevin under an Annealed schedule."
-            )
-
-
-class naming:
-    """Errors inside `with naming(...)` say which leaf of which expression they came from.
-
-    Args:
-        leaf: What is evaluated.
-        whole: What it is part of.
-        x: The states, which must come out as they went in; what PyTorch counts as a change is noticed.
-    """
-
-    __slots__ = ("before", "leaf", "whole", "x")
-
-    def __init__(self, leaf: Energy, whole: Energy, x: Tensor | None = None) -> None:
-        self.leaf, self.whole = leaf, whole
-        self.x = x
-        self.before = 0 if x is None or x.is_inference() else x._version
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            if self._changed():
-                self._told(changed := ValueError(changed_states(self.leaf)))
-                raise changed
-        elif isinstance(error, Exception):
-            self._told(error)
-
-    def _changed(self) -> bool:
-        return self.x is not None and not self.x.is_inference() and self.x._version != self.before
-
-    def _told(self, error: Exception) -> None:
-        leaf, whole, x = self.leaf, self.whole, self.x
-        if x is not None and "in-place operation" in str(error):
-            error.add_note(changed_states(leaf))
-        if x is not None and (kind := _parameter_type(leaf)) not in (None, x.dtype):
-            error.add_note(f"`x` is {x.dtype}, the parameters of {leaf} are {kind}: give x.to({kind}).")
-        if leaf is not whole:
-            keys = [other.key for other in whole.leaves()]
-            place = f"leaf {keys.index(leaf.key) + 1} of {len(keys)}, {leaf}"
-            error.add_note(f"while evaluating {place}, of {whole}")
-
-
-def one_per_state(leaf: Energy, energies: Tensor, x: Tensor) -> Tensor:
-    """`energies`, checked to be one a state of `x`: (batch,), also of (batch, 1), in 32 bits at least."""
-    if not isinstance(energies, Tensor):
-        raise TypeError(f"{leaf} must return a tensor of energies, got {type(energies).__name__}.")
-    if energies.ndim == 2 and energies.shape == (len(x), 1):
-        energies = energies[:, 0]
-    if energies.dtype in (torch.float16, torch.bfloat16):
-        energies = energies.float()
-    if energies.shape != x.shape[:1]:
-        hint = " Sum over the other axes: .flatten(1).sum(1)." if energies.shape[:1] == x.shape[:1] else ""
-        raise ValueError(
-            f"{leaf} must return one energy per state, shape ({x.shape[0]},), "
-            f"got {tuple(energies.shape)}.{hint}"
-        )
-    return energies
-
-
-def changed_states(leaf: Energy) -> str:
-    """What to say of an energy that changes its states."""
-    return (
-        f"{leaf} changes the states that it is given in place, which would move the chains: let it work on a "
-        "copy, x = x.clone(), or use operations without a trailing underscore (and layers without "
-        "inplace=True)."
-    )
-
-
-def independent(energy: Energy) -> str:
-    """What to say of an energy whose gradient by states cannot be taken."""
-    return (
-        f"the energy of {energy} does not depend on `x` by a path that autograd follows, so it cannot be "
-        "sampled by its gradient; keep tensors attached."
-    )
 
 
 def parameter_count(module: nn.Module) -> str:

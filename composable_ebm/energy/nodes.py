@@ -9,7 +9,9 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from composable_ebm.energy.base import Energy, LeafEnergies, parameter_count, require_values, soft_minimum
+from composable_ebm.energy.base import Energy, LeafEnergies, parameter_count
+from composable_ebm.energy.checks import require_values
+from composable_ebm.energy.numbers import soft_minimum
 from composable_ebm.energy.space import Codec
 from composable_ebm.energy.weights import (
     Weight,

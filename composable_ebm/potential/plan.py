@@ -145,7 +145,9 @@ class Plan:
         self, x: Tensor, noise_level: Tensor | None, ready: Sequence[tuple[Group, Evaluate | None]]
     ) -> list[_Pass]:
         """What is evaluated without a graph."""
-        passes = []
+        passes: list[_Pass] = []
+        if not any(evaluate for _, evaluate in ready):
+            return passes
         with torch.no_grad():
             for group, evaluate in ready:
                 if evaluate is not None:
