@@ -156,6 +156,22 @@ def test_verdict_leaves_out_what_experts_doubt():
     assert hard.log_probability == pytest.approx(float(torch.log(exact)), abs=3 * hard.weighted.error)
 
 
+def test_of_particles_to_spare_those_are_drawn_that_experts_are_sure_of():
+    class Slope(nn.Module):
+        def forward(self, x):
+            return torch.stack([torch.zeros_like(x[:, 0]), 20 * x[:, 0]], 1)
+
+    density = analytic.GaussianMixture(means(2), SPREAD**2, WEIGHTS)
+    positive = density + ceb.from_classifier(Slope(), 1, name="positive")
+    sampler = ceb.Particles(ceb.MALA(0.5), LEVELS, num_particles=300, verdict=True)
+    few, all_of_them = (
+        ceb.sample(positive, num_chains=count, num_steps=80, sampler=sampler, seed=0) for count in (10, 300)
+    )
+    assert float((20 * few.samples[:, 0]).sigmoid().min()) >= 0.9
+    assert 0.5 <= float((20 * all_of_them.samples[:, 0]).sigmoid().min()) < 0.9
+    assert few.log_probability == all_of_them.log_probability  # of the request, sure or not
+
+
 # -- weights and draws -------------------------------------------------------------------------------
 
 

@@ -12,11 +12,12 @@ of what is asked for:
 `given(base, a, b)` is carried by base, `digit[3]` and `digit[3] | digit[8]` by digit["any"]. A plain
 sum of two experts has two carriers: it counts p(x) twice, and no part of it is of the order of a nat.
 
-The verdict of an expert is whether it thinks its value likelier than not, p(a | x) ≥ ½.
+The verdict of an expert is whether it thinks its value likelier than not, p(a | x) ≥ ½, or surer than that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 
 import torch
@@ -101,7 +102,7 @@ def _densities(energy: Energy, coefficients: Tensor) -> dict[Hashable, tuple[Ene
     return {density.key: (density, 1.0)}
 
 
-def settled(energy: Energy, energies: LeafEnergies) -> dict[Hashable, Tensor] | None:
+def settled(energy: Energy, energies: LeafEnergies, least: float = 0.5) -> dict[Hashable, Tensor] | None:
     """The energies of leaves with every posterior replaced by its verdict: certain, or impossible.
 
     `energy.combine(settled(energy, energies), coefficients)` is E_c where the request is met, and
@@ -110,6 +111,7 @@ def settled(energy: Energy, energies: LeafEnergies) -> dict[Hashable, Tensor] | 
     Args:
         energy: A composition.
         energies: Those of its leaves and of their marginals, by key, (batch,) each.
+        least: The probability that makes a verdict.
     Returns:
         None where no verdict can be given: an expert is divided by, or there is none.
     """
@@ -123,13 +125,10 @@ def settled(energy: Energy, energies: LeafEnergies) -> dict[Hashable, Tensor] | 
         if leaf.key in against:
             return None
         ground = torch.zeros_like(energies[leaf.key]) if marginal is None else energies[marginal.key]
-        no = energies[leaf.key] - ground > _LOG_2
+        no = energies[leaf.key] - ground > -math.log(least)
         replaced[leaf.key] = ground + AGAINST * no
         found = True
     return replaced if found else None
-
-
-_LOG_2 = 0.6931472
 
 
 def _denied(energy: Energy, sign: float = 1.0) -> set[Hashable]:
@@ -145,7 +144,9 @@ def _denied(energy: Energy, sign: float = 1.0) -> set[Hashable]:
     return {leaf.key for leaf in energy.leaves()} if sign < 0 else set()
 
 
-def satisfied(energy: Energy, energies: LeafEnergies, coefficients: Tensor) -> Tensor | None:
+def satisfied(
+    energy: Energy, energies: LeafEnergies, coefficients: Tensor, least: float = 0.5
+) -> Tensor | None:
     """Which states meet a composition by the verdicts of its experts, (batch,).
 
     An AND is met where all its terms are, an OR where one component is.
@@ -154,10 +155,11 @@ def satisfied(energy: Energy, energies: LeafEnergies, coefficients: Tensor) -> T
         energy: A composition.
         energies: Those of its leaves and of their marginals, by key, (batch,) each.
         coefficients: Those of the composition, (n,) or (batch, n).
+        least: The probability that makes a verdict.
     Returns:
         None where no verdict can be given, see `settled`.
     """
-    replaced = settled(energy, energies)
+    replaced = settled(energy, energies, least)
     if replaced is None:
         return None
     met: Mapping[Hashable, Tensor] = {key: _met(energies[key], value) for key, value in replaced.items()}

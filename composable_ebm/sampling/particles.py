@@ -66,7 +66,8 @@ class Particles(Annealed):
             asked for, one in six had a twin at 0.5, one in four hundred at 0.7.
         verdict: Asks in the end for states of which every expert thinks its value likelier than not,
             instead of weighing them by how likely. The same where a picture leaves no doubt about its
-            attributes, but a model's pictures sometimes do; then those are left out.
+            attributes, but a model's pictures sometimes do; then those are left out, and of particles to
+            spare first those of which an expert is less than 90 or 80 % sure.
         carrier: The density that carries the particles; found by Bayes' rule unless given, see
             `composable_ebm.energy.carrier`. Any energy that is known at every noise level will do, and all
             else is weighed: eight modes, of which a bar leaves two. The less there is to weigh, the better.

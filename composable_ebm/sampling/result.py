@@ -28,6 +28,9 @@ STUCK = 0.01
 UNMIXED = 1.1
 ENOUGH_DRAWS = 100
 """Steps from which R-hat is held against a run."""
+SURE = (0.9, 0.8)
+"""How sure experts should be of samples where their verdict is asked for and particles are to spare: a model
+draws pictures that are between two values, where data has few."""
 
 __all__ = ["SampleResult", "TermCheck", "check_terms", "draw_from"]
 
@@ -137,7 +140,7 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
     assert population is not None
     assert isinstance(sampler, Particles)
     assert carrier is not None
-    log_weights, unmet = population.log_weights, False
+    log_weights, unmet, sure = population.log_weights, False, None
     with torch.no_grad():
         composition = block.energy
         # A shared potential has a composition of its own, with every weight among its coefficients.
@@ -152,11 +155,13 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
                 assert certain is not None
                 before, after = (composition.combine(e, coefficients) for e in (energies, certain))
                 log_weights = torch.where(met, log_weights + before - after, -torch.inf)
+                sure = _surest(composition, energies, coefficients, num_chains)
     log_probability = population.log_mean + torch.logsumexp(log_weights, 0) - math.log(len(x))
+    preferred = log_weights if sure is None else torch.where(sure, log_weights, -torch.inf)
     return Weighted(
         states=x,
         log_weights=log_weights,
-        chosen=drawn(log_weights, num_chains, block.noise.number(x)),
+        chosen=drawn(preferred, num_chains, block.noise.number(x)),
         ancestors=population.ancestors,
         ess=torch.stack(population.ess) if population.ess else x.new_zeros(0),
         log_probability=float(log_probability),
@@ -164,6 +169,17 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
         carrier=carrier,
         unmet=unmet,
     )
+
+
+def _surest(
+    composition: Energy, energies: Mapping[Hashable, Tensor], coefficients: Tensor, count: int
+) -> Tensor | None:
+    """The particles of the strictest verdict in `SURE` that `count` of them meet, (particles,), or None."""
+    for least in SURE:
+        met = satisfied(composition, energies, coefficients, least)
+        if met is not None and int(met.sum()) >= count:
+            return met
+    return None
 
 
 def leaf_energies(composition: Energy, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:
