@@ -15,9 +15,9 @@ static void *block(size_t size) {
 }
 
 int main(void) {
-    int *n = block(11 * sizeof(int)), batch = n[8], weights = n[9], pixels = n[10];
+    int *n = block(12 * sizeof(int)), batch = n[9], weights = n[10], pixels = n[11];
     Network network = {block(n[0] * sizeof(Operation)), block(n[1] * sizeof(Image)), NULL, n[0], n[2], n[3], n[4],
-                       n[5], n[6], n[7]};
+                       n[5], n[6], n[7], n[8]};
     network.weights = block(weights * sizeof(float));
     float *x = block((size_t)batch * pixels * sizeof(float)), *cotangents = block(batch * n[3] * sizeof(float));
     float *outputs = calloc(batch * n[3], sizeof(float)), *gradients = calloc((size_t)batch * pixels, sizeof(float));

@@ -337,6 +337,30 @@ ZOO["gains and biases"] = Net(
 )
 
 
+class Tokens(nn.Module):
+    """Tokens that are told of each other by a matrix for each group of features, then think."""
+
+    def __init__(self, features, tokens, groups=2):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(groups, tokens, tokens) / tokens)
+        self.gain, self.bias = nn.Parameter(torch.randn(2, features).mul(0.3)).unbind()
+        self.into, self.out = nn.Linear(features, 48), nn.Linear(48, features)
+
+    def forward(self, h):
+        (batch, tokens, _), groups = h.shape, len(self.mix)
+        told = F.silu(h * self.gain + self.bias).view(batch, tokens, groups, -1)
+        told = torch.bmm(self.mix, told.permute(2, 1, 0, 3).reshape(groups, tokens, -1))
+        h = h + told.view(groups, tokens, batch, -1).permute(2, 1, 0, 3).reshape(h.shape)
+        return h + self.out(F.relu(self.into(h)))
+
+
+ZOO["tokens that mix"] = Net(
+    lambda self, x: self.tokens(self.start(x.reshape(len(x), 6, 32))).square().sum((1, 2)),
+    start=nn.Linear(32, 64),
+    tokens=Tokens(64, 6),
+)
+
+
 WITH_CONVOLUTIONS_IN_C = {
     *(
         "a sequence in a class",
@@ -348,6 +372,7 @@ WITH_CONVOLUTIONS_IN_C = {
         "bottleneck",
         "instance norm",
         "gains and biases",
+        "tokens that mix",
     ),
     "weights shared",
     "unet, sixteen channels",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import points
-from test_forms import ZOO, assert_equal, plain
+from test_forms import ZOO, Tokens, assert_equal, plain
 
 from composable_ebm.experts.networks import ConvEnergy
 from composable_ebm.potential import native
@@ -47,7 +47,7 @@ def there(elsewhere, part, x, cotangents):
     ours = NativeNetwork(part)
     found = ours._network
     sizes = [len(ours._operations), len(ours._images), found.channels, found.outputs, found.result]
-    sizes += [found.kept, found.memory, found.thin, len(x), len(ours.weights), x[0].numel()]
+    sizes += [found.kept, found.memory, found.thin, found.tokens, len(x), len(ours.weights), x[0].numel()]
     blocks = [torch.tensor(sizes, dtype=torch.int32), ours.weights.detach(), x, cotangents]
     first, *rest = (block.contiguous().numpy().tobytes() for block in blocks)
     given = b"".join([first, bytes(ours._operations), bytes(ours._images), *rest])
@@ -58,7 +58,8 @@ def there(elsewhere, part, x, cotangents):
 
 
 @pytest.mark.parametrize(
-    "name", ["a sequence in a class", "resnet", "residual sum", "pools", "bottleneck", "gains and biases"]
+    "name",
+    ["a sequence in a class", "resnet", "residual sum", "pools", "bottleneck", "gains and biases"],
 )
 def test_networks_are_right_on_other_processors(elsewhere, name):
     x = points(3, (3, 8, 8))
@@ -82,3 +83,9 @@ def test_several_outputs_are_right_on_other_processors(elsewhere):
     assert_equal(
         there(elsewhere, part_of(inner, states), states, cotangents), plain(inner, states, cotangents), 3e-5
     )
+
+
+def test_tokens_are_right_on_other_processors(elsewhere):
+    network, x, cotangents = Tokens(32, 11), points(3, (11, 32)), points(3, (11, 32))
+    outputs, gradients = there(elsewhere, part_of(network, x), x, cotangents.flatten(1))
+    assert_equal((outputs.view_as(x), gradients), plain(network, x, cotangents), 3e-5)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composable_ebm.potential.forms.mixing import Mixing
 from composable_ebm.potential.forms.native import NativeNetwork, part_for_c
 from composable_ebm.potential.native.plan import Unfit
 from composable_ebm.potential.operations import RULES, Pullback, Step
@@ -173,17 +174,16 @@ def _native(nodes: Sequence[Node]) -> NativeNetwork | None:
 def _instead(native: NativeNetwork, nodes: Sequence[Node]) -> list[Node]:
     """The operations with those that C does as one of them."""
     part, inside = native.part, set(native.part.nodes)
+    inside.update(each for node in part.nodes if isinstance(node, Mixing) for each in node.parts)
 
     def step(x: Tensor, *levels: Tensor) -> tuple[Tensor, Pullback]:
         y, pull = native(x, *levels)
         return y, (lambda g: (pull(g), *[None] * len(levels))) if levels else pull
 
+    end = part.nodes[-1]
+    end = end.parts[-1] if isinstance(end, Mixing) else end
     whole = Node(IN_C, step, {"inputs": [part.input, *part.levels]}, part.output)
-    return [
-        whole if node is part.nodes[-1] else node
-        for node in nodes
-        if node not in inside or node is part.nodes[-1]
-    ]
+    return [whole if node is end else node for node in nodes if node is end or node not in inside]
 
 
 def _step(node: Node) -> Step:

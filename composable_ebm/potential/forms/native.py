@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from composable_ebm.potential.forms.mixing import MIXING, with_mixings
 from composable_ebm.potential.native import allowed, in_parts, library, wanted
 from composable_ebm.potential.native.plan import (
     ACTIVATIONS,
@@ -23,6 +24,7 @@ from composable_ebm.potential.native.plan import (
     Operation,
     Part,
     Plan,
+    channels_of,
     of_channels,
     over_all,
 )
@@ -43,7 +45,7 @@ class _Network(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("operations", "images", "weights")),
         *((name, ctypes.c_int) for name in ("count", "channels", "outputs", "result")),
-        *((name, ctypes.c_int) for name in ("kept", "memory", "thin")),
+        *((name, ctypes.c_int) for name in ("kept", "memory", "thin", "tokens")),
     )
 
 
@@ -51,6 +53,7 @@ def part_for_c(nodes: Sequence[Node]) -> Part | None:
     """The last part of a network that the function in C can do, or None."""
     if not wanted():
         return None
+    nodes = with_mixings(nodes)
     made = {node.output: node for node in nodes}
     readers: dict[Value, list[Node]] = {}
     for node in nodes:
@@ -58,18 +61,22 @@ def part_for_c(nodes: Sequence[Node]) -> Part | None:
             readers.setdefault(value, []).append(node)
     for last in reversed(nodes):
         shape = last.output.shape
-        if not 0 < len(shape) <= 2 or not _can(last):
+        if not 0 < len(shape) <= 3 or not _can(last):
             continue
+        tokens = len(shape) == 3
         ends = last.operation in ("linear", "sum", "mean")
         flattens = last.operation in SILENT and len(last.inputs[0].shape) == 4
-        if (ends or flattens) and shape.numel() <= (MOST_OUTPUTS if ends else MOST_PIXELS) * shape[0]:
+        if tokens or (
+            (ends or flattens) and shape.numel() <= (MOST_OUTPUTS if ends else MOST_PIXELS) * shape[0]
+        ):
             inside: set[Node] = set()
             outside = _reach(last, made, inside)
             leaks = any(
                 reader not in inside for node in inside if node is not last for reader in readers[node.output]
             )
             image = next(iter(outside), last.output)
-            if len(outside) == 1 and not leaks and _comes_in(image, inside):
+            comes_in = _tokens_come_in if tokens else _images_come_in
+            if len(outside) == 1 and not leaks and comes_in(image, inside):
                 kept = [node for node in nodes if node in inside]
                 levels = dict.fromkeys(value for node in kept for value in node.inputs if not value.live)
                 return Part(image, last.output, kept, list(levels))
@@ -93,7 +100,13 @@ def _reach(last: Node, made: dict[Value, Node], inside: set[Node]) -> set[Value]
     return outside
 
 
-def _comes_in(image: Value, inside: Iterable[Node]) -> bool:
+def _tokens_come_in(tokens: Value, inside: Iterable[Node]) -> bool:
+    """Whether the function takes such tokens, in such a network: what mixes them is slow elsewhere."""
+    kinds = [node.operation for node in inside]
+    return len(tokens.shape) == 3 and tokens.live and MIXING in kinds and kinds.count("linear") >= 2
+
+
+def _images_come_in(image: Value, inside: Iterable[Node]) -> bool:
     """Whether the function takes such images, in such a network."""
     readers = [node for node in inside if image in node.inputs]
     kinds = [node.operation for node in inside]
@@ -114,7 +127,9 @@ def _can(node: Node) -> bool:
         return False
     name, shape = node.operation, inputs[0].shape
     if name in ("mul", "add") and of_channels(node) is not None:
-        return node.output.shape[1] >= BLOCK
+        return channels_of(node.output) >= BLOCK and (len(shape) == 4 or shape[-1] % BLOCK == 0)
+    if len(shape) == 3:
+        return _can_with_tokens(node)
     if len(shape) not in (2, 4) or len(inputs) > 2 or not all(value.live for value in inputs):
         return False
     if name == "add":
@@ -149,6 +164,19 @@ def _can(node: Node) -> bool:
         to = node.output.shape
         return to == shape or (to[0] == shape[0] and len(to) == 2 and to.numel() == shape.numel())
     return name in ACTIVATIONS
+
+
+def _can_with_tokens(node: Node) -> bool:
+    """The same for tokens, (batch, tokens, features)."""
+    name, before, after = node.operation, node.inputs[0].shape, node.output.shape
+    if before[-1] % BLOCK or after[-1] % BLOCK or not all(value.live for value in node.inputs):
+        return False
+    if name == "add":
+        return [v.shape for v in node.inputs] == [after] * 2 and node.arguments["alpha"] == 1
+    if name == "linear":
+        return _constant(node.arguments["weight"])
+    plain = name in ACTIVATIONS and name not in ("pow", "elu")
+    return name == MIXING or (before == after and len(node.inputs) == 1 and (plain or name in SILENT))
 
 
 def _constant(weight: object) -> bool:
@@ -194,18 +222,18 @@ class NativeNetwork:
         self.weights = torch.cat([block.reshape(-1) for block in plan.weights])
         self._operations = (Operation * len(plan.operations))(*plan.operations)
         self._images = (Image * len(plan.images))(*plan.images)
-        channels, *_ = part.input.shape[1:]
         self._network = _Network(
             ctypes.cast(self._operations, ctypes.c_void_p),
             ctypes.cast(self._images, ctypes.c_void_p),
             self.weights.data_ptr(),
             len(plan.operations),
-            channels,
+            channels_of(part.input),
             self.outputs,
             plan.result,
             plan.kept,
             plan.kept + plan.rest,
             int(plan.thin),
+            int(len(part.input.shape) == 3),
         )
         self._memory: list[Tensor] = []
         self._kept: list[Tensor] = []

@@ -2,7 +2,7 @@
 
    A network is a list of operations on images (convolutions and linear layers, activations, sums, gains
    and biases of channels, normalisations by groups, average pooling), which run forward and then backward. Images lie as height, width,
-   channels; channels are padded to BLOCK, and borders of zeros stand around what a convolution reads,
+   channels (rows of tokens are images of height 1); channels are padded to BLOCK, and borders of zeros stand around what a convolution reads,
    forward and backward. A linear layer is a convolution of a single pixel with many channels. One primitive
    does nearly all the work, `tile`: a few pixels times a few vectors of output channels, kept in registers,
 
@@ -13,7 +13,7 @@
 
 #include "vectors.h"
 
-enum { CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING, SCALING };
+enum { CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING, SCALING, MIXING };
 enum { IDENTITY, SILU, RELU, TANH, SIGMOID, ELU, GELU, GELU_BY_TANH, SQUARE };
 
 typedef struct {
@@ -383,6 +383,25 @@ INLINE void scale(const Operation *o, const Image *in, const Image *out, const f
     }
 }
 
+/* Pixels among each other, by a matrix for each group of channels, and back. */
+static void mix(const Operation *o, const Image *in, const Image *out, const float *weights, Memory m, int back) {
+    enum { together = LANES == 16 ? 8 : 4 };
+    int count = in->width, channels = in->channels, size = channels / o->groups;
+    const float *matrices = weights + (back ? o->backward_weight : o->weight);
+    const float *from = back ? gradient(m, out) : values(m, in), *x[8];
+    float *to = back ? gradient(m, in) : values(m, out), *z[8];
+    for (int c = 0; c < channels; c += BLOCK) {
+        const float *matrix = matrices + (ptrdiff_t)(c / size) * count * count;
+        for (int first = 0; first < count; first += together) {
+            for (int p = 0; p < together; p++) {
+                int at = first + p < count ? first + p : count - 1;
+                x[p] = matrix + (ptrdiff_t)at * count, z[p] = to + (ptrdiff_t)at * channels + c;
+            }
+            tile(together, BLOCK / LANES, x, 1, 0, count, from + c, channels, NULL, back && o->adds & 1, z);
+        }
+    }
+}
+
 /* Means over the pixels and the channels of each group, for every channel; zero for padded ones. */
 static void of_groups(const Operation *o, int area, float *sums) {
     int size = o->real / o->groups;
@@ -539,6 +558,7 @@ static void forward(const Operation *ops, int count, const Image *images, const 
         case CONCATENATION: join(o, in, images + o->second, out, m, 0); break;
         case UPSAMPLING: spread(o, in, out, m, 0); break;
         case SCALING: scale(o, in, out, weights, m, 0); break;
+        case MIXING: mix(o, in, out, weights, m, 0); break;
         default: windows(o, in, out, m, 0);
         }
     }
@@ -571,13 +591,18 @@ static void backward(const Operation *ops, int count, const Image *images, const
         case CONCATENATION: join(o, in, images + o->second, out, m, 1); break;
         case UPSAMPLING: spread(o, in, out, m, 1); break;
         case SCALING: scale(o, in, out, weights, m, 1); break;
+        case MIXING: mix(o, in, out, weights, m, 1); break;
         default: windows(o, in, out, m, 1);
         }
     }
 }
 
-/* An image, channels first, into memory: rows at `target`, a `step` apart. */
-static void take(const Image *i, int channels, const float *x, float *target, ptrdiff_t step) {
+/* An image into memory, rows at `target`, a `step` apart: channels first, or `tokens`, as they lie. */
+static void take(const Image *i, int channels, int tokens, const float *x, float *target, ptrdiff_t step) {
+    if (tokens) {
+        memcpy(target, x, (size_t)i->width * channels * sizeof(float));
+        return;
+    }
     int area = i->height * i->width;
     for (int row = 0; row < i->height; row++, target += step) {
         if (channels < i->channels) memset(target, 0, (size_t)i->width * i->channels * sizeof(float));
@@ -588,7 +613,11 @@ static void take(const Image *i, int channels, const float *x, float *target, pt
 }
 
 /* And out of it. */
-static void give(const Image *i, int channels, const float *source, ptrdiff_t step, float *x) {
+static void give(const Image *i, int channels, int tokens, const float *source, ptrdiff_t step, float *x) {
+    if (tokens) {
+        memcpy(x, source, (size_t)i->width * channels * sizeof(float));
+        return;
+    }
     int area = i->height * i->width;
     for (int row = 0; row < i->height; row++, source += step)
         for (int column = 0; column < i->width; column++)
@@ -606,22 +635,23 @@ typedef struct {
     int count, channels, outputs, result; /* result: the image with the outputs */
     int kept, memory;                     /* floats that are kept of each image, and working memory */
     int thin;                             /* whether the image that comes in is thin: then dx comes from planes */
+    int tokens;                           /* whether rows of tokens come in and go out */
 } Network;
 
 static void outputs_of(const Network *n, const float *x, float *outputs, Memory m) {
     const Image *in = n->images, *out = n->images + n->result;
     open_values(m, in);
-    take(in, n->channels, x, values(m, in), pitch(in));
+    take(in, n->channels, n->tokens, x, values(m, in), pitch(in));
     forward(n->operations, n->count, n->images, n->weights, m);
-    give(out, n->outputs / (out->height * out->width), values(m, out), pitch(out), outputs);
+    give(out, n->outputs / (out->height * out->width), n->tokens, values(m, out), pitch(out), outputs);
 }
 
 static void gradient_of(const Network *n, const float *cotangents, float *dx, Memory m) {
     const Image *in = n->images, *out = n->images + n->result;
     open_gradient(m, out);
-    take(out, n->outputs / (out->height * out->width), cotangents, gradient(m, out), gradient_pitch(out));
+    take(out, n->outputs / (out->height * out->width), n->tokens, cotangents, gradient(m, out), gradient_pitch(out));
     backward(n->operations, n->count, n->images, n->weights, m, dx);
-    if (!n->thin) give(in, n->channels, gradient(m, in), gradient_pitch(in), dx);
+    if (!n->thin) give(in, n->channels, n->tokens, gradient(m, in), gradient_pitch(in), dx);
 }
 
 /* Outputs of images first .. first + rows, (images, outputs). `kept` has n->kept floats for each image, and

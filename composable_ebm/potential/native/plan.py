@@ -15,11 +15,11 @@ from composable_ebm.potential.trace import Node, Value
 
 __all__ = [
     *("ACTIVATIONS", "BLOCK", "MOST_CHANNELS"),
-    *("Image", "Operation", "Part", "Plan", "Unfit", "of_channels", "over_all"),
+    *("Image", "Operation", "Part", "Plan", "Unfit", "channels_of", "of_channels", "over_all"),
 ]
 
 BLOCK = 16
-CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING, SCALING = range(8)
+CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING, SCALING, MIXING = range(9)
 TWO = (SUM, CONCATENATION)
 IDENTITY = 0
 ACTIVATIONS = {
@@ -88,21 +88,29 @@ def over_all(node: Node) -> str | None:
 
 
 def of_channels(node: Node) -> Value | Tensor | None:
-    """What a product or a sum does to each channel of images, or None if it does something else.
+    """What a product or a sum does to each channel of images or tokens, or None if it does something else.
 
     A constant, or what depends on the noise level: one number, or one a channel.
     """
     both = [node.arguments["self"], node.arguments["other"]]
     live = [side for side in both if isinstance(side, Value) and side.live]
-    if len(live) != 1 or len(live[0].shape) != 4 or node.arguments.get("alpha", 1) != 1:
+    if len(live) != 1 or len(live[0].shape) not in (3, 4) or node.arguments.get("alpha", 1) != 1:
         return None
     other = both[1 - both.index(live[0])]
     if isinstance(other, (int, float)):
         return torch.tensor(float(other))
     ours = isinstance(other, Tensor) or (isinstance(other, Value) and not other.of_states)
-    channels = live[0].shape[1]
-    shapes = {(), (1,), (1, 1, 1), (1, 1, 1, 1), (channels, 1, 1), (1, channels, 1, 1)}
-    return other if ours and tuple(other.shape) in shapes and other.dtype == torch.float32 else None
+    ones, channels = [1] * (len(live[0].shape) - 3), channels_of(live[0])
+    shape = tuple(other.shape) if ours else ()
+    plain = [1 for side in shape if side != 1]
+    place = (channels, *ones, *ones) if ones else (channels,)
+    fits = not plain or (len(shape) >= len(place) and shape[-len(place) :] == place and len(plain) == 1)
+    return other if ours and fits and other.dtype == torch.float32 else None
+
+
+def channels_of(value: Value) -> int:
+    """Channels of images (batch, channels, height, width), features of tokens (batch, tokens, features)."""
+    return value.shape[1 if len(value.shape) == 4 else -1]
 
 
 @dataclass
@@ -133,7 +141,8 @@ class Plan:
         self.producers: dict[int, Operation] = {}
         self.folded: set[Value] = set()
         self.shared: dict[int, int] = {}  # flat images, and whose place they share
-        channels, height, width = image.shape[1:]
+        channels = channels_of(image)
+        height, width = image.shape[2:] if len(image.shape) == 4 else (1, image.shape[1])
         self.thin = channels < BLOCK
         self.place = {image: self._image((height, width), channels, padded=not self.thin)}
         for node in nodes:
@@ -169,6 +178,11 @@ class Plan:
         name, arguments, first, shape = node.operation, node.arguments, self.place[read], read.shape
         if name == "conv2d":
             out = self._convolution(first, arguments["weight"], arguments["bias"], arguments, node.output)
+        elif name == "linear" and len(shape) == 3:
+            weight = arguments["weight"].detach()[:, :, None, None]
+            out = self._weighted(first, weight, arguments["bias"], 1, 0, self._sides(first))
+        elif name == "mixing":
+            out = self._mixing(first, arguments["weight"].detach())
         elif name == "linear":
             out = self._linear(first, arguments["weight"], arguments["bias"])
         elif name == "batch_norm":
@@ -325,6 +339,19 @@ class Plan:
             operation.bias = self._of_channels(given, real, stored)
         return out
 
+    def _mixing(self, first: int, weight: Tensor) -> int:
+        out = self._image(self._sides(first), self.real[first])
+        self._operation(
+            MIXING,
+            first,
+            out,
+            weight=self._keep(weight.contiguous()),
+            backward_weight=self._keep(weight.mT.contiguous()),
+            groups=len(weight),
+        )
+        self.arithmetic += 4 * weight[0].numel() * self.real[out]
+        return out
+
     def _of_channels(self, given: Value | Tensor, real: int, stored: int) -> int:
         block = torch.zeros(stored)
         if isinstance(given, Tensor):
@@ -368,7 +395,7 @@ class Plan:
             producer = self.producers.get(number)
             if producer is not None and producer.kind == CONVOLUTION and not producer.thin:
                 sides = (producer.kernel_height, producer.kernel_width)
-                image.gradient_border = max((side - 1) // producer.stride + 1 for side in sides)
+                image.gradient_border = max((side - 1) // producer.stride + (side > 1) for side in sides)
         if any(self.images[i].border or self.images[i].gradient_border for i in self.shared.values()):
             raise Unfit
         over: set[int] = set()  # images whose values are overwritten with slopes
