@@ -10,6 +10,8 @@ import composable_ebm as ceb
 from composable_ebm.data import load_data
 from composable_ebm.experts.store import load_folder, save_expert
 from composable_ebm.experts.teach import Lesson, teach
+from composable_ebm.sampling import Annealed
+from composable_ebm.sampling.request import calibrated_sampler
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -104,3 +106,27 @@ def test_what_cannot_be_taught_is_refused(faces, base):
         teach(base, "so glad", yes, no)
     with pytest.raises(ValueError, match="nothing to teach beside"):
         teach(ceb.load_expert("faces/smile"), "glad", yes, no)
+
+
+def test_latents_are_learned_from_what_the_decoder_sees_and_pictures_that_nobody_marked(tmp_path):
+    """The trained expert says what has glasses; twelve and twelve marks of it reach most of what it knows."""
+    base, judge = (ceb.load_expert(f"portraits/{name}") for name in ("base", "glasses"))
+    sampler, _ = calibrated_sampler(base)
+    plain = Annealed(sampler.kernel, sampler.schedule)
+    drawn = ceb.sample(base, num_chains=192, num_steps=12, sampler=plain, seed=0).samples
+    labels = judge.network(drawn, torch.tensor(0.1)).argmin(1)
+    yes, no = (drawn[labels == value] for value in (1, 0))
+    specs = teach(base, "specs", yes[:12], no[:12], unmarked=drawn)
+    rest, truth = torch.cat([yes[12:], no[12:]]), torch.tensor([1] * len(yes[12:]) + [0] * len(no[12:]))
+    assert accuracy(specs, rest, truth) > 0.8
+    noisy = rest + torch.randn(rest.shape, generator=torch.Generator().manual_seed(0))
+    assert accuracy(specs, noisy, truth, torch.tensor(1.0)) > 0.75
+    assert specs.card.metrics["heldout_accuracy"] > 0.7
+    x, level = rest[:4], torch.tensor(0.4)
+    close = {"rtol": 1e-5, "atol": 1e-3}
+    torch.testing.assert_close(specs["any"](x, noise_level=level), base(x, noise_level=level), **close)
+    shutil.copytree(MODELS / "portraits/codec", tmp_path / "portraits/codec")
+    save_expert(tmp_path / "portraits/specs", specs.network, specs.card)
+    assert torch.equal(load_folder(tmp_path / "portraits/specs")(x), specs(x))
+    with pytest.raises(ValueError, match="`unmarked` must have shape"):
+        teach(base, "specs", yes[:3], no[:3], unmarked=drawn[:, :2])

@@ -62,6 +62,11 @@ class Codec(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (batch, *image_shape), about in [-1, 1], of latents (batch, *event_shape)."""
 
+    def features(self, latents: Tensor) -> Tensor:
+        """What is to be seen in the pictures of latents, in its place, (batch, features, rows, columns): the
+        pictures themselves, unless the decoder knows better."""
+        return self.decode(latents)
+
     def encode_mask(self, mask: Tensor) -> Tensor:
         """A mask painted on the picture as one on the latents.
 

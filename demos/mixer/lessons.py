@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from composable_ebm import Energy
+from composable_ebm import Annealed, Energy
 from composable_ebm.experts import Expert, catalogue
 from composable_ebm.experts.library import Library
 from composable_ebm.experts.store import CONFIG, save_expert
 from composable_ebm.experts.teach import LEAST, teach
+from composable_ebm.sampling.request import calibrated_sampler
 
 from . import pictures, starts
 from .offer import Offer
+from .session import Session
 from .visitors import Visitor
 
 MOST = 64  # marks of each kind
+DRAWN, DRAWN_AT_ONCE, DRAWN_STEPS = 384, 64, 12  # latents that nobody marked; rough ones will do
 
 __all__ = ["forgotten", "kept", "taught"]
 
 
-def taught(sent: Any, visitor: Visitor, offer: Offer, library: Library) -> Iterator[dict[str, Any]]:
+def taught(
+    sent: Any,
+    visitor: Visitor,
+    session: Session,
+    offer: Offer,
+    library: Library,
+    drawn: MutableMapping[Energy, Tensor],
+) -> Iterator[dict[str, Any]]:
     """What the page is told while an expert is taught from {"family", "name", "yes", "no"}.
 
+    Args:
+        sent: By the page.
+        visitor: Who teaches.
+        session: What ends it early.
+        offer: What there is.
+        library: The experts.
+        drawn: Latents that bases have drawn; kept for the next lesson.
     Raises:
         ValueError: If it cannot be taught; the message says why.
     """
@@ -42,16 +60,34 @@ def taught(sent: Any, visitor: Visitor, offer: Offer, library: Library) -> Itera
     marks = {kind: _states(sent.get(kind), energy) for kind in ("yes", "no")}
     total = sum(map(len, marks.values()))
     yield {"kind": "teach", "said": f"Learning from {total} marked pictures; a few seconds."}
-    expert = teach(energy, name, marks["yes"], marks["no"])
+    begun = time.perf_counter()
+    if energy.codec is not None and energy not in drawn:
+        states = _drawn(energy, session)
+        if session.stopped:
+            yield {"kind": "end", "said": "Stopped: nothing was learned."}
+            return
+        drawn[energy] = states
+    expert = teach(energy, name, marks["yes"], marks["no"], unmarked=drawn.get(energy))
+    seconds = time.perf_counter() - begun
     visitor.learn(expert)
     told = expert.card.metrics
     sure = (
         f"{told['heldout_accuracy']:.0%} of marks told right while they were left out "
         f"({told['heldout_low']:.0%} to {told['heldout_high']:.0%})"
     )
-    seconds = expert.card.training["seconds"]
     said = f"Learned {name.replace('_', ' ')} in {seconds:.1f} s: {sure}. Mark more, and it gets surer."
     yield {"kind": "taught", "name": name, "weight": expert.card.weight, "said": said, "sure": sure}
+
+
+def _drawn(base: Expert, session: Session) -> Tensor:
+    """Latents that the base draws; unfinished where it is stopped."""
+    sampler, _ = calibrated_sampler(base)
+    if isinstance(sampler, Annealed):
+        sampler = Annealed(sampler.kernel, sampler.schedule)  # each by itself
+    options = {"sampler": sampler, "on_divergence": "report"}
+    seeds = range(DRAWN // DRAWN_AT_ONCE)
+    runs = [session.submit(base, DRAWN_AT_ONCE, DRAWN_STEPS, seed, **options) for seed in seeds]
+    return torch.cat([run.result().samples for run in runs])
 
 
 def kept(name: str, visitor: Visitor) -> str:
@@ -63,11 +99,9 @@ def kept(name: str, visitor: Visitor) -> str:
     expert = visitor.taught.get(name)
     if expert is None:
         raise ValueError(f"There is no expert {name} of yours here; teach it first.")
-    bases = (place for name, place in catalogue.catalogue().items() if name == str(expert["any"]))
-    if (beside := next(bases, None)) is None:
-        raise ValueError(
-            f"{expert['any']}, which it stands on, is in no folder of models: nothing was saved."
-        )
+    base = str(expert.card.training["beside"])
+    if (beside := catalogue.catalogue().get(base)) is None:
+        raise ValueError(f"{base}, beside which it was taught, is in no folder of models: nothing was saved.")
     folder = beside.parent / expert.card.name
     if (folder / CONFIG).exists():
         raise ValueError(f"{name} is saved already; forget this one and teach it under another name.")

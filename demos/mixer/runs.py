@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -68,6 +69,7 @@ class Runs:
         pipelines = {name: each for name, each in library.others.items() if isinstance(each, Pipeline)}
         self.offer = Offer(pipelines=pipelines)
         self.visitors = Visitors()
+        self._drawn: WeakKeyDictionary[Energy, Tensor] = WeakKeyDictionary()  # for lessons
         self._players, self._samplers = Queue(limits.max_players), Queue(1)
 
     def warm_up(self, recipe: str) -> None:
@@ -152,7 +154,10 @@ class Runs:
 
     def teach(self, sent: Any, visitor: str) -> Iterator[Message]:
         """An expert taught from marked pictures."""
-        begin = lambda _: taught(sent, self.visitors[visitor], self.offer, self.library)  # noqa: E731
+
+        def begin(session: Session) -> Iterator[Message]:
+            return taught(sent, self.visitors[visitor], session, self.offer, self.library, self._drawn)
+
         return self._run(visitor, self._samplers, begin)
 
     # -- how it is told ---------------------------------------------------------------------------------

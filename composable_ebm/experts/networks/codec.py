@@ -114,6 +114,9 @@ class PictureCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
 
+    def features(self, latents: Tensor) -> Tensor:
+        return self.decoder[:-3](latents)  # what the last layer makes pixels of
+
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """What comes back of a batch, with noise (batch, *event_shape) on its latents, and those latents.
 

@@ -68,13 +68,18 @@ class Perceptron(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def forward(self, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+    def features(self, v: Tensor, sigma: Tensor) -> Tensor:
+        """The last hidden layer, (batch, hidden)."""
         waves = sigma.log()[:, None] * self.frequencies
         embedding = F.silu(self.embed(torch.cat([waves.sin(), waves.cos()], dim=1)))
         parts = self.modulate(embedding).chunk(2 * (len(self.middle) + 1), dim=1)
         h = F.silu(self.enter(v) * (1 + parts[0]) + parts[1])
         for layer, gain, bias in zip(self.middle, parts[2::2], parts[3::2], strict=True):
             h = h + F.silu(layer(h) * (1 + gain) + bias)
+        return h
+
+    def forward(self, v: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        h = self.features(v, sigma)
         return self.leave(h), None if self.choose is None else self.choose(h)
 
 
@@ -141,14 +146,25 @@ class ConfinedEnergy(GaussianSkeleton):
         self.variances.copy_(variances.clamp(min=1e-4))
         self.spread.copy_(variances.mean().sqrt())
 
-    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
-        """Energies (batch, num_values) of states (batch, *event) at noise levels () or (batch,)."""
+    def features(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        """The perceptron's last hidden layer, (batch, hidden), of states at noise levels () or (batch,)."""
+        _, v, sigma = self._seen(x, noise_level)
+        return self.backbone.features(v, sigma)
+
+    def _seen(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(w, v, σ) of each state."""
         sigma = x.new_full((), self.level) if noise_level is None else noise_level
         sigma = sigma.to(x.dtype).clamp(*self.noise_range).expand(len(x))
         noise = sigma.square()[:, None]
         d = (x.flatten(1) - self.mean) @ self.axes.T
         w = d * (self.variances + noise).rsqrt()
         v = torch.cat([_in_ball(w), _in_ball(d * (self.spread.square() + noise).rsqrt())], dim=1)
+        return w, v, sigma
+
+    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        """Energies (batch, num_values) of states (batch, *event) at noise levels () or (batch,)."""
+        w, v, sigma = self._seen(x, noise_level)
+        noise = sigma.square()[:, None]
         h, logits = self.backbone(v, sigma)
         # Energies are large and their differences small: sums in float32, whatever autocast does.
         with torch.autocast(x.device.type, enabled=False):

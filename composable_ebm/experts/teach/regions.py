@@ -1,4 +1,4 @@
-"""A new expert from a handful of marked pictures, in seconds.
+"""Taught on pictures: which of their regions tell marks apart, by what the base knows of its covariance.
 
 With two dozen pictures and thousands of pixels, what matters is to look at little. The base of a family knows
 the mean and the covariance of its pictures, and with them the directions in which each region of a picture
@@ -13,10 +13,6 @@ family are; see `networks.regions` for what l_r may be. Each problem is convex a
 all regions at once: there is nothing to tune. λ, a and the scale c come from marks left out in turn, all
 copies of a picture together. How sure the expert is, is told by marks that had no part in any of these.
 
-The loss is that of `train.objectives.NoisyClassification`, and the expert stands on the family's base as its
-others may. It is not the trainer that lessens it: that takes 2,000 steps of Adam where ten of Newton's reach
-the minimum, and needs Accelerate, which a server of the mixer has no use for.
-
 Reference:
     Dhariwal and Nichol (2021), arXiv 2105.05233, section 4, for classifiers of noisy pictures as guides.
     Wolpert (1992), Stacked generalization, for predictors weighed by what they say of data left out.
@@ -25,85 +21,40 @@ Reference:
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from composable_ebm.experts.card import Card
-from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks import RegionClassifier
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
-from composable_ebm.proportions import wilson_interval
 
-VALUES = ("no", "yes")
-LEAST = 3  # marks of each kind
+if TYPE_CHECKING:
+    from composable_ebm.experts.teach.lesson import Lesson
 
-__all__ = ["LEAST", "Lesson", "teach"]
+CLEAN = 0.5  # noise level in data units below which a copy is told about as well as its picture
 
-
-@dataclass(frozen=True)
-class Lesson:
-    """How an expert is taught.
-
-    Attributes:
-        copies: Noisy copies of all marks together, about.
-        noise_levels: Smallest and largest noise of the copies, log-uniform, in data units.
-        penalties: The λ to choose from.
-        folds: Parts of the marks that are left out in turn.
-        sides: Regions along each side of a picture, half a region apart.
-        regions: How many of them the expert may look at in the end.
-        weight: Of the finished expert's ratio in `given`: above 1, as what a few marks tell is cautious.
-        seed: Seeds copies and folds.
-    """
-
-    copies: int = 400
-    noise_levels: tuple[float, float] = (0.02, 2.0)
-    penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
-    folds: int = 6
-    sides: int = 7
-    regions: int = 16
-    weight: float = 3.0
-    seed: int = 0
+__all__ = ["learned"]
 
 
-def teach(base: Expert, name: str, yes: Tensor, no: Tensor, lesson: Lesson | None = None) -> Expert:
-    """An expert of what the pictures `yes` have and the pictures `no` have not.
-
-    Its card says what share of the marks was told right while they were left out, as `heldout_accuracy`, and
-    between which two it lies, with 95 %, as `heldout_low` and `heldout_high`.
+def learned(
+    base: GaussianSkeleton, event_shape: Sequence[int], marks: Tensor, signs: Tensor, lesson: Lesson
+) -> tuple[RegionClassifier, Tensor]:
+    """The network of a few regions, and which marks were told right while they were left out.
 
     Args:
-        base: The expert of p(x) of the family; noise-conditioned.
-        name: What to call it: letters, digits and underscores.
-        yes: Pictures that have it, states of the base, (n, *event).
-        no: Pictures that have not, (m, *event).
+        base: Of the family.
+        event_shape: Of its states.
+        marks: States, (n, *event).
+        signs: 1 for those that have it, -1 for the others, (n,).
         lesson: How it is taught.
-    Raises:
-        ValueError: If there are fewer than three of a kind, the pictures have another shape, or the base is a
-            network that knows no covariance of its pictures.
-    Example:
-        >>> tired = teach(load_expert("faces/base"), "tired", yes, no)
-        >>> mix = given(base, smile, tired)
     """
-    lesson = lesson or Lesson()
-    begun = time.perf_counter()
-    for kind, marks in (("yes", yes), ("no", no)):
-        if len(marks) < LEAST:
-            raise ValueError(f"`{kind}` must hold {LEAST} pictures at least, got {len(marks)}.")
-        if tuple(marks.shape[1:]) != base.card.event_shape:
-            raise ValueError(
-                f"`{kind}` must have shape (n, *{base.card.event_shape}), got {tuple(marks.shape)}."
-            )
-    candidates = _candidates(base, lesson)
-    marks = torch.cat([yes, no]).to(candidates.mean)
-    signs = torch.cat([torch.ones(len(yes)), -torch.ones(len(no))]).to(marks)
+    candidates = _candidates(base, event_shape, lesson)
+    marks = marks.to(candidates.mean)
     seen, levels = _features(candidates, marks, lesson)
     found = _stacked(seen, signs, lesson)
-
     best = found.shares.topk(min(lesson.regions, len(found.shares))).indices
     network = RegionClassifier(**{**candidates.options, "regions": len(best)}).to(marks)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -115,26 +66,13 @@ def teach(base: Expert, name: str, yes: Tensor, no: Tensor, lesson: Lesson | Non
         weights = found.weights[best] * shares[:, None]
         network.weight.copy_(torch.stack([-weights, weights]) / 2)
     clean = (levels < CLEAN).to(marks)  # of what is asked about later, pictures
-    right = (((found.left_out * clean).sum(1) * signs) > 0).float()
-    card = _card(base, name, len(yes), len(no), right, lesson)
-    card = replace(card, network={"type": type(network).__name__, **network.options})
-    card = replace(card, training={**card.training, "seconds": round(time.perf_counter() - begun, 2)})
-    return Expert.standing(network.requires_grad_(False).eval(), card, base.codec, base)
+    return network, ((found.left_out * clean).sum(1) * signs) > 0
 
 
-CLEAN = 0.5  # noise level in data units below which a copy is told about as well as its picture
-
-
-def _candidates(base: Expert, lesson: Lesson) -> RegionClassifier:
+def _candidates(network: GaussianSkeleton, event_shape: Sequence[int], lesson: Lesson) -> RegionClassifier:
     """All regions that there are, and what pictures do in them by the base's own covariance."""
-    network = base.network
-    if not base.noise_conditioned or len(base.card.values) != 1 or not isinstance(network, GaussianSkeleton):
-        raise ValueError(
-            f"{base} is no noise-conditioned base that knows the covariance of its pictures: there is "
-            "nothing to teach beside it."
-        )
-    size = math.prod(base.card.event_shape)
-    places = torch.arange(size).view(base.card.event_shape)
+    size = math.prod(event_shape)
+    places = torch.arange(size).view(tuple(event_shape))
     device = network.mean.device
     if len(network.mean) == size:
         regions = _windows(places, lesson.sides)
@@ -156,7 +94,7 @@ def _candidates(base: Expert, lesson: Lesson) -> RegionClassifier:
         looks.append(look)
         spreads.append(values[-components:].flip(0).clamp(min=1e-8).sqrt())
     made = RegionClassifier(
-        base.card.event_shape,
+        event_shape,
         regions=len(regions),
         components=components,
         squares=min(6, components),
@@ -272,33 +210,3 @@ def _fitted(seen: Tensor, signs: Tensor, penalty: float, steps: int = 8) -> Tens
         curvature = (x * (balance * wrong * (1 - wrong))[..., None]).mT @ x + ridge
         weights = weights - torch.linalg.solve(curvature, gradient[..., None])[..., 0]
     return weights
-
-
-def _card(base: Expert, name: str, yes: int, no: int, right: Tensor, lesson: Lesson) -> Card:
-    count, share = len(right), float(right.mean())
-    low, high = wilson_interval(int(right.sum()), count)
-    card = base.card
-    return Card(
-        family=card.family,
-        name=name,
-        attribute=name,
-        values=VALUES,
-        event_shape=card.event_shape,
-        data_range=card.data_range,
-        network={},
-        sampler=card.sampler,
-        temperature=1.0,
-        noise_conditioned=True,
-        weight=lesson.weight,
-        data=f"{yes} pictures marked yes and {no} marked no",
-        training={"taught": asdict(lesson), "beside": card.full_name},
-        metrics={
-            "heldout_accuracy": round(share, 4),
-            "heldout_low": round(low, 4),
-            "heldout_high": round(high, 4),
-        },
-        failures=f"Learned from {count} pictures: what else they have in common it may take for {name}.",
-        licence=card.licence,
-        codec=card.codec,
-        base=str(card.weights.get("sha256", "")),
-    )
