@@ -17,6 +17,10 @@ HEAVY = [
     *("resvg_py", "scipy", "pandas", "sympy", "tyro", "torch._dynamo", "torch._inductor"),
     *("composable_ebm.train", "composable_ebm.evaluation"),
 ]
+EXPERTS = (
+    *("faces/base", "digits/digit", "shapes/base", "portraits/smile", "contrastive_digits/thick"),
+    *("diffusion/base", "bits/rbm"),
+)
 STAGES = {
     "import": "import composable_ebm",
     "plotting": "import composable_ebm.plotting",
@@ -30,6 +34,11 @@ except SystemExit:
 """,
     "sample": "assert main(['sample', 'toys/thick + ~toys/wide', '--num-chains', '2']) == 0",
     "digits": "import composable_ebm.data.digits",
+    "experts": f"""
+from composable_ebm.experts.store import load_folder
+for name in {EXPERTS}:
+    load_folder({str(ROOT / "models")!r} + "/" + name)
+""",
     "sympy": "import sympy",
 }
 RUN = """
@@ -90,6 +99,10 @@ def test_help_names_every_subcommand_and_loads_nothing_heavy(fresh):
 def test_sampling_from_the_command_line_loads_nothing_heavy(fresh):
     assert fresh["sample"]["loaded"] == ["tyro"]
     assert (fresh["folder"] / "grid.png").exists()
+
+
+def test_experts_of_every_kind_of_network_load_nothing_heavy(fresh):
+    assert fresh["experts"]["loaded"] == fresh["digits"]["loaded"]
 
 
 def test_the_heavy_packages_would_be_noticed(fresh):

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.experts.networks.skeleton import frequencies
+
 __all__ = ["NoisyClassifier"]
 
 
@@ -66,7 +68,7 @@ class NoisyClassifier(nn.Module):
         self.noise_range = (float(low), float(high))
         channels, height, across = event_shape
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
+        self.register_buffer("frequencies", frequencies())
         self.embed = nn.Linear(32, 64)
         self.modulate = nn.Linear(64, 2 * width * (blocks + 1))
         self.patches = nn.PixelUnshuffle(patch) if patch > 1 else nn.Identity()

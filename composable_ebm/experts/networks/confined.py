@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from composable_ebm.experts.networks.skeleton import GaussianSkeleton
+from composable_ebm.experts.networks.skeleton import GaussianSkeleton, frequencies
 
 __all__ = ["ConfinedEnergy", "Perceptron"]
 
@@ -54,7 +54,7 @@ class Perceptron(nn.Module):
     def __init__(self, inputs: int, size: int, num_values: int, hidden: int, layers: int) -> None:
         super().__init__()
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
+        self.register_buffer("frequencies", frequencies())
         self.embed = nn.Linear(32, 64)
         self.modulate = nn.Linear(64, 2 * hidden * layers)
         self.enter = nn.Linear(inputs, hidden)

@@ -65,7 +65,7 @@ class DiffusedEnergy(ModulatedSkeleton):
             "noise_range": list(noise_range),
         }
         self.signs: Tensor
-        self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(64))
+        self.register_buffer("signs", torch.tensor([1.0, -1.0] * 64))
         self.second = nn.Linear(hidden, hidden)
         self.third = nn.Linear(hidden, hidden)
         self.linear_head = nn.Linear(hidden, 1)

@@ -72,7 +72,7 @@ class DiffusedPatches(ModulatedSkeleton):
         self.patch = patch
         places = (height // patch) * (width // patch)
         self.signs: Tensor
-        self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(16))
+        self.register_buffer("signs", torch.tensor([1.0, -1.0] * 16))
         self.summary = nn.Linear(hidden, SUMMARY)
         self.gather = nn.Linear(places * SUMMARY, context)
         self.scatter = nn.Linear(context, places * hidden)

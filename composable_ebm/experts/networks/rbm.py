@@ -89,13 +89,13 @@ class RBM(nn.Module):
         self.data_range = (0.0, 1.0) if self.binary else (-1.0, 1.0)
         self.scale = float(scale)
         self.log_scale = nn.Parameter(torch.tensor(0.0)) if learn_scale else None
-        self.weight = nn.Parameter(0.01 * torch.randn(size, hidden))
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(size, hidden), std=0.01))
         self.visible_bias = nn.Parameter(torch.zeros(size))  # b of bits, m of reals
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
         self.value_weight: nn.Parameter | None = None
         self.value_bias: nn.Parameter | None = None
         if num_values > 1:
-            self.value_weight = nn.Parameter(0.01 * torch.randn(num_values, hidden))
+            self.value_weight = nn.Parameter(nn.init.normal_(torch.empty(num_values, hidden), std=0.01))
             self.value_bias = nn.Parameter(torch.zeros(num_values))
 
     @torch.no_grad()

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton", "images_to_fit", "principal_axes"]
+__all__ = [
+    *("GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton"),
+    *("frequencies", "images_to_fit", "principal_axes"),
+]
 
 FIT_IMAGES = 10_000
 FIT_NUMBERS = 2**26  # a quarter of a gigabyte of them
@@ -56,6 +59,12 @@ def principal_axes(x: Tensor, count: int) -> Tensor:
     return start @ torch.linalg.eigh((seen.T @ seen).double()).eigenvectors[:, -count:].to(x.dtype)
 
 
+def frequencies() -> Tensor:
+    """Of the waves by which a network is told the logarithm of a noise level, (16,), from 0.3 to 6."""
+    # Not torch.linspace, which on the meta device imports sympy: a third of a second of a cold start.
+    return torch.tensor([0.3 + 0.38 * i for i in range(16)])
+
+
 class GaussianSkeleton(nn.Module):
     """The Gaussian part of a network over noise levels, as buffers that `fit` takes from images.
 
@@ -76,7 +85,8 @@ class GaussianSkeleton(nn.Module):
         self.residual: Tensor
         self.spread: Tensor
         self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("axes", torch.eye(min(components, size), size))
+        # Not torch.eye, which on the meta device imports the compiler: a second of a cold start.
+        self.register_buffer("axes", torch.zeros(min(components, size), size).fill_diagonal_(1))
         self.register_buffer("variances", torch.ones(components))
         self.register_buffer("residual", torch.ones(()))  # variance of every other direction
         self.register_buffer("spread", torch.ones(()))  # s
@@ -151,7 +161,7 @@ class LevelledSkeleton(GaussianSkeleton):
     ) -> None:
         super().__init__(event_shape, components, noise_range)
         self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.linspace(0.3, 6, 16))
+        self.register_buffer("frequencies", frequencies())
         self.embed = nn.Linear(32, 64)
         self.modulate = nn.Linear(64, modulations)
 

@@ -83,7 +83,7 @@ class DiffusedWindows(LevelledSkeleton):
         self.sides = (2 * channels, height, width)
         places = (height // stride) * (width // stride)
         self.signs: Tensor
-        self.register_buffer("signs", torch.tensor([1.0, -1.0]).repeat(16))
+        self.register_buffer("signs", torch.tensor([1.0, -1.0] * 16))
         self.start = nn.Linear(2 * channels * (stride + 2 * overlap) ** 2, hidden)
         self.position = nn.Parameter(torch.zeros(places, hidden))
         self.blocks = nn.ModuleList(_Block(hidden, places) for _ in range(blocks))
@@ -141,7 +141,8 @@ class _Block(nn.Module):
 
     def __init__(self, hidden: int, places: int) -> None:
         super().__init__()
-        self.places = nn.Parameter(torch.randn(GROUPS, places, places) * places**-0.5)
+        self.places = nn.Parameter(torch.empty(GROUPS, places, places))
+        nn.init.normal_(self.places, std=places**-0.5)
         self.into = nn.Linear(hidden, hidden)
         self.out = nn.Linear(hidden, hidden)
 
