@@ -29,6 +29,7 @@ SUBJECTS = subjects()
 
 ROWS_OF_THEIR_OWN = {
     "Labelled": "every row has its own label",
+    "AtLevels": "every row has its own label and noise level",
     "Recovery": "every row has its own label and noisier state",
     "JointRequests": "every row has its own request",
     "LogZ": "a constant a noise level, of which a calibrated mixture is made",

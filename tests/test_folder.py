@@ -15,7 +15,7 @@ from torchvision.datasets import CelebA
 
 from composable_ebm.data import LabelledImages, celeba, folder, load_data
 from composable_ebm.data.copies import without_copies
-from composable_ebm.data.jitter import with_jitter
+from composable_ebm.data.jitter import mirrored, with_jitter
 from composable_ebm.data.pictures import read_images
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE
 from composable_ebm.data.summary import summary
@@ -623,8 +623,8 @@ def test_jittered_copies_keep_labels_and_what_they_show():
     places = (copies.sum((1, 2)) * columns).sum(1) / copies.sum((1, 2, 3))
     assert 3 < float((places - 7.5).abs().max()) + 2 < 6  # moved, and still on the left
     assert float(places.std()) > 0.5
-    mirrored = with_jitter(data, 80, mirror=True).images[10:].float()
-    right = (mirrored[..., 16:].sum((1, 2, 3)) > mirrored[..., :16].sum((1, 2, 3))).float().mean()
-    assert 0.3 < float(right) < 0.7
+    both = mirrored(data)
+    assert both.images[10:].equal(images.flip(-1))
+    assert both.labels["kind"].equal(label.repeat(2))
     assert with_jitter(data, 10) is data
     assert len(with_jitter(data, 10_000)) == 80  # no picture gets more than seven

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import composable_ebm as ceb
+from composable_ebm.experts.networks import ConfinedEnergy
 from composable_ebm.sampling.diagnostics import fisher_divergence
 from composable_ebm.train.objectives.base import Setting
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel
+from composable_ebm.train.objectives.over_levels import ContrastiveOverLevels
 from composable_ebm.train.objectives.recovery import Recovery, RecoveryLikelihood
 from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
@@ -238,6 +240,52 @@ class BlurredGaussian(nn.Module):
         return (x - self.mean).square() / (2 * (self.log_variance.exp() + noise_level[:, None].square()))
 
 
+def of_gaussian_data(num_values=1):
+    """A network that has learned nothing, which is exact for data like these, and the data."""
+    x = torch.randn(4000, 1, 2, 3, generator=torch.Generator().manual_seed(3)) * 0.7 + 0.4
+    network = ConfinedEnergy((1, 2, 3), num_values, hidden=8, noise_range=(0.2, 4.0))
+    network.fit(x)
+    return network, x
+
+
+def over_levels(network, x, y, rounds, **options):
+    """Figures of so many rounds without learning, and the phase."""
+    generator = torch.Generator().manual_seed(7)
+    setting = Setting((1, 2, 3), 3, None, 128, ceb.Langevin(0.1), generator)
+    at_work = ContrastiveOverLevels(num_levels=8, buffer_size=256, **options).begin(setting)
+    figures = []
+    for _ in range(rounds):
+        rows = torch.randint(len(x), (128,), generator=generator)
+        figures.append(at_work.loss(network, network, x[rows], y[rows])[1])
+    return figures, at_work
+
+
+def test_chains_over_levels_have_the_energies_of_data_where_the_energy_is_right():
+    network, x = of_gaussian_data()
+    y = torch.zeros(len(x), dtype=torch.long)
+    gaps = torch.stack([f["energy_gap"] for f in over_levels(network, x, y, 60)[0]])
+    assert abs(float(gaps.mean())) < 3 * float(gaps.std()) / 60**0.5 + 0.05
+    with torch.no_grad():  # half as sharp: data lie where the energy says they need not
+        network.variances.mul_(4)
+        wrong = torch.stack([f["energy_gap"] for f in over_levels(network, x, y, 60)[0]])
+    assert float(wrong.mean()) > 0.3
+
+
+def test_chains_over_levels_take_the_labels_of_data_and_go_on_where_they_were():
+    network, x = of_gaussian_data(3)
+    y = torch.where(torch.rand(len(x), generator=torch.Generator().manual_seed(1)) < 0.8, 2, 0)
+    figures, at_work = over_levels(network, x, y, 30)
+    shares = torch.bincount(at_work.labels, minlength=3) / len(at_work.labels)
+    torch.testing.assert_close(shares, torch.tensor([0.2, 0.0, 0.8]), rtol=0, atol=0.08)
+    assert float(torch.stack([f["chains_still"] for f in figures]).mean()) < 0.3
+    other = ContrastiveOverLevels(num_levels=8, buffer_size=256).begin(at_work.setting)
+    other.load_state_dict({name: value.clone() for name, value in at_work.state_dict().items()})
+    state = at_work.generator.get_state()
+    one = at_work.loss(network, network, x[:128], y[:128])[0]
+    at_work.generator.set_state(state)
+    assert other.loss(network, network, x[:128], y[:128])[0].equal(one)
+
+
 def test_recovery_likelihood_recovers_mean_and_variance():
     network = BlurredGaussian()
     objective = RecoveryLikelihood(langevin_steps=15, step_size=0.3, num_levels=4)
@@ -279,6 +327,8 @@ def test_recovery_energy_is_the_conditional_of_its_docstring():
         (lambda: SlicedScoreMatching(data_noise=-1), "`data_noise` and `classification` must be at least 0"),
         (lambda: DenoisingAtOneLevel(noise_level=0), "`noise_level` must be positive"),
         (lambda: RecoveryLikelihood(step_size=3), "`step_size` must be between 0 and 2, got 3"),
+        (lambda: ContrastiveOverLevels(num_levels=1), "`num_levels` at least 2, got 5, 2048 and 1"),
+        (lambda: ContrastiveOverLevels(step_size=0.0), "`step_size` must be positive"),
         (lambda: RecoveryLikelihood(langevin_steps=0), "`langevin_steps` and `num_levels`"),
         (lambda: ContrastiveDivergence(cd_steps=0), "`cd_steps` and `buffer_size`"),
     ],

@@ -87,6 +87,17 @@ def test_an_attribute_is_learned_beside_a_base_that_stands_still(family):
     assert side.card.metrics["heldout_accuracy"] > 0.95
 
 
+def test_a_base_has_a_floor_below_its_data(family):
+    base = ceb.load_expert(family / "base")
+    z = base.codec.latents(DATA[1].batch(torch.arange(100)))
+    for level in (0.1, 1.0):
+        sigma = torch.tensor(level)
+        energies = base.network(z, sigma)[:, 0]
+        pit = base.network(base.network.mean.reshape(1, *base.event_shape), sigma).item()
+        assert pit > energies.min() - 51
+    assert len(base.network.floor) == 20
+
+
 def test_what_is_asked_for_is_what_comes(family):
     side = ceb.load_expert(family / "side")
     means = [

@@ -16,6 +16,7 @@ from composable_ebm.sampling.settings import to_settings
 from composable_ebm.train.objectives.classification import NoisyClassification
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.over_levels import ContrastiveOverLevels
 from composable_ebm.train.objectives.reconstruction import Reconstruction
 from composable_ebm.train.objectives.recovery import RecoveryLikelihood
 from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
@@ -59,7 +60,7 @@ class DataConfig:
             border's colour around it.
         jitter: Copies of what is learned from, shifted and zoomed a little, up to this number of pictures
             and at most 7 of each; 0 for none.
-        mirror: Half of those copies are mirrored: for pictures in which left and right are alike.
+        mirror: Learns from mirror images, too: for pictures in which left and right are alike.
     Raises:
         ValueError: If the data set has images of one size, or there can be none of that size.
     """
@@ -78,11 +79,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size < 0:
             raise ValueError(f"`size` of the data must be at least 1 pixel, got {self.size}.")
-        if self.jitter < 0 or (self.mirror and not self.jitter):
-            raise ValueError(
-                "`jitter` must be at least 0, and `mirror` is about its copies, got "
-                f"jitter = {self.jitter}, mirror = {self.mirror}."
-            )
+        if self.jitter < 0:
+            raise ValueError(f"`jitter` of the data must be at least 0 pictures, got {self.jitter}.")
         if self.size and self.name not in OF_ANY_SIZE:
             raise ValueError(
                 f"the images of {self.name!r} have one size; `size` is for {', '.join(OF_ANY_SIZE)}."
@@ -259,6 +257,7 @@ AnyObjective = (
     | ScoreMatching
     | SlicedScoreMatching
     | RecoveryLikelihood
+    | ContrastiveOverLevels
     | NoisyClassification
     | Reconstruction
 )
@@ -346,8 +345,8 @@ class TrainConfig:
                 f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: "
                 "DenoisingScoreMatching needs a network over noise levels (ConfinedEnergy, DiffusedEnergy, "
                 "DiffusedPatches, DiffusedWindows or Denoiser), NoisyClassification a NoisyClassifier, "
-                "Reconstruction a PictureCodec, RecoveryLikelihood one that is an energy (not a Denoiser), "
-                "all others a ConvEnergy; an RBM learns by ContrastiveDivergence."
+                "Reconstruction a PictureCodec, RecoveryLikelihood and ContrastiveOverLevels one that is an "
+                "energy (not a Denoiser), all others a ConvEnergy; an RBM learns by ContrastiveDivergence."
             )
         objective = self.objective
         if self.data.between and not isinstance(objective, (DenoisingScoreMatching, NoisyClassification)):

@@ -14,6 +14,7 @@ from composable_ebm.data.ranges import as_states
 from composable_ebm.energy import slope
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.networks.confined import ConfinedEnergy
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.experts.store import save_expert
 from composable_ebm.files import write_atomic
@@ -23,8 +24,17 @@ from composable_ebm.train.config import TrainConfig
 HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)
 METRICS = "metrics.jsonl"
+FLOOR_DATA, FLOOR_SHARE, FLOOR_BELOW = 2048, 0.001, 50.0
 
-__all__ = ["METRICS", "calibrated", "export", "export_unfinished", "held_out_metrics", "sample_values"]
+__all__ = [
+    "METRICS",
+    "calibrated",
+    "export",
+    "export_unfinished",
+    "floored",
+    "held_out_metrics",
+    "sample_values",
+]
 
 
 def sample_values(expert: Expert, per_value: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -147,9 +157,30 @@ def export(
         data: Held-out images.
         figures: More metrics.
     """
+    if isinstance(expert.network, ConfinedEnergy):
+        expert = floored(expert, data)
     card = calibrated(expert, data)
     card = replace(card, metrics={**card.metrics, **(figures or {})})
     return _write(config, expert, card, facts)
+
+
+@torch.no_grad()
+def floored(expert: Expert, data: LabelledImages) -> Expert:
+    """The expert with a floor of its energies: 50 nats below the lowest 0.1 % of data, at each level."""
+    network = expert.network
+    assert isinstance(network, ConfinedEnergy)
+    network.set_floor(())
+    device = next(network.parameters()).device
+    count = min(len(data), FLOOR_DATA)
+    parts = [data.batch(index).to(device) for index in torch.arange(count).split(256)]
+    floor = []
+    for level in network.levels_of_floor():
+        energies = torch.cat([network(x, level.to(device)).amin(1) for x in parts])
+        lowest = energies.kthvalue(max(1, round(FLOOR_SHARE * len(energies)))).values
+        floor.append(round(max(float(lowest) - FLOOR_BELOW, 0.0), 2))
+    network.set_floor(floor)
+    card = replace(expert.card, network={**expert.card.network, "floor": floor})
+    return Expert.standing(network, card, expert.codec, expert.base)
 
 
 def export_unfinished(config: TrainConfig, expert: Expert, facts: Mapping, metrics: Mapping) -> None:

@@ -28,8 +28,6 @@ from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
 from composable_ebm.train.objectives.reconstruction import Reconstruction
 
 STARTER = Path("portraits") / CODEC
-PICTURES = 20_000
-"""With copies that are shifted and zoomed a little, where there are fewer."""
 SHARES = {CODEC: 1, BASE: 3, "attribute": 1}
 """Of the minutes, where all are trained by one command."""
 
@@ -59,13 +57,7 @@ def folder_config(
     common = TrainConfig(
         family=family,
         name=name,
-        data=DataConfig(
-            name="folder",
-            root=str(root),
-            attribute=attribute,
-            size=64 if latents else 0,
-            jitter=PICTURES if latents else 0,
-        ),
+        data=DataConfig(name="folder", root=str(root), attribute=attribute, size=64 if latents else 0),
         network=DiffusedEnergy(hidden=448),
         objective=DenoisingScoreMatching(classification=0.5),
         optimiser=OptimiserConfig(learning_rate=2e-3, beta1=0.9, beta2=0.99, grad_clip=1.0, ema=0.998),

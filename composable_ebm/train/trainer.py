@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, LabelledLatents
 from composable_ebm.data.copies import without_copies
-from composable_ebm.data.jitter import with_jitter
+from composable_ebm.data.jitter import mirrored, with_jitter
 from composable_ebm.data.ranges import as_states
 from composable_ebm.data.summary import summary
 from composable_ebm.experts.card import CheckpointError
@@ -146,8 +146,10 @@ class Trainer:
         if self.accelerator.is_main_process and config.data.name == "folder":
             tqdm.write(summary(*data, config.data.attribute))
         self.pictures = data
+        if config.data.mirror:
+            data = mirrored(data[0]), data[1]
         if config.data.jitter:
-            data = with_jitter(data[0], config.data.jitter, config.data.mirror), data[1]
+            data = with_jitter(data[0], config.data.jitter), data[1]
         train_data, self.held_out = data = self._as_latents(data)
         self.data = train_data.to(self.device)
         self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)

@@ -12,9 +12,12 @@ where that length is measured from:
     h     the network, in the principal components of the data
     p     the values of the attribute, a softmax of the network's logits
 
+    F     optional, a floor that rises over nothing: E is max(½ ‖w + k h‖², F(σ)) - log p(y | x, σ)
+
 E is at least 0, whatever the network does. The network sees w, and d/√(s² + σ²) beside it, through a ball,
 v = w/√(1 + ‖w‖²/(κ² D)): so h is bounded, and E rises like the Gaussian's ½‖w‖² far from the data. There is
-nowhere to fall.
+nowhere to fall but to 0, which at low noise lies far below data: smooth pictures that no data has may descend
+there. `set_floor` ends that a little below the lowest energies of data, and changes nothing above.
 
 Preconditioning wraps a network here: `backbone` may be any module from (v, σ) to (h, logits).
 
@@ -26,6 +29,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -36,6 +40,7 @@ from composable_ebm.experts.networks.skeleton import GaussianSkeleton, frequenci
 
 __all__ = ["ConfinedEnergy", "Perceptron"]
 
+FLOORS = 20
 BALL = 3.0
 """κ: the network sees states as if within κ times the typical length of noisy data."""
 
@@ -101,6 +106,7 @@ class ConfinedEnergy(GaussianSkeleton):
         noise_range: Smallest and largest noise level it is trained for, in data units.
         level: The level at which it is evaluated where none is given: the noise of the density that it is
             when asked for one energy. What is finer than that is left to the codec.
+        floor: F in nats at levels even in log σ over `noise_range`, lines between them; none unless given.
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class ConfinedEnergy(GaussianSkeleton):
         layers: int = 3,
         noise_range: Sequence[float] = (0.1, 10.0),
         level: float = 0.4,
+        floor: Sequence[float] = (),
     ) -> None:
         size = 1
         for side in event_shape:
@@ -125,7 +132,32 @@ class ConfinedEnergy(GaussianSkeleton):
             "level": level,
         }
         self.level = float(level)
+        self.least: Tensor
+        self.set_floor(floor)
         self.backbone = Perceptron(2 * size, size, num_values, hidden, layers)
+
+    def set_floor(self, floor: Sequence[float]) -> None:
+        """Takes F, at levels even in log σ; an empty one is none."""
+        if len(floor) == 1:
+            raise ValueError("`floor` needs two values or more, one at each end of `noise_range`, got 1.")
+        self.floor = [float(value) for value in floor]
+        self.options.pop("floor", None)
+        if self.floor:
+            self.options["floor"] = self.floor
+        self.register_buffer("least", torch.tensor(self.floor).to(self.mean), persistent=False)
+
+    def levels_of_floor(self) -> Tensor:
+        """The noise levels of twenty values of F, (20,): lines between them are right to ten nats."""
+        low, high = self.noise_range
+        return torch.linspace(math.log(low), math.log(high), FLOORS).exp()
+
+    def _floor_at(self, sigma: Tensor) -> Tensor:
+        """F(σ), (batch, 1), as a sum of hats, one around each level."""
+        low, high = self.noise_range
+        steps = len(self.floor) - 1
+        place = (sigma.log() - math.log(low)) * (steps / math.log(high / low))
+        hats = F.relu(1 - (place[:, None] - torch.arange(steps + 1, device=sigma.device)).abs())
+        return (hats * self.least).sum(1, keepdim=True)
 
     @property
     def architecture(self) -> Hashable:
@@ -173,4 +205,6 @@ class ConfinedEnergy(GaussianSkeleton):
             share = (self.variances / (self.variances + noise)).sqrt() * (1 + self.variances.sqrt())
             k = (self.denoiser_error(sigma).sqrt() / sigma)[:, None] * share
             energy = (w + k * h).square().sum(1, keepdim=True) / 2
+            if self.floor:
+                energy = torch.maximum(energy, self._floor_at(sigma))
             return energy if logits is None else energy - logits.to(wide).log_softmax(1)

@@ -4,12 +4,14 @@ from composable_ebm.train.objectives.base import Figures, Objective, Phase, Sett
 from composable_ebm.train.objectives.classification import NoisyClassification
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel, DenoisingScoreMatching
+from composable_ebm.train.objectives.over_levels import ContrastiveOverLevels
 from composable_ebm.train.objectives.reconstruction import Reconstruction
 from composable_ebm.train.objectives.recovery import RecoveryLikelihood
 from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
 
 __all__ = [
     "ContrastiveDivergence",
+    "ContrastiveOverLevels",
     "DenoisingAtOneLevel",
     "DenoisingScoreMatching",
     "Figures",

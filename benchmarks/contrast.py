@@ -1,0 +1,194 @@
+"""Contrastive divergence at temperature 1 and score matching: one network, one data set, the same seconds.
+
+Handwritten digits at 16 pixels and one conditional energy E(x, digit, σ). Each cell trains for so many
+seconds of one core: from scratch, or the second half of them after a first stage of score matching. Figures
+are of pictures drawn from noise by one sampler, and how they stay under an exact kernel (MALA), beside
+held-out ones. The gap is mean E(samples) - mean E(held-out pictures with the noise of the level), after those
+exact steps: 0 where energies are right at T = 1.
+
+    python benchmarks/contrast.py --seconds 150      # 15 minutes of one core
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from common import RESULTS, write_results
+from torch import nn
+from torch.nn import functional as F
+
+import composable_ebm as ceb
+from composable_ebm.data import LabelledImages, load_data
+from composable_ebm.evaluation.judge import Judge
+from composable_ebm.experts.expert import Expert
+from composable_ebm.plotting import save_grid
+from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.kernel import Noise
+from composable_ebm.train.config import AnyObjective, ConfinedEnergy, DataConfig, TrainConfig
+from composable_ebm.train.export import held_out_metrics, sample_values
+from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
+from composable_ebm.train.objectives.over_levels import AtLevels, ContrastiveOverLevels
+from composable_ebm.train.objectives.recovery import RecoveryLikelihood
+from composable_ebm.train.preparation import build, card_of
+
+LOW, HIGH = 0.15, 5.0
+SIZES = ConfinedEnergy(hidden=320, noise_range=(LOW, HIGH), level=LOW)
+RATES = {"denoising": 2e-3, "recovery": 5e-4, "contrastive": 5e-4}
+LATER = 0.5  # of these rates after a first stage
+MORE = 100  # exact steps that samples are watched for
+
+
+OBJECTIVES: dict[str, AnyObjective] = {
+    "denoising": DenoisingScoreMatching(classification=0.5, log_sigma_mean=-0.6, log_sigma_std=1.0),
+    "recovery": RecoveryLikelihood(langevin_steps=10, step_size=0.1, classification=0.5),
+    "contrastive": ContrastiveOverLevels(),
+}
+
+
+def small(data: LabelledImages) -> LabelledImages:
+    """Digits at 16 pixels."""
+    wide = F.pad(data.images.float(), (2, 2, 2, 2))
+    images = F.avg_pool2d(wide, 2).round().byte()
+    return replace(
+        data, images=images, labels={"digit": data.labels["digit"]}, values={"digit": data.values["digit"]}
+    )
+
+
+def trained_judge(data: LabelledImages) -> Judge:
+    """A classifier of small digits, 800 iterations."""
+    torch.manual_seed(1)
+    judge = Judge(data.event_shape, data.values, "convolutional")
+    optimiser = torch.optim.AdamW(judge.parameters(), 2e-3)
+    for _ in range(800):
+        i = torch.randint(len(data), (128,))
+        x = data.batch(i) + 0.15 * torch.rand(128, 1, 1, 1) * torch.randn(128, *data.event_shape)
+        loss = F.cross_entropy(judge(x)["digit"], data.labels["digit"][i])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return judge.eval().requires_grad_(False)
+
+
+def train(network: nn.Module, kind: str, seconds: float, data: LabelledImages, later: bool) -> tuple:
+    """The averaged network, its iterations, and the last mean gap, after so many seconds of one core."""
+    generator = torch.Generator().manual_seed(0)
+    setting = Setting(data.event_shape, 10, (-1.0, 1.0), 128, ceb.Langevin(0.01), generator)
+    phase = OBJECTIVES[kind].begin(setting)
+    average = copy.deepcopy(network)
+    rate = RATES[kind] * (LATER if later else 1)
+    optimiser = torch.optim.Adam(network.parameters(), rate, betas=(0.9, 0.99))
+    start, count, gaps = time.process_time(), 0, []
+    while (done := (time.process_time() - start) / seconds) < 1:
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (count + 1) / 50) * min(1.0, (1 - done) / 0.6)
+        i = torch.randint(len(data), (128,), generator=generator)
+        loss, figures = phase.loss(network, network, data.batch(i), data.labels["digit"][i])
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        count += 1
+        gaps = [*gaps[-49:], float(figures.get("energy_gap", torch.tensor(float("nan"))))]
+        with torch.no_grad():
+            for mine, theirs in zip(average.parameters(), network.parameters(), strict=True):
+                mine.lerp_(theirs, 1 - min(0.998, count / (count + 20)))
+    return average, count, sum(gaps) / len(gaps)
+
+
+def measure(expert: Expert, judge: Judge, data: LabelledImages, per_value: int) -> dict[str, float]:
+    """Held-out figures, and those of samples from noise."""
+    held_out = held_out_metrics(expert, data)
+    drawn = torch.cat(list(sample_values(expert, per_value).values()))
+    labels = torch.arange(10).repeat_interleave(per_value)
+    levels = torch.full((len(labels),), LOW)
+    noise = Noise((torch.Generator().manual_seed(1), len(labels)))
+    exact = Chain(AtLevels(expert.network, labels, levels), drawn, ceb.MALA(0.1 * LOW**2), noise)
+    moved = exact.advance(MORE)
+    x, y = data.batch(torch.arange(len(data))), data.labels["digit"]
+    noisy = x + LOW * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        of_data = expert.network(noisy, torch.tensor(LOW)).gather(1, y[:, None]).mean()
+    return {
+        "heldout_denoising": held_out["heldout_denoising"],
+        "heldout_accuracy": held_out["heldout_accuracy"],
+        "sample_accuracy": float((judge.labels(drawn)["digit"] == labels).float().mean()),
+        "accuracy_after_mala": float((judge.labels(moved)["digit"] == labels).float().mean()),
+        "gap_after_mala": float(exact.final_energies().mean() - of_data),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=150, help="of one core, a cell")
+    parser.add_argument("--samples", type=int, default=40, help="of each digit")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--sheets", type=Path, help="folder for pictures of samples")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    data, held_out = small(load_data("digits", "train")), small(load_data("digits", "validation"))
+    judge = trained_judge(data)
+    x = held_out.batch(torch.arange(len(held_out)))
+    real = float((judge.labels(x)["digit"] == held_out.labels["digit"]).float().mean())
+    config = TrainConfig(
+        family="contrast",
+        name="digit",
+        network=SIZES,
+        objective=OBJECTIVES["denoising"],
+        data=DataConfig(name="digits", attribute="digit"),
+    )
+    card = card_of(config, data, data.values["digit"])
+
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        network = build(card)
+        network.fit(data.batch(torch.arange(10_000)))
+        return network
+
+    first, count, _ = train(fresh(), "denoising", options.seconds / 2, data, later=False)
+    cells = [("first stage alone", "denoising", options.seconds / 2, first, count, float("nan"))]
+    rows = []
+
+    def report(start: str, kind: str, seconds: float, network: nn.Module, count: int, gap: float) -> None:
+        expert = Expert.standing(network.eval().requires_grad_(False), card)
+        row = {
+            "start": start,
+            "objective": kind,
+            "seconds": seconds,
+            "iterations": count,
+            "training_gap": gap,
+        }
+        row |= {k: round(v, 4) for k, v in measure(expert, judge, held_out, options.samples).items()}
+        rows.append(row)
+        print(row, flush=True)
+        if options.sheets:
+            options.sheets.mkdir(parents=True, exist_ok=True)
+            drawn = torch.stack(list(sample_values(expert, 8, seed=9).values()), dim=1)
+            save_grid(
+                drawn.flatten(0, 1), options.sheets / f"{start}-{kind}.png".replace(" ", "_"), columns=10
+            )
+
+    for cell in cells:
+        report(*cell)
+    for kind in OBJECTIVES:
+        report("scratch", kind, options.seconds, *train(fresh(), kind, options.seconds, data, later=False))
+        warm = train(copy.deepcopy(first).requires_grad_(True), kind, options.seconds / 2, data, later=True)
+        report("first stage", kind, options.seconds, *warm)
+    content = {
+        "judge_on_real": round(real, 4),
+        "network": asdict(SIZES),
+        "objectives": {name: asdict(objective) for name, objective in OBJECTIVES.items()},
+        "samples": 10 * options.samples,
+        "rows": rows,
+    }
+    write_results("contrast", content, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Contrastive divergence of a noise-conditioned energy at temperature 1: chains walk down its levels.
+
+    L = mean E(x + σξ, y, σ) - mean E(x⁻, y⁻, σ) + β mean[-log softmax_y(-E(x + σξ, ·, σ))]_y
+
+x⁻ are persistent chains. One that is drawn takes the step of the probability flow to the next level, as a
+sampler does,
+
+    x⁻ ← x⁻ + (σ' - σ) σ ∂E/∂x⁻,
+
+and K steps of MALA there, which leave exp(-E(·, σ')) as it is: no bias of a step size enters L. From the last
+level it begins again, with a draw of the network's Gaussian skeleton at the first. So what is contrasted with
+data is what a sampler makes of noise, at each level on its way.
+
+Best after a short first stage of score matching (`init`): on small digits, 25 seconds of each, 98.0 % of
+samples were right where 50 seconds of score matching gave 93.8 (`benchmarks/contrast.py`).
+
+Reference:
+    Tieleman (2008) for persistent chains; Gao et al. (2021), arXiv 2012.08125, for energies over levels;
+    Nijkamp et al. (2019), arXiv 1904.09770, for learning from the chains that sampling runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from composable_ebm.energy import Energy, slope
+from composable_ebm.experts.networks.skeleton import GaussianSkeleton
+from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.kernel import Noise
+from composable_ebm.sampling.mala import MALA
+from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
+
+__all__ = ["ContrastiveOverLevels"]
+
+
+@dataclass(frozen=True)
+class ContrastiveOverLevels(Objective):
+    """Contrastive divergence over noise levels, with persistent chains that walk down them.
+
+    Args:
+        cd_steps: K, MALA steps at a level.
+        num_levels: Levels between the ends of the network's range, even in √σ.
+        buffer_size: Chains, on each process.
+        step_size: η of MALA in units of s²σ²/(s² + σ²), with s² the data's mean variance.
+        classification: β, 0 for a purely generative expert.
+    """
+
+    noise_conditioned: ClassVar[bool] = True
+
+    cd_steps: int = 5
+    num_levels: int = 24
+    buffer_size: int = 2048
+    step_size: float = 0.15
+    classification: float = 0.5
+
+    def __post_init__(self) -> None:
+        if min(self.cd_steps, self.buffer_size) < 1 or self.num_levels < 2:
+            raise ValueError(
+                "`cd_steps` and `buffer_size` must be at least 1 and `num_levels` at least 2, got "
+                f"{self.cd_steps}, {self.buffer_size} and {self.num_levels}."
+            )
+        if self.step_size <= 0 or self.classification < 0:
+            raise ValueError(
+                "`step_size` must be positive and `classification` at least 0, got "
+                f"{self.step_size} and {self.classification}."
+            )
+
+    def begin(self, setting: Setting) -> Phase:
+        return _OverLevels(self, setting)
+
+
+class AtLevels(Energy):
+    """E(x, yᵢ, σᵢ) of a batch in which every row i has its own label and noise level."""
+
+    def __init__(self, network: nn.Module, labels: Tensor, noise_level: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.labels = labels
+        self.noise_level = noise_level
+
+    def energy(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
+        return self.network(x, self.noise_level).gather(1, self.labels[:, None])[:, 0]
+
+
+class _OverLevels(Phase):
+    """Keeps the chains, their labels, and how far down each is."""
+
+    def __init__(self, objective: ContrastiveOverLevels, setting: Setting) -> None:
+        self.objective = objective
+        self.setting = setting
+        self.generator = setting.generator
+        self.device = setting.generator.device
+        count = max(objective.buffer_size, setting.batch_size)
+        self.place = self._any(objective.num_levels, count)
+        self.chains = torch.empty(0, *setting.event_shape, device=self.device)
+        self.labels = torch.empty(0, dtype=torch.long, device=self.device)
+
+    def loss(self, model: nn.Module, network: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Figures]:
+        if not isinstance(network, GaussianSkeleton):
+            raise TypeError(
+                "ContrastiveOverLevels needs a network over noise levels that is an energy, got a "
+                f"{type(network).__name__}."
+            )
+        negatives, labels, sigma, figures = self.draw(network, y)
+        positives = x + _wide(sigma, x) * self._normal(x.shape)
+        outputs = model(torch.cat([positives, negatives]), torch.cat([sigma, sigma])).float()
+        of_data, of_chains = outputs.split(len(x))
+        e_pos, e_neg = of_data.gather(1, y[:, None])[:, 0], of_chains.gather(1, labels[:, None])[:, 0]
+        gap = (e_neg - e_pos).mean()
+        loss = -gap
+        figures = {"energy_gap": gap.detach(), **figures}
+        if self.objective.classification and outputs.shape[1] > 1:
+            cross_entropy = F.cross_entropy(-of_data, y)
+            loss = loss + self.objective.classification * cross_entropy
+            figures["cross_entropy"] = cross_entropy.detach()
+        return loss, {"loss": loss.detach(), **figures}
+
+    def draw(self, network: GaussianSkeleton, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Figures]:
+        """x⁻ (batch, *event), their labels and noise levels (batch,), and figures of their chains.
+
+        Args:
+            network: Whose chains they are.
+            y: Labels of data, (batch,), which chains that begin again take.
+        """
+        low, high = network.noise_range
+        levels = torch.linspace(high**0.5, low**0.5, self.objective.num_levels, device=self.device).square()
+        if not len(self.chains):
+            self.labels = y[self._any(len(y), len(self.place))]
+            self.chains = self._begun(network, levels[self.place])
+        rows = torch.randperm(len(self.place), generator=self.generator, device=self.device)[: len(y)]
+        x, before = self.chains[rows], self.place[rows]
+        ended = before == len(levels) - 1
+        now = torch.where(ended, 0, before + 1)
+        old, new = levels[before], levels[now]
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            gradient = slope(AtLevels(network, self.labels[rows], old)(at), at)
+        x = x + _wide((new - old) * old, x) * gradient.detach()
+        x = torch.where(_wide(ended, x), self._begun(network, new), x)
+        labels = torch.where(ended, y, self.labels[rows])
+        moved = self._steps(network, labels, x, new)
+        self.chains[rows], self.labels[rows], self.place[rows] = moved, labels, now
+        stayed = (moved == x).flatten(1).all(1).float().mean()
+        return moved, labels, new, {"chains_still": stayed}
+
+    def _steps(self, network: GaussianSkeleton, labels: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        variance = network.spread.square()
+        eta = self.objective.step_size * sigma.square() * variance / (sigma.square() + variance)
+        noise = Noise((self.generator, len(x)))
+        chain = Chain(AtLevels(network, labels, sigma), x, MALA(1.0), noise, record=False)
+        chain.dynamics = chain.dynamics._replace(step_size=eta)
+        return chain.advance(self.objective.cd_steps).detach()
+
+    def _begun(self, network: GaussianSkeleton, sigma: Tensor) -> Tensor:
+        """Draws of the Gaussian skeleton, one at each noise level."""
+        z = self._normal((len(sigma), *self.setting.event_shape))
+        x = torch.empty_like(z)
+        for level in sigma.unique():
+            x[sigma == level] = network.prior(z[sigma == level], float(level))
+        return x
+
+    def _any(self, below: int, count: int) -> Tensor:
+        return torch.randint(below, (count,), generator=self.generator, device=self.device)
+
+    def _normal(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"chains": self.chains, "labels": self.labels, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.chains, self.labels, self.place = (
+            state[name].to(self.device, copy=True) for name in ("chains", "labels", "place")
+        )
+
+
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
