@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -155,21 +154,33 @@ def allowed(operations: float) -> bool:
 def in_parts(rows: int, at_least: int, run: Callable[[int, int, int], None]) -> None:
     """Calls `run(part, first, count)` for equal parts of the rows, one on each of PyTorch's threads.
 
+    Those are OpenMP's, and no others: after each operation of PyTorch they wait for the next one at full
+    speed, for milliseconds, and would take half a core from threads of another kind.
+
     Args:
         rows: How many there are.
         at_least: A part has so many, or is the only one.
         run: Calls a function of the library, which runs without Python's lock.
     """
     parts = max(1, min(torch.get_num_threads(), rows // at_least))
-    if parts == 1:
+    if parts == 1 or (team := _team()) is None:
         run(0, 0, rows)
         return
     ends = [rows * part // parts for part in range(parts + 1)]
-    jobs = [(part, ends[part], ends[part + 1] - ends[part]) for part in range(parts)]
-    list(_workers(parts).map(lambda job: run(*job), jobs))
+
+    def work(_: object) -> None:
+        for part in range(team.omp_get_thread_num(), parts, team.omp_get_num_threads()):
+            run(part, ends[part], ends[part + 1] - ends[part])
+
+    team.GOMP_parallel(_WORK(work), None, parts, 0)
+
+
+_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
-def _workers(count: int) -> ThreadPoolExecutor:
-    """Threads for the parts of a batch."""
-    return ThreadPoolExecutor(count, thread_name_prefix="composable_ebm-native")
+def _team() -> ctypes.CDLL | None:
+    """OpenMP as PyTorch has loaded it; None where it works without."""
+    loaded = ctypes.CDLL(None)
+    known = all(hasattr(loaded, name) for name in ("GOMP_parallel", "omp_get_thread_num"))
+    return loaded if known else None
