@@ -134,6 +134,7 @@ def test_controls_and_recipe_follow_each_other_however_it_is_written(page):
     _set(page, "thick weight", 1.15)
     expect(_recipe(page)).to_have_value(f"{MIX} + 1.15*~Toys/thick")
     page.locator("#advanced").evaluate("element => { element.open = true; }")
+    page.get_by_role("tab", name="Explore").click()
     _recipe(page).fill("Toys/digit[3] + Toys/thik")
     _recipe(page).press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("did you mean Toys/thick")
@@ -143,6 +144,7 @@ def test_controls_and_recipe_follow_each_other_however_it_is_written(page):
     for value, pressed in (("4", "true"), ("5", "true"), ("3", "false")):
         expect(_button(page, value)).to_have_attribute("aria-pressed", pressed)
     expect(page.get_by_role("checkbox", name="slanted")).not_to_be_checked()
+    expect(page.get_by_role("tab", name="Explore")).to_have_attribute("aria-selected", "true")
     page.get_by_role("checkbox", name="slanted").check()  # and nothing that was typed is lost
     expect(_recipe(page)).to_have_value("(Toys/digit[4] | Toys/digit[5]) + Toys/slanted + Toys/thick")
     _recipe(page).fill("2*Yard/body")
@@ -434,3 +436,21 @@ def test_nothing_is_clipped_or_covered(page, width):
         page.get_by_role("tab", name=name).click(trial=True)
     page.get_by_role("slider", name="slanted weight").click(trial=True)
     page.get_by_role("group", name="slanted role").get_by_label("NOT").click(trial=True)
+
+
+def test_by_keyboard_focus_is_kept_and_whatever_it_reaches_is_seen(page):
+    page.get_by_role("checkbox", name="thick").focus()
+    page.keyboard.press("Space")
+    expect(page.locator("#words")).to_contain_text("thick")
+    for key in ("Tab", "ArrowRight"):  # to the roles, and to NOT
+        page.keyboard.press(key)
+    expect(page.locator("#words")).to_contain_text("no thick")
+    assert page.evaluate("document.activeElement.value") == "NOT"  # though its row was drawn anew
+    page.locator("#advanced").evaluate("element => { element.open = true; }")
+    for name in ("Why", "Explore", "Start from", "Teach"):
+        page.get_by_role("tab", name=name).click()
+        lost = page.evaluate("""() => [...document.querySelectorAll("input, textarea, select, button, div")]
+            .filter((each) => each.tabIndex >= 0 && !each.disabled && each.checkVisibility())
+            .filter((each) => Math.min(each.offsetWidth, each.offsetHeight) < 14)
+            .map((each) => each.outerHTML)""")
+        assert lost == []

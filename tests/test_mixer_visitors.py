@@ -200,6 +200,30 @@ def test_stop_reaches_a_run_that_waits_in_the_queue_which_says_its_place(runs):
     assert runs.running() == 0
 
 
+def test_a_grid_runs_from_the_opposite_of_an_expert_to_as_much_as_is_asked_for(runs):
+    said = Answers(runs, True).read({"recipe": "Yard/body + 4*ratio(Yard/hat, Yard/hat[any])"}, "a")
+    assert said["parts"] == [{"name": "Yard/hat", "low": -4.0, "high": 4.0}]
+
+
+def test_energies_of_running_chains_say_through_which_noise_they_are_seen(runs):
+    for message in runs.play(Request("Noisy/base", 2, 10, 0), "a"):
+        if message["kind"] == "frame" and "terms" in message:
+            assert message["level"] > 0
+            runs.stop("a")
+    *_, last = runs.sample(Request("Noisy/base", 2, 10, 0), "a")
+    assert last["terms"]
+    assert "level" not in last
+
+
+def test_a_move_reads_no_card_from_disk(runs, monkeypatch):
+    answers, read = Answers(runs, True), []
+    monkeypatch.setattr("demos.mixer.offer.cards", lambda: read.append(1) or catalogue.cards())
+    answers.world({}, "a")
+    for weight in (1, 2):
+        answers.read({"recipe": f"{weight}*Toys/digit[3]"}, "a")
+    assert len(read) == 1
+
+
 def test_nothing_on_is_said_and_no_defect(runs):
     (message,) = runs.play(Request("", 2, 10, 0), "a")
     assert message["problem"].startswith("Nothing is on")

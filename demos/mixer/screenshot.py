@@ -80,6 +80,12 @@ def dark_and_clear(page: Any) -> tuple[list[int], list[int]]:
     return order[:MARKS], order[::-1][:MARKS]
 
 
+def scrolled(page: Any, name: str = "picture") -> None:
+    """Scrolls the pictures to an element of theirs, and the page to its top."""
+    page.locator(f"#{name}").evaluate("element => element.scrollIntoView({ block: 'center' })")
+    page.evaluate("scrollTo(0, 0)")
+
+
 def teach(page: Any, film: Film) -> None:
     """Teaches sunglasses on the page, by keyboard."""
     page.locator("#chains").fill("36")
@@ -102,7 +108,8 @@ def teach(page: Any, film: Film) -> None:
             page.keyboard.press(key)
         film.roll(0.2)
     page.locator("#taught-name").fill("sunglasses")
-    film.roll(0.5)
+    scrolled(page, "teach-go")
+    film.roll(1.5)
     page.get_by_role("button", name="Teach it").click()
     film.roll(30, lambda: page.get_by_role("slider", name="sunglasses weight").count() > 0)
 
@@ -144,13 +151,12 @@ def main() -> None:
         if arguments.gif is not None:
             teach(page, film)
             page.locator("#chains").fill("16")
-            page.evaluate("scrollTo(0, 0)")
+            scrolled(page)
             film.roll(3 * arguments.seconds)
             film.save(arguments.gif)
             print(arguments.gif)
         page.get_by_role("tab", name="Why").click()
-        page.locator(".result").evaluate("element => element.scrollTo(0, 0)")
-        page.evaluate("scrollTo(0, 0)")
+        scrolled(page)
         page.screenshot(path=str(arguments.out))
         print(arguments.out)
         browser.close()
