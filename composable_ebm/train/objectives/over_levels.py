@@ -161,7 +161,9 @@ class _OverLevels(Phase):
         z = self._normal((len(sigma), *self.setting.event_shape))
         x = torch.empty_like(z)
         for level in sigma.unique():
-            x[sigma == level] = network.prior(z[sigma == level], float(level))
+            some = z[sigma == level]
+            drawn = network.prior(some, float(level))
+            x[sigma == level] = level * some if drawn is None else drawn  # a Gaussian of patches has no draws
         return x
 
     def _any(self, below: int, count: int) -> Tensor:
