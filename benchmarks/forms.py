@@ -1,12 +1,13 @@
 """What the forms of evaluation gain: modules as people write them, and every shipped expert.
 
-    python benchmarks/forms.py [--parts modules first_call experts threads] [--rounds 9]
+    python benchmarks/forms.py [--parts modules first_call experts threads roofline] [--rounds 9]
     COMPOSABLE_EBM_NATIVE_ARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \\
         MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/forms.py --parts modules --name forms_avx2
 
 `modules` runs the short-run recipe against ebmkit and a plain loop; `first_call` is 200 steps of energies
 that nobody has evaluated before, so reading and packing are in the time; `experts` is energy and gradient
-of 16 states against autograd; `threads` is one thread against two.
+of 16 states against autograd; `threads` is one thread against two; `roofline` is how many GFLOP/s
+PyTorch's own convolutions make, of kinds that experts consist of.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from composable_ebm.potential.evaluating import evaluating
 from composable_ebm.potential.potential import Potential
 
 OURS = "composable_ebm"
-PARTS = ("modules", "first_call", "experts", "threads")
+PARTS = ("modules", "first_call", "experts", "threads", "roofline")
 
 
 class Own(nn.Module):
@@ -235,6 +236,23 @@ def thread_row(name: str, rounds: int) -> dict:
     return {"energy": name, "batch": len(x), "path": potential.describe(), "contestants": table}
 
 
+def roofline_row(channels: int, side: int, rounds: int) -> dict:
+    """PyTorch's 3x3 convolution of 16 images, channels last, in GFLOP/s."""
+    x = torch.randn(16, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    times = 100
+
+    def convolve() -> None:
+        with torch.no_grad():
+            for _ in range(times):
+                F.conv2d(x, weight, padding=1)
+
+    seconds = min(race({"": convolve}, rounds, x.device)[""]) / times
+    rate = 2e-9 * x.numel() * 9 * channels / seconds
+    name = f"convolution, {channels} channels, {side}x{side}"
+    return {"kind": name, "batch": 16, "path": f"{rate:.0f} GFLOP/s", "contestants": {}}
+
+
 def rows_of(part: str, rounds: int) -> Iterator[dict]:
     if part == "modules":
         for name in modules():
@@ -246,6 +264,9 @@ def rows_of(part: str, rounds: int) -> Iterator[dict]:
     elif part == "experts":
         for name in catalogue():
             yield expert_row(name, rounds)
+    elif part == "roofline":
+        for channels, side in ((64, 8), (32, 14), (64, 7), (128, 16)):
+            yield roofline_row(channels, side, rounds)
     else:
         for name in ("textbook", "faces"):
             yield thread_row(name, rounds)

@@ -25,7 +25,7 @@ Reference:
 """
 
 from composable_ebm.energy import algebra
-from composable_ebm.energy.algebra import log_ratio, mixture, negate, ratio
+from composable_ebm.energy.algebra import given, log_ratio, mixture, negate, ratio
 from composable_ebm.energy.base import Energy, LeafEnergies, as_name
 from composable_ebm.energy.carrier import NotCarriedError, carrier, satisfied, settled
 from composable_ebm.energy.checks import (
@@ -52,6 +52,7 @@ __all__ = [
     "carrier",
     "changed_states",
     "flat",
+    "given",
     "independent",
     "known_by_gradient",
     "log_ratio",

@@ -11,7 +11,7 @@ from composable_ebm.energy.checks import require_values
 from composable_ebm.energy.nodes import Mixture, Not, Sum, flatten, shared, shared_codec
 from composable_ebm.energy.weights import Weight
 
-__all__ = ["either", "log_ratio", "mixture", "negate", "ratio", "weighted_sum"]
+__all__ = ["either", "given", "log_ratio", "mixture", "negate", "ratio", "weighted_sum"]
 
 
 def weighted_sum(pairs: Iterable[tuple[Energy, Weight]]) -> Energy:
@@ -78,6 +78,41 @@ def negate(energy: Energy, threshold: float | None = None) -> Energy:
             )
         threshold = energy.energy_range[1]
     return Not(energy, threshold)
+
+
+def given(base: Energy, *attributes: Energy, weight: float | None = None) -> Energy:
+    """p(x) given attributes: an AND that counts what all experts share, p(x), once.
+
+        E(x) = E_base(x) + Σᵢ wᵢ (Eᵢ(x, aᵢ) - Eᵢ(x)),      Eᵢ(x, aᵢ) - Eᵢ(x) = -log pᵢ(aᵢ | x)
+
+    Exact for conditionally independent attributes at w = 1, by Bayes' rule. Each expert is taken
+    against its own marginal, so that whatever it got wrong about p(x) cancels. A weight above 1
+    asks for more than the data: attributes become surer and pictures less varied.
+
+    Args:
+        base: The expert of p(x).
+        attributes: Experts at the value asked for; `~expert` for the other one. Anything that has a
+            `marginal` will do: an OR of values of one expert, or prompts of a pipeline.
+        weight: w of all of them; what each was calibrated with unless given.
+    Raises:
+        TypeError: If one of them has no marginal to be held against.
+    Example:
+        >>> mix = given(face, smile, ~beard)
+    Reference:
+        Liu et al. (2022), arXiv 2206.01714, eq. 11; Dhariwal and Nichol (2021), arXiv 2105.05233,
+        section 4, for weights above 1.
+    """
+    energy = base
+    for attribute in attributes:
+        marginal = attribute.marginal() if isinstance(attribute, Energy) else None
+        if marginal is None:
+            raise TypeError(
+                f"`given` takes experts at a value of their attribute, got {attribute}. An energy that is "
+                f"not p(x | attribute) is added as it is: given(...) + {attribute}."
+            )
+        strength = attribute.given_weight if weight is None else weight
+        energy = energy + strength * (attribute - marginal)
+    return energy
 
 
 def log_ratio(energy: Energy, x1: Tensor, x2: Tensor) -> Tensor:

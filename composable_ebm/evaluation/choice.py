@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, Mixture, NotCarriedError, carrier
+from composable_ebm.energy import Energy, Mixture, NotCarriedError, carrier, given
 from composable_ebm.evaluation.composition import compose, draw
 from composable_ebm.evaluation.judge import Judge, see
 from composable_ebm.evaluation.rows import proportion, right
 from composable_ebm.evaluation.task import Request, Task
-from composable_ebm.experts.expert import Expert, given
+from composable_ebm.experts.expert import Expert
 from composable_ebm.partition.bennett import calibrate
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.request import calibrated_sampler

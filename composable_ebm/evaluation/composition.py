@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import Energy, ratio
+from composable_ebm.energy import Energy, given, ratio
 from composable_ebm.evaluation.task import Request, Task
-from composable_ebm.experts.expert import Expert, given
+from composable_ebm.experts.expert import Expert
 from composable_ebm.sampling.engine import Engine
 from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.request import calibrated_sampler, calibrated_steps

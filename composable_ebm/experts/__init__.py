@@ -2,7 +2,7 @@
 
 from composable_ebm.experts.card import Card, CheckpointError
 from composable_ebm.experts.catalogue import load_expert
-from composable_ebm.experts.expert import Expert, given
+from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.hub import push_to_hub
 from composable_ebm.experts.networks import ConvEnergy, register_network
 from composable_ebm.experts.store import save_expert
@@ -12,7 +12,6 @@ __all__ = [
     "CheckpointError",
     "ConvEnergy",
     "Expert",
-    "given",
     "load_expert",
     "push_to_hub",
     "register_network",

@@ -13,7 +13,7 @@ from composable_ebm.energy import Codec, Energy, LeafEnergies, Mixture, negate, 
 from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.experts.card import Card
 
-__all__ = ["Expert", "given", "mark_loaded"]
+__all__ = ["Expert", "mark_loaded"]
 
 _version = attrgetter("_version")
 
@@ -37,41 +37,6 @@ def _identity(network: nn.Module) -> Hashable:
     owner, origin, tensors, versions = vars(network).get("_loaded", (None, None, (), ()))
     unchanged = owner == id(network) and list(map(_version, tensors)) == versions
     return origin if unchanged else id(network)
-
-
-def given(base: Energy, *attributes: Energy, weight: float | None = None) -> Energy:
-    """p(x) given attributes: an AND that counts what all experts share, p(x), once.
-
-        E(x) = E_base(x) + Σᵢ wᵢ (Eᵢ(x, aᵢ) - Eᵢ(x)),      Eᵢ(x, aᵢ) - Eᵢ(x) = -log pᵢ(aᵢ | x)
-
-    Exact for conditionally independent attributes at w = 1, by Bayes' rule. Each expert is taken
-    against its own marginal, so that whatever it got wrong about p(x) cancels. A weight above 1
-    asks for more than the data: attributes become surer and pictures less varied.
-
-    Args:
-        base: The expert of p(x).
-        attributes: Experts at the value asked for; `~expert` for the other one. Anything that has a
-            `marginal` will do: an OR of values of one expert, or prompts of a pipeline.
-        weight: w of all of them; what each was calibrated with unless given.
-    Raises:
-        TypeError: If one of them has no marginal to be held against.
-    Example:
-        >>> mix = given(face, smile, ~beard)
-    Reference:
-        Liu et al. (2022), arXiv 2206.01714, eq. 11; Dhariwal and Nichol (2021), arXiv 2105.05233,
-        section 4, for weights above 1.
-    """
-    energy = base
-    for attribute in attributes:
-        marginal = attribute.marginal() if isinstance(attribute, Energy) else None
-        if marginal is None:
-            raise TypeError(
-                f"`given` takes experts at a value of their attribute, got {attribute}. An energy that is "
-                f"not p(x | attribute) is added as it is: given(...) + {attribute}."
-            )
-        strength = attribute.given_weight if weight is None else weight
-        energy = energy + strength * (attribute - marginal)
-    return energy
 
 
 class Expert(Energy):
