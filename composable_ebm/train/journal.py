@@ -53,12 +53,24 @@ class Journal:
         for name, value in metrics.items():
             self.board.add_scalar(name, value, step)
 
-    def evaluate(self, step: int, expert: Expert, data: LabelledImages, seconds: float) -> dict[str, float]:
-        """Held-out metrics, which it returns, and a grid of samples from noise, a column for each value."""
+    def evaluate(
+        self, step: int, expert: Expert, data: LabelledImages, seconds: float, sheet: bool = True
+    ) -> dict[str, float]:
+        """Held-out metrics, which it returns, and a grid of samples from noise, a column for each value.
+
+        Args:
+            step: The iteration.
+            expert: As it is now.
+            data: Held-out pictures.
+            seconds: That the training has taken.
+            sheet: Whether to draw: on a base that stands still it costs more than minutes of learning.
+        """
         if not self.active:
             return {}
         metrics = held_out_metrics(expert, data)
         self.write(step, {**metrics, "seconds": seconds})
+        if not sheet:
+            return metrics
         columns = sample_values(expert, ROWS)
         images = expert.images(torch.stack(list(columns.values()), dim=1).flatten(0, 1))
         title = {"expert": expert.card.full_name, "step": str(step)}

@@ -280,7 +280,7 @@ class Trainer:
                 journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}", left=budget.left(self.step))
             if last or budget.due(self.step, config.evaluate_every):
-                self._evaluate(journal)
+                self._evaluate(journal, sheet=last or self.base is None)
                 now = time.perf_counter() - start
                 if self.accelerator.num_processes == 1:  # several decide alike
                     budget.looked(now, now - self.seconds)
@@ -464,12 +464,12 @@ class Trainer:
             return self.expert()
         return export(self.config, self.expert(), self.facts(), self.held_out)
 
-    def _evaluate(self, journal: Journal) -> None:
+    def _evaluate(self, journal: Journal, sheet: bool) -> None:
         network = self.average.module
         if isinstance(network, PictureCodec):
             journal.evaluate_codec(self.step, network, self.held_out, self.seconds)
             return
-        metrics = journal.evaluate(self.step, self.expert(), self.held_out, self.seconds)
+        metrics = journal.evaluate(self.step, self.expert(), self.held_out, self.seconds, sheet)
         if self.config.keep_best and self.best.offer(self.step, metrics, network):
             export_unfinished(self.config, self.expert(), self.facts(), metrics)
 
