@@ -415,6 +415,11 @@ def test_axe_finds_no_violation(browser, toy_page, scheme):
     page.locator("#advanced").evaluate("element => { element.open = true; }")
     for tab in ("Why", "Explore", "Start from", "Teach"):
         page.get_by_role("tab", name=tab).click()
+        if tab == "Teach":  # what is wrong, on a phone
+            page.set_viewport_size({"width": 390, "height": 844})
+            _recipe(page).fill("Toys/digit[3] + Toys/slanted + Toys/thik")
+            _recipe(page).press("Enter")
+            page.get_by_role("alert").wait_for()
         said = page.evaluate(
             "async () => (await axe.run()).violations.map((each) => each.id + each.nodes[0].html)"
         )
@@ -436,6 +441,17 @@ def test_nothing_is_clipped_or_covered(page, width):
         page.get_by_role("tab", name=name).click(trial=True)
     page.get_by_role("slider", name="slanted weight").click(trial=True)
     page.get_by_role("group", name="slanted role").get_by_label("NOT").click(trial=True)
+    page.locator("#advanced").evaluate("element => { element.open = true; }")
+    _recipe(page).focus()
+    page.keyboard.press("End")
+    page.keyboard.type(" + Toys/thik")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_be_in_viewport(ratio=1)
+    at = """element => {
+        const box = element.getBoundingClientRect();
+        return document.elementFromPoint(box.x + 9, box.y + 9).id;
+    }"""
+    assert _recipe(page).evaluate(at) == "recipe"  # and no picture that stays where it is
 
 
 def test_by_keyboard_focus_is_kept_and_whatever_it_reaches_is_seen(page):

@@ -125,6 +125,7 @@ def test_latents_are_learned_from_what_the_decoder_sees_and_pictures_that_nobody
     x, level = rest[:4], torch.tensor(0.4)
     close = {"rtol": 1e-5, "atol": 1e-3}
     torch.testing.assert_close(specs["any"](x, noise_level=level), base(x, noise_level=level), **close)
+    assert specs.network.axes.data_ptr() == base.network.axes.data_ptr()  # held once for all who are taught
     shutil.copytree(MODELS / "portraits/codec", tmp_path / "portraits/codec")
     save_expert(tmp_path / "portraits/specs", specs.network, specs.card)
     assert torch.equal(load_folder(tmp_path / "portraits/specs")(x), specs(x))

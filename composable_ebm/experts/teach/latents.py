@@ -66,7 +66,7 @@ def learned(
     likely = torch.cat([(signs + 1) / 2, judged.unmarked.sigmoid()])
     weight, bias = _head(base, x, likely, seed)
     taught = ConfinedEnergy(**{**base.options, "num_values": 2}).to(x)  # type: ignore[arg-type]
-    taught.load_state_dict(base.state_dict(), strict=False)
+    taught.load_state_dict(base.state_dict(), strict=False, assign=True)  # the base's own weights, held once
     choose = taught.backbone.choose
     assert choose is not None
     choose.weight.copy_(torch.stack([-weight, weight]) / 2)

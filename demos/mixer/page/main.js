@@ -31,7 +31,7 @@ const note = (problem, said = "") => {
     state.problem = problem;
     find("note").replaceChildren(...(text ? [make(
         "div", { class: problem ? "note alert" : "note", role: problem ? "alert" : "status" }, first,
-        rest.length ? make("pre", {}, rest.join("\n")) : "",
+        rest.length ? make("pre", { tabindex: 0 }, rest.join("\n")) : "",
     )] : []));
 };
 
