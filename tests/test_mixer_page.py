@@ -1,5 +1,6 @@
 """The mixer's page in a browser: what a visitor does, by hand and by keyboard."""
 
+import re
 import shutil
 import time
 import zipfile
@@ -397,6 +398,34 @@ def test_starts_and_surprises_are_one_click_and_one_key(page):
     expect(_button(page, "Stop")).to_be_disabled()
     page.keyboard.press("?")
     expect(page.get_by_role("dialog")).to_contain_text("Surprise me")
+
+
+def test_pictures_are_marked_by_keyboard_and_dropped_and_what_cannot_be_taught_is_said(page):
+    _button(page, "Sample").click()
+    _sampled(page)
+    _family(page, "Yard")
+    _button(page, "Sample").click()
+    expect(page.locator("#picture img")).to_have_attribute("alt", re.compile("samples of Yard"))
+    page.get_by_role("tab", name="Teach").click()
+    page.locator("#picture").focus()
+    for key in "yyynnn":
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press(key)
+    expect(page.get_by_role("button", name="Remove this no")).to_have_count(3)
+    dropped = page.evaluate_handle("""async () => {
+        const canvas = Object.assign(document.createElement("canvas"), { width: 9, height: 9 });
+        const blob = await new Promise((done) => canvas.toBlob(done));
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([blob], "mine.png", { type: "image/png" }));
+        return transfer;
+    }""")
+    page.locator(".marked").first.dispatch_event("drop", {"dataTransfer": dropped})
+    expect(page.get_by_role("button", name="Remove this yes")).to_have_count(4)
+    expect(page.locator("#starting")).to_be_hidden()
+    expect(_button(page, "Teach it")).to_be_disabled()
+    page.locator("#taught-name").fill("tired")
+    _button(page, "Teach it").click()
+    expect(page.locator("#teach-says")).to_contain_text("nothing to teach beside")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -161,6 +161,10 @@ class Answers:
             found.append({"name": part.name, "low": low, "high": max(part.weight, 1.0)})
         return found
 
+    def _asked(self, sent: Sent) -> Request:
+        counts = (sent.get("chains"), sent.get("steps"), sent.get("seed"))
+        return state.clamped(sent.get("recipe"), *counts, self.runs.limits)
+
     def _taught(self, by: str) -> dict[str, Card]:
         return self.runs.visitors[by].cards()
 
@@ -168,9 +172,7 @@ class Answers:
 
     def run(self, sent: Sent, by: str) -> Iterator[Message]:
         """The messages of a run: "play", "sample", "grid", "alone" or "teach"."""
-        counts = (sent.get("chains"), sent.get("steps"), sent.get("seed"))
-        asked = state.clamped(sent.get("recipe"), *counts, self.runs.limits)
-        kind = sent.get("kind")
+        asked, kind = self._asked(sent), sent.get("kind")
         if kind == "grid":
             return self.runs.grid(asked, lambda: (_axis(sent.get("across")), _axis(sent.get("up"))), by)
         if kind == "alone":
@@ -229,8 +231,7 @@ class Answers:
 
     def code(self, sent: Sent, by: str) -> Message:
         """A program and a command that make the same pictures."""
-        counts = (sent.get("chains"), sent.get("steps"), sent.get("seed"))
-        asked: Request = state.clamped(sent.get("recipe"), *counts, self.runs.limits)
+        asked = self._asked(sent)
         return {"python": state.as_python(asked), "command": state.as_command(asked)}
 
     # -- what visitors taught ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ const start = button("Teach it", () => teach(), { id: "teach-go", class: "main" 
 export const teachPanel = (act) => {
     actions = act;
     root.replaceChildren(
-        make("p", { class: "hint" }, `Mark about ${WANTED} pictures as yes and ${WANTED} as no, and name what they show. A picture is chosen by a click; Y and N mark it.`),
+        make("p", { class: "hint" }, `Mark about ${WANTED} pictures as yes and ${WANTED} as no, and name what they show. A picture is chosen by a click; Y and N mark it. Pictures of yours may be dropped on either side.`),
         make("div", { class: "field" }, make("label", { for: "taught-name" }, "Name"), name, start),
         line, panel,
     );
@@ -64,7 +64,11 @@ const draw = () => {
     start.disabled = few || !name.value.trim();
     start.title = few ? "Mark three of each at least, better a dozen" : name.value.trim() ? "" : "Give it a name";
     const side = (kind) => make(
-        "div", { class: "marked" },
+        "div", { class: "marked", ondrop: (event) => {
+            event.preventDefault();
+            event.stopPropagation(); // elsewhere, what is dropped is a picture to start from
+            take(kind)({ target: event.dataTransfer });
+        } },
         make("h3", {}, `${kind === "yes" ? "Yes" : "No"}: ${marks[kind].length} of ${WANTED}`),
         make("div", { class: "thumbs" }, marks[kind].map((picture) => button("", () => {
             marks[kind] = marks[kind].filter((other) => other !== picture);
