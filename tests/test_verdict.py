@@ -43,6 +43,16 @@ def test_a_training_by_the_clock_ends_in_time_with_the_rate_at_zero(kept):
     assert Trainer(replace(kept, minutes=0.02), data=DATA).run().card.training["iterations"] == trainer.step
 
 
+def test_the_average_of_a_short_training_leaves_its_start_behind(kept):
+    slow = replace(kept, optimiser=OptimiserConfig(learning_rate=0.01, ema=0.999, hold=0.9), keep_best=False)
+    trainer = Trainer(replace(slow, num_iterations=40), data=DATA)
+    first = torch.cat([p.detach().flatten().clone() for p in trainer.network.parameters()])
+    trainer.run()
+    now = torch.cat([p.detach().flatten() for p in trainer.network.parameters()])
+    mine = torch.cat([p.detach().flatten() for p in trainer.average.module.parameters()])
+    assert float((mine - now).norm()) < 0.6 * float((first - now).norm())
+
+
 def test_looking_does_not_eat_the_minutes(kept):
     budget = Budget(replace(kept, minutes=1))
     looks = 0

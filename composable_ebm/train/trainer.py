@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from composable_ebm.data import LabelledImages, LabelledLatents
@@ -166,7 +166,7 @@ class Trainer:
         self.identity = identity(config, data, self.values, self.accelerator.num_processes)
         self.folder = RunFolder(config, self.identity)
         network = network.to(self.device)
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.optimiser.ema))
+        self.average = AveragedModel(network, multi_avg_fn=self._average)
         optimiser = torch.optim.Adam(
             network.parameters(),
             lr=config.optimiser.learning_rate,
@@ -390,6 +390,16 @@ class Trainer:
         self.average.update_parameters(self.network)
         return figures
 
+    @torch.no_grad()
+    def _average(self, average: Sequence[Tensor], weights: Sequence[Tensor], _: object) -> None:
+        """Moves the average towards the weights, at first faster: a short run leaves its start behind.
+
+        The decay is min(`ema`, (1 + n)/(10 + n)) after n iterations, as TensorFlow's.
+        """
+        decay = min(self.config.optimiser.ema, (1 + self.step) / (10 + self.step))
+        for mine, theirs in zip(average, weights, strict=True):
+            mine.lerp_(theirs, 1 - decay) if mine.is_floating_point() else mine.copy_(theirs)
+
     def _batch(self) -> tuple[Tensor, Tensor]:
         """Images and labels of one batch."""
         generator, attribute = self.generators["data"], self.config.data.attribute
@@ -406,7 +416,7 @@ class Trainer:
         """Held, then falling linearly to zero."""
         optimiser = self.config.optimiser
         done = self.budget.progress(self.step)
-        fall = 1 - max(0.0, done - optimiser.hold) / (1 - optimiser.hold)
+        fall = 1 - max(0.0, done - optimiser.hold) / max(1 - optimiser.hold, 1e-9)
         return optimiser.learning_rate * self.rate_factor * fall
 
     # -- health ---------------------------------------------------------------------------------
