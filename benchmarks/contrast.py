@@ -164,6 +164,7 @@ def main() -> None:
             "iterations": count,
             "training_gap": gap,
         }
+        row["training_gap"] = None if gap != gap else round(gap, 3)  # denoising has none
         row |= {k: round(v, 4) for k, v in measure(expert, judge, held_out, options.samples).items()}
         rows.append(row)
         print(row, flush=True)
