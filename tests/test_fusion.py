@@ -123,7 +123,7 @@ def test_one_pass_over_noise_conditioned_experts_equals_autograd(values, weights
         for c in (coefficients.double(), coefficients.double().abs())
     )
     for mine, theirs, whole in zip(potential(x), truth, size, strict=True):
-        rounding = 2e-7 * float(whole.norm())  # of float32, in the terms before they cancel
+        rounding = 3e-6 * float(whole.norm())  # of float32, in the terms and inside them, before they cancel
         assert float((mine - theirs).norm()) <= 1e-5 * float(theirs.norm()) + 1e-6 + rounding
     assert len(potential.plan.groups) == (2 if odd_one else 1)
 

@@ -90,20 +90,25 @@ class Plan:
         """
         ready = self._ready(x, noise_level)
         passes = self._passes(x, noise_level, ready)
-        if not self.is_sum or len(passes) < len(ready):
-            return self._by_autograd(x, noise_level, composition, coefficients, ready, passes)[:2]
         made_for = (version_of(coefficients), x.dtype, [(p.group, p.outputs.shape) for p in passes])
-        if made_for == self._made_for:
+        if passes and made_for == self._made_for:
             return _pulled(passes, self._cotangents)
-        energy, gradient, cotangents = self._by_autograd(
+        energy, cotangents, gradient = self._differentiated(
             x, noise_level, composition, coefficients, ready, passes
         )
         known = [part for part in cotangents if part is not None and part.dtype == x.dtype]
-        if len(known) == len(ready) and (coefficients.dtype == x.dtype or not coefficients.numel()):
+        narrow = coefficients.dtype == x.dtype or not coefficients.numel()
+        if self.is_sum and narrow and len(known) == len(ready):
             self._made_for, self._cotangents, self._coefficients = made_for, known, coefficients
+            return _pulled(passes, known)  # where weights cancel, before they meet large energies
+        with torch.no_grad():
+            for each, cotangent in zip(passes, cotangents, strict=True):
+                if cotangent is not None:
+                    part = each.pull_back(cotangent)
+                    gradient = part if gradient is None else gradient + part
         return energy, gradient
 
-    def _by_autograd(
+    def _differentiated(
         self,
         x: Tensor,
         noise_level: Tensor | None,
@@ -111,8 +116,8 @@ class Plan:
         coefficients: Tensor,
         ready: Sequence[tuple[Group, Evaluate | None]],
         passes: Sequence[_Pass],
-    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """Energies, gradient, and ∂E/∂outputs of each pass."""
+    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+        """Energies, ∂E/∂outputs of each pass, and ∂E/∂x of what is evaluated by autograd."""
         outputs = {each.group: each.outputs.detach().requires_grad_() for each in passes}
         with torch.enable_grad():
             x = x.detach()
@@ -121,14 +126,9 @@ class Plan:
             energies = self._energies(x, noise_level, ready, outputs)
             energy = composition.combine(energies, coefficients)
             if not energy.requires_grad:
-                return energy, None, []
+                return energy, [None] * len(passes), None
             *cotangents, gradient = slopes(energy, [*outputs.values(), x])
-        for each, cotangent in zip(passes, cotangents, strict=True):
-            if cotangent is not None:
-                with torch.no_grad():
-                    part = each.pull_back(cotangent)
-                    gradient = part if gradient is None else gradient + part
-        return energy.detach(), gradient, cotangents
+        return energy.detach(), cotangents, gradient
 
     def _ready(self, x: Tensor, noise_level: Tensor | None) -> list[tuple[Group, Evaluate | None]]:
         """The groups that serve such states, and what evaluates each without a graph, if anything does."""

@@ -89,13 +89,7 @@ class Denoiser(ModulatedSkeleton):
             noise_level: σ, (batch,).
         """
         noise = noise_level.square()[:, None]
-        d = x.flatten(1) - self.mean
-        along = d @ self.axes.T
-        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(noise_level, 6)
-        start = self.from_pixels(d * (noise + self.spread.square()).rsqrt())
-        start = start + self.from_components(along * (self.variances + noise).rsqrt())
-        h = F.silu(start * (1 + gain1) + bias1)
-        h = h + F.silu(self.second(h) * (1 + gain2) + bias2)
+        d, along, h, gain3, bias3 = self.seen(x, noise_level)
         third = self.third(h) * (1 + gain3) + bias3
         logits = x.new_zeros(len(x), 1)
         if self.choose is not None and self.value_head is not None:

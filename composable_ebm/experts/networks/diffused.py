@@ -84,15 +84,7 @@ class DiffusedEnergy(ModulatedSkeleton):
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
         sigma = self.level(x, noise_level)
         noise = sigma.square()
-        d = x.flatten(1) - self.mean
-        along = d @ self.axes.T
-        precision = 1 / (self.variances + noise[:, None])
-        scale = noise + self.spread.square()
-
-        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(sigma, 6)
-        start = self.from_pixels(d * scale.rsqrt()[:, None]) + self.from_components(along * precision.sqrt())
-        h = F.silu(start * (1 + gain1) + bias1)
-        h = h + F.silu(self.second(h) * (1 + gain2) + bias2)
+        d, along, h, gain3, bias3 = self.seen(x, sigma)
         h = h + F.silu(self.third(h) * (1 + gain3) + bias3)
 
         # Energies are large and their differences small: sums in float32, whatever autocast does.

@@ -200,6 +200,18 @@ class ModulatedSkeleton(LevelledSkeleton):
         self.from_pixels = nn.Linear(len(self.mean), hidden, bias=False)
         self.from_components = nn.Linear(components, hidden)
 
+    def seen(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What is seen of images (batch, *event) at noise levels (batch,) or (1,): deviations from the mean,
+        (batch, pixels), their components, what two layers make of them, and gain and bias of the third."""
+        noise = sigma.square()[:, None]
+        d = x.flatten(1) - self.mean
+        along = d @ self.axes.T
+        gain1, bias1, gain2, bias2, gain3, bias3 = self.modulation(sigma, 6)
+        start = self.from_pixels(d * (noise + self.spread.square()).rsqrt())
+        start = start + self.from_components(along * (self.variances + noise).rsqrt())
+        h = F.silu(start * (1 + gain1) + bias1)
+        return d, along, h + F.silu(self.second(h) * (1 + gain2) + bias2), gain3, bias3
+
     def initialise(self, *heads: nn.Linear | None) -> None:
         """First weights: of the hidden layers at random; the modulation and `heads` begin at zero."""
         for layer in (self.from_components, self.second, self.third):
