@@ -1,6 +1,7 @@
 // Looking around a mix: all pictures between two ranges of weights, and the run as an animation.
 import { ask, button, find, make, download, stamp } from "./base.js";
 import { chosenIndex } from "./picture.js";
+import { label } from "./why.js";
 
 const root = find("explore");
 const grid = make("div", { id: "grid" });
@@ -8,12 +9,12 @@ const film = make("p", { id: "film", role: "status" });
 const axes = { across: null, up: null };
 let offered = [];
 
-const axis = (name, label) => {
-    const select = make("select", { id: `axis-${name}`, "aria-label": `${label}: weight of`, onchange: () => range(name) });
-    const low = make("input", { type: "number", step: "any", "aria-label": `${label} from` });
-    const high = make("input", { type: "number", step: "any", "aria-label": `${label} to` });
+const axis = (name, title) => {
+    const select = make("select", { id: `axis-${name}`, "aria-label": `${title}: weight of`, onchange: () => range(name) });
+    const low = make("input", { type: "number", step: "any", "aria-label": `${title} from` });
+    const high = make("input", { type: "number", step: "any", "aria-label": `${title} to` });
     axes[name] = { select, low, high };
-    return make("div", { class: "field" }, make("label", { for: `axis-${name}` }, label), select, low, make("span", {}, "to"), high);
+    return make("div", { class: "field" }, make("label", { for: `axis-${name}` }, title), select, low, make("span", {}, "to"), high);
 };
 const range = (name) => {
     const { select, low, high } = axes[name];
@@ -48,7 +49,7 @@ export const offer = (parts) => {
     offered = parts;
     for (const [index, [name, { select }]] of Object.entries(axes).entries()) {
         const before = select.value;
-        select.replaceChildren(...parts.map((part) => make("option", { value: part.name }, part.name.replace(/^(~?).*\//, "$1"))));
+        select.replaceChildren(...parts.map((part) => make("option", { value: part.name }, label(part.name))));
         select.value = parts.some((part) => part.name === before) ? before : (parts[index]?.name ?? "");
         range(name);
     }

@@ -13,7 +13,8 @@ export const whyPanel = (alone) => {
     root.replaceChildren(table, heat, button("Each expert alone, from the same noise", alone, { id: "alone-button" }), strip);
 };
 
-const label = (name) => {
+/** What people call a part of a recipe. */
+export const label = (name) => {
     const prompt = /^(~?)\w+\[(".*")\]$/s.exec(name);
     const text = prompt ? prompt[1] + JSON.parse(prompt[2]) : name.replaceAll(/\w+\//g, "").replaceAll("_", " ").replaceAll("[", " ").replaceAll("]", "");
     return text.startsWith("~") ? `not ${text.slice(1)}` : text;
