@@ -11,8 +11,10 @@ import composable_ebm as ceb
 from composable_ebm import analytic
 from composable_ebm.energy import NotCarriedError, carrier, satisfied
 from composable_ebm.sampling.particles import chosen, drawn, systematic
+from composable_ebm.sampling.request import calibrated_sampler
 from composable_ebm.sampling.result import leaf_energies
 from composable_ebm.sampling.schedule import Schedule, karras
+from composable_ebm.sampling.settings import to_settings
 
 SPREAD = 0.3
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -170,6 +172,18 @@ def test_of_particles_to_spare_those_are_drawn_that_experts_are_sure_of():
     assert float((20 * few.samples[:, 0]).sigmoid().min()) >= 0.9
     assert 0.5 <= float((20 * all_of_them.samples[:, 0]).sigmoid().min()) < 0.9
     assert few.log_probability == all_of_them.log_probability  # of the request, sure or not
+
+
+def test_stored_particles_are_the_default_where_something_carries_them():
+    """An expert may ask not to go by the verdict; a plain sum, which nothing carries, runs as chains."""
+    stored = ceb.Particles(ceb.LeimkuhlerMatthews(0.3), LEVELS, verdict=False)
+    one, two = (analytic.GaussianMixture([[shift, 0.0]], 0.1) for shift in (-1.0, 1.0))
+    for density in (one, two):
+        density.sampler_settings = {**to_settings(stored), "num_steps": 80}
+    with_expert, _ = calibrated_sampler(one + ceb.from_classifier(Logistic(0), 1))
+    assert with_expert == stored
+    of_both, _ = calibrated_sampler(one + two)
+    assert of_both == ceb.Annealed(ceb.LeimkuhlerMatthews(0.15), LEVELS)
 
 
 # -- weights and draws -------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def test_samples_are_pictures(base):
 
 def test_grey_hair_has_less_colour_than_other_hair(base):
     grey = ceb.load_expert("portraits/grey_hair")
-    pair = [ceb.sample(ceb.given(base, e), num_chains=12, seed=0).images for e in (grey, ~grey)]
+    pair = [ceb.sample(ceb.given(base, e), num_chains=48, seed=0).images for e in (grey, ~grey)]
     top = [x[:, :, 8:16, 20:44] for x in pair]  # where hair is
     colour = [(x.amax(1) - x.amin(1)).mean() for x in top]
     assert colour[0] < 0.95 * colour[1]

@@ -55,7 +55,9 @@ class Particles(Annealed):
 
     For compositions that are one density times probabilities: `given`, one value of an expert, a
     classifier beside a density, an OR of those. Exact at weight 1 as particles grow; `num_chains` are
-    drawn from more of them, without taking one twice where there are enough.
+    drawn from more of them, without taking one twice where there are enough. All start from noise. What a
+    mask leaves open is filled in without weights: they would need the density of the part that is held,
+    which much noise hides, given the part that is not, and an energy of both does not know that.
 
     Args:
         kernel: Moves particles at each level; MALA and HMC leave it exact.

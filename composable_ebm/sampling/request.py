@@ -131,7 +131,8 @@ class Request:
         if isinstance(self.sampler, Particles) and self.init is not None:
             raise ValueError(
                 "Particles start from noise, and weigh how the chains came from there; chains that start at "
-                f"`init` run without weights: sampler=Annealed({self.sampler.kernel}, schedule)."
+                "`init`, or fill in what a `mask` leaves open of it, run without weights: "
+                f"sampler=Annealed({self.sampler.kernel}, schedule)."
             )
 
     @property
@@ -255,8 +256,9 @@ def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tu
     that the composition counts, so that adding experts does not blow up the chain; a ratio of two values of
     one expert, a probability given x, adds nothing. The temperature stays. Where that kernel cannot sample
     the composition, as `Gibbs` cannot when a network joins an RBM, its relaxation takes its place. An
-    annealing over noise levels becomes `Particles` that go by the experts' verdict where the composition
-    is one density times probabilities.
+    annealing over noise levels becomes `Particles` where the composition is one density times
+    probabilities; they go by the experts' verdict unless particles were stored that do not, as where a scene
+    has several objects and none of them is likelier than not to be the one that a label names.
 
     Args:
         energy: A composition.
@@ -277,23 +279,25 @@ def calibrated_sampler(energy: Energy, coefficients: Tensor | None = None) -> tu
     settings = max((leaf.sampler_settings or {} for leaf in known), key=lambda s: s.get("num_steps", 0))
     coefficients = energy.coefficients if coefficients is None else coefficients
     sampler, num_steps = from_settings(settings, 1 / max(1.0, _total_weight(energy, coefficients)))
-    if isinstance(sampler, Particles):
-        return replace(sampler, kernel=sampler.kernel.suited(energy, coefficients)), num_steps
     if isinstance(sampler, Annealed):
         kernel = sampler.kernel.suited(energy, coefficients)
-        return _weighing(Annealed(kernel, sampler.schedule), energy, coefficients), num_steps
+        return _weighing(replace(sampler, kernel=kernel), energy, coefficients), num_steps
     return sampler.suited(energy, coefficients), num_steps
 
 
 def _weighing(sampler: Annealed, energy: Energy, coefficients: Tensor) -> Annealed:
-    """The sampler as particles where that is possible."""
+    """The sampler as particles where that is possible: those that were stored, or by the verdict."""
     if sampler.schedule.noise_level is None or not sampler.schedule.predict:
         return sampler
     try:
         carrier(energy, coefficients)
     except NotCarriedError:
-        return sampler
-    return Particles(sampler.kernel, sampler.schedule, verdict=True)
+        return sampler.plain if isinstance(sampler, Particles) else sampler
+    return (
+        sampler
+        if isinstance(sampler, Particles)
+        else Particles(sampler.kernel, sampler.schedule, verdict=True)
+    )
 
 
 def _total_weight(energy: Energy, coefficients: Tensor) -> float:

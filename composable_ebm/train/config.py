@@ -11,6 +11,7 @@ from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
+from composable_ebm.sampling.leimkuhler_matthews import LeimkuhlerMatthews
 from composable_ebm.sampling.schedule import Curve, Schedule, cosine, hold_then
 from composable_ebm.sampling.settings import to_settings
 from composable_ebm.train.objectives.classification import NoisyClassification
@@ -220,7 +221,7 @@ class GenerationConfig:
         num_steps: Steps of the training sampler.
         cooldown: Share of them, at the end, in which step and noise fall to 2 %.
         noise_levels: For noise-conditioned experts: levels from the network's largest to its
-            smallest, a predictor step between them, and Langevin steps at temperature 1 at each.
+            smallest, a predictor step between them, and `LeimkuhlerMatthews` steps at each.
         step_size: Of those steps, in units of the squared noise level.
     """
 
@@ -422,7 +423,7 @@ class TrainConfig:
             schedule = Schedule(
                 noise_level=levels, noise_power=2.0, predict=True, num_levels=self.generation.noise_levels
             )
-            diffusing = Annealed(Langevin(self.generation.step_size), schedule)
+            diffusing = Annealed(LeimkuhlerMatthews(self.generation.step_size), schedule)
             return {**to_settings(diffusing), "num_steps": self.generation.num_steps}
         cooling = Schedule(step_scale=hold_then(cosine(1.0, 0.02), 1 - self.generation.cooldown))
         annealed = Annealed(self.sampler, cooling)
