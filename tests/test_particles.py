@@ -165,7 +165,7 @@ def test_of_particles_to_spare_those_are_drawn_that_experts_are_sure_of():
 
     density = analytic.GaussianMixture(means(2), SPREAD**2, WEIGHTS)
     positive = density + ceb.from_classifier(Slope(), 1, name="positive")
-    sampler = ceb.Particles(ceb.MALA(0.5), LEVELS, num_particles=300, verdict=True)
+    sampler = ceb.Particles(ceb.MALA(0.5), LEVELS, num_particles=300, verdict=True, surest=True)
     few, all_of_them = (
         ceb.sample(positive, num_chains=count, num_steps=80, sampler=sampler, seed=0) for count in (10, 300)
     )

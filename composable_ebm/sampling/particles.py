@@ -68,8 +68,10 @@ class Particles(Annealed):
             asked for, one in six had a twin at 0.5, one in four hundred at 0.7.
         verdict: Asks in the end for states of which every expert thinks its value likelier than not,
             instead of weighing them by how likely. The same where a picture leaves no doubt about its
-            attributes, but a model's pictures sometimes do; then those are left out, and of particles to
-            spare first those of which an expert is less than 90 or 80 % sure.
+            attributes, but a model's pictures sometimes do; then those are left out.
+        surest: Of particles that meet the verdict, draws first those of which all experts are 90 or 80 %
+            sure, if there are as many as were asked for: a taste, for a base that often draws pictures
+            between two values. Of portraits asked for five attributes 87 % are right in place of 79.
         carrier: The density that carries the particles; found by Bayes' rule unless given, see
             `composable_ebm.energy.carrier`. Any energy that is known at every noise level will do, and all
             else is weighed: eight modes, of which a bar leaves two. The less there is to weigh, the better.
@@ -85,6 +87,7 @@ class Particles(Annealed):
     num_particles: int | None = None
     threshold: float = 0.7
     verdict: bool = False
+    surest: bool = False
     carrier: Energy | None = None
 
     def __post_init__(self) -> None:

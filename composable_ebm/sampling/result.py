@@ -155,7 +155,8 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
                 assert certain is not None
                 before, after = (composition.combine(e, coefficients) for e in (energies, certain))
                 log_weights = torch.where(met, log_weights + before - after, -torch.inf)
-                sure = _surest(composition, energies, coefficients, num_chains)
+                if sampler.surest:
+                    sure = _surest(composition, energies, coefficients, num_chains)
     log_probability = population.log_mean + torch.logsumexp(log_weights, 0) - math.log(len(x))
     preferred = log_weights if sure is None else torch.where(sure, log_weights, -torch.inf)
     return Weighted(
