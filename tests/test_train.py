@@ -410,7 +410,9 @@ def test_every_shipped_config_reads():
     assert paths
     for path in paths:
         config = read_config(path)
-        assert config.name == path.stem.removesuffix("_full")
+        # The second stage of a codec, of its decoder alone, has a file of its own and replaces the codec.
+        expected = "codec" if path.stem == "decoder" else path.stem
+        assert config.name == expected.removesuffix("_full")
         # Variants that are not shipped stand in a folder of their own, and go to another place.
         shipped = config.family == path.parent.name
         assert shipped or (path.parent.name.startswith(f"{config.family}_") and config.models != "models")
