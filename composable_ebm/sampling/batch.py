@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from composable_ebm.energy import Energy, changed_states
 from composable_ebm.potential.evaluating import evaluating
 from composable_ebm.potential.potential import Potential
-from composable_ebm.sampling.block import Block, MaskedNoise, Rows, joined
+from composable_ebm.sampling.block import Block, MaskedNoise, Rows, joined, started
 from composable_ebm.sampling.graphs import (
     Move,
     Moved,
@@ -100,33 +100,31 @@ class Batch(ABC):
         face is, every second one would go. Nothing has been spent on them yet, so the weighed are chosen
         among more, none of them twice.
         """
+        level = block.sigmas[0]
+        starts = [x]
+        if block.weighs:
+            noise = (block.noise.normal(x) for _ in range(CANDIDATES - 1))
+            starts += [block.placed(started(block.energy, each, level)) for each in noise]
+        if block.energy.prior(x, level) is None:
+            starts = [self._denoised(block, start) for start in starts]
         if not block.weighs:
-            return self._of_the_carrier(block, x), None
-        level = block.noise_level
-        assert level is not None
-        starts = [x, *(self._afresh(block, x, float(level)) for _ in range(CANDIDATES - 1))]
-        starts = [self._of_the_carrier(block, start) for start in starts]
-        potential, carrier = self.potential_of([block]), self.carrier_of(block).at(noise_level=level)
+            return starts[0], None
+        potential, carrier = (
+            self.potential_of([block]),
+            self.carrier_of(block).at(noise_level=block.noise_level),
+        )
         said = torch.cat([carrier.energy(start) - potential.energy(start) for start in starts])
         index, log_weights = chosen(said, len(x), block.noise.number(x))
         return torch.cat(starts)[index], log_weights
 
-    def _afresh(self, block: Block, x: Tensor, level: float) -> Tensor:
-        """Other states like `x` to begin with at the first noise level."""
-        noise = block.noise.normal(x)
-        known = block.energy.prior(noise, level)
-        return block.placed(level * noise if known is None else known.to(x))
+    def _denoised(self, block: Block, x: Tensor) -> Tensor:
+        """`x`, nothing but noise of the first level, about the mean of the data.
 
-    def _of_the_carrier(self, block: Block, x: Tensor) -> Tensor:
-        """`x` as draws of the carrier at the first noise level, unless it is that already.
-
-        Where nothing but the noise is known, much of it leaves only the mean of the data, x - σ² ∂E_c/∂x,
-        with new noise on it. Draws of `Energy.prior` would lose some of their width by that.
+        Much noise leaves only that, x - σ² ∂E_c/∂x; new noise goes on it. For densities that know no
+        `Energy.prior`, whose draws would lose some of their width by that.
         """
         sigma = block.noise_level
         assert sigma is not None
-        if block.energy.prior(x, float(sigma)) is not None:
-            return x
         _, gradient = self.carrier_of(block).at(noise_level=sigma)(x)
         return block.placed(x - sigma.square() * gradient + sigma * block.noise.normal(x))
 

@@ -28,7 +28,7 @@ Held = Literal["clean", "noisy"]
 PROJECTIONS = 8
 """Directions along which the states of a run are recorded."""
 
-__all__ = ["Block", "Held", "Hold", "MaskedNoise", "Rows", "Sampler", "joined", "projected"]
+__all__ = ["Block", "Held", "Hold", "MaskedNoise", "Rows", "Sampler", "joined", "projected", "started"]
 
 
 class Rows(NamedTuple):
@@ -414,6 +414,12 @@ class Block:
         # With no chain left there is nothing to learn from, and steering may bring them back.
         error = torch.where(alive.any(), mean - self.kernel.target_acceptance, 0.0)
         self.dynamics = self.dynamics._replace(step_size=self.dynamics.step_size * torch.exp(gain * error))
+
+
+def started(energy: Energy, noise: Tensor, level: float) -> Tensor:
+    """States at the noise level σ from draws of a standard normal: as the density is, or noise alone."""
+    known = energy.prior(noise, level)
+    return level * noise if known is None else known.to(noise)
 
 
 def projected(x: Tensor) -> Tensor:

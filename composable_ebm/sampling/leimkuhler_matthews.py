@@ -28,7 +28,7 @@ class LeimkuhlerMatthews(Kernel):
         ValueError: If a setting is out of range, or a `target_acceptance` is given.
     Reference:
         Leimkuhler and Matthews (2013), Rational construction of stochastic numerical methods for
-        molecular sampling, arXiv 1203.5428, section 4.
+        molecular sampling, arXiv 1203.5428.
     """
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy, NotCarriedError, Sum, carrier, satisfied
 from composable_ebm.potential.plan import Plan
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.block import Block, Held, Rows, Sampler
+from composable_ebm.sampling.block import Block, Held, Rows, Sampler, started
 from composable_ebm.sampling.kernel import Dynamics, Noise, expand
 
 __all__ = ["Live", "LiveBlock"]
@@ -292,9 +292,7 @@ class LiveBlock(Block):
         extra = (self._table[places].square() - rest.square()).clamp(min=0).sqrt()
         risen = x + expand(extra, x) * noise
         if bool(lost.any()) and not bool(well.any()):
-            first = float(self._table[0])
-            known = self.energy.prior(noise, first)
-            afresh = first * noise if known is None else known.to(x)
+            afresh = started(self.energy, noise, self.sigmas[0])
             risen = torch.where(expand(lost, x), afresh, risen)
         self.places = places
         return torch.where(expand(lost | failing, x), risen, x)

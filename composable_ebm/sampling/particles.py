@@ -71,7 +71,8 @@ class Particles(Annealed):
             attributes, but a model's pictures sometimes do; then those are left out.
         surest: Of particles that meet the verdict, draws first those of which all experts are 90 or 80 %
             sure, if there are as many as were asked for: a taste, for a base that often draws pictures
-            between two values. Of portraits asked for five attributes 87 % are right in place of 79.
+            between two values. Of 192 portraits asked for five
+            attributes those of which experts were 90 % sure were right in 87 %, all of them in 79.
         carrier: The density that carries the particles; found by Bayes' rule unless given, see
             `composable_ebm.energy.carrier`. Any energy that is known at every noise level will do, and all
             else is weighed: eight modes, of which a bar leaves two. The less there is to weigh, the better.
@@ -209,7 +210,10 @@ def drawn(log_weights: Tensor, count: int, u: Tensor) -> Tensor:
         count: How many.
         u: Uniform on [0, 1), ().
     """
-    chance = chances(log_weights, count)
+    return _drawn(chances(log_weights, count), count, u)
+
+
+def _drawn(chance: Tensor, count: int, u: Tensor) -> Tensor:
     if bool((chance > 1).any()):
         return _in_place(systematic(chance / count, count, u), count)
     edges = chance.cumsum(0)
@@ -255,8 +259,9 @@ def chosen(log_weights: Tensor, count: int, u: Tensor) -> tuple[Tensor, Tensor]:
         and Clifford (2003), On-line inference for hidden Markov models via particle filters, section 3.
     """
     log_weights = _finite(log_weights)
-    index = drawn(log_weights, count, u)
-    left = log_weights - chances(log_weights, count).log().to(log_weights)
+    chance = chances(log_weights, count)
+    index = _drawn(chance, count, u)
+    left = log_weights - chance.log().to(log_weights)
     return index, left[index] + math.log(count / len(log_weights))
 
 

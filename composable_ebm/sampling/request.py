@@ -13,7 +13,7 @@ from torch import Tensor
 from composable_ebm.energy import Energy, Mixture, Not, NotCarriedError, Sum, carrier
 from composable_ebm.energy.weights import as_tensor
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.block import Held, Sampler
+from composable_ebm.sampling.block import Held, Sampler, started
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.particles import Particles, carried
 from composable_ebm.sampling.settings import from_settings
@@ -161,8 +161,7 @@ class Request:
         x = initial_states(energy, count, init, generator, device)
         if init is None and (start_level := _start_level(sampler)) is not None:
             noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype)
-            known = energy.prior(noise, start_level)
-            x = start_level * noise if known is None else known
+            x = started(energy, noise, start_level)
         mask = None if self.mask is None else _fitting_mask(self.mask, x, energy)
         chains = _checked_count(self.num_chains) if isinstance(sampler, Particles) else len(x)
         return Beginning(x, generator, sampler, steps, mask, chains)
