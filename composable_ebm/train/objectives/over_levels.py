@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from composable_ebm.energy import Energy, slope
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.sampling.chains import Chain
-from composable_ebm.sampling.kernel import Noise
+from composable_ebm.sampling.kernel import Noise, expand
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 
@@ -107,7 +107,7 @@ class _OverLevels(Phase):
                 f"{type(network).__name__}."
             )
         negatives, labels, sigma, figures = self.draw(network, y)
-        positives = x + _wide(sigma, x) * self._normal(x.shape)
+        positives = x + expand(sigma, x) * self._normal(x.shape)
         outputs = model(torch.cat([positives, negatives]), torch.cat([sigma, sigma])).float()
         of_data, of_chains = outputs.split(len(x))
         e_pos, e_neg = of_data.gather(1, y[:, None])[:, 0], of_chains.gather(1, labels[:, None])[:, 0]
@@ -140,8 +140,8 @@ class _OverLevels(Phase):
         with torch.enable_grad():
             at = x.detach().requires_grad_()
             gradient = slope(AtLevels(network, self.labels[rows], old)(at), at)
-        x = x + _wide((new - old) * old, x) * gradient.detach()
-        x = torch.where(_wide(ended, x), self._begun(network, new), x)
+        x = x + expand((new - old) * old, x) * gradient.detach()
+        x = torch.where(expand(ended, x), self._begun(network, new), x)
         labels = torch.where(ended, y, self.labels[rows])
         moved = self._steps(network, labels, x, new)
         self.chains[rows], self.labels[rows], self.place[rows] = moved, labels, now
@@ -179,7 +179,3 @@ class _OverLevels(Phase):
         self.chains, self.labels, self.place = (
             state[name].to(self.device, copy=True) for name in ("chains", "labels", "place")
         )
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
