@@ -25,7 +25,6 @@ Reference:
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 
 from composable_ebm.energy import Codec
 from composable_ebm.experts.networks import ConfinedEnergy
+from composable_ebm.experts.teach.copies import noisy_copies
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 SCALES = (1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0)
@@ -124,13 +124,7 @@ def _regions(height: int, width: int) -> list[tuple[slice, slice, slice, slice]]
 
 def _head(base: ConfinedEnergy, x: Tensor, likely: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Weight (hidden,) and bias () of the logit that the hidden layer learns from labels in [0, 1]."""
-    generator = torch.Generator().manual_seed(seed)
-    low, high = map(math.log, base.noise_range)
-    shown = []
-    for _ in range(COPIES):
-        level = (low + (high - low) * torch.rand(len(x), generator=generator)).exp().to(x)
-        noise = torch.randn(x.shape, generator=generator).to(x)
-        shown.append(base.features(x + level.reshape(-1, *[1] * (x.ndim - 1)) * noise, level))
+    shown = [base.features(*copy) for copy in noisy_copies(x, base.noise_range, COPIES, seed)]
     hidden, likely = torch.cat(shown), likely.repeat(COPIES)
     mean, spread = hidden.mean(0), hidden.std(0)
     spread = spread + 0.1 * spread.mean()

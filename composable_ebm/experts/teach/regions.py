@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from composable_ebm.experts.networks import RegionClassifier
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
+from composable_ebm.experts.teach.copies import noisy_copies
 
 if TYPE_CHECKING:
     from composable_ebm.experts.teach.lesson import Lesson
@@ -126,13 +127,10 @@ def _windows(places: Tensor, sides: int) -> list[Tensor]:
 @torch.no_grad()
 def _features(candidates: RegionClassifier, marks: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
     """What each region shows of noisy copies, (regions, marks, copies, features), and the copies' levels."""
-    generator = torch.Generator().manual_seed(lesson.seed)
-    low, high = map(math.log, lesson.noise_levels)
+    copies = min(max(lesson.copies // len(marks), 6), 24)
     shown, levels = [], []
-    for _ in range(min(max(lesson.copies // len(marks), 6), 24)):
-        level = (low + (high - low) * torch.rand(len(marks), generator=generator)).exp().to(marks)
-        noise = torch.randn(marks.shape, generator=generator).to(marks)
-        shown.append(candidates.features(marks + level.reshape(-1, *[1] * (marks.ndim - 1)) * noise, level))
+    for noisy, level in noisy_copies(marks, lesson.noise_levels, copies, lesson.seed):
+        shown.append(candidates.features(noisy, level))
         levels.append(level)
     return torch.stack(shown, 1).permute(2, 0, 1, 3).contiguous(), torch.stack(levels, 1)
 
