@@ -17,6 +17,13 @@ export const make = (tag, attributes = {}, ...children) => {
 
 export const button = (text, act, attributes = {}) => make("button", { type: "button", onclick: act, ...attributes }, text);
 
+/** Puts other children into an element; what had the focus keeps it, by its data-key. */
+export const redraw = (root, ...children) => {
+    const key = root.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+    root.replaceChildren(...children);
+    if (key) (root.querySelector(`[data-key="${CSS.escape(key)}"]`) ?? root.querySelector("button, input"))?.focus();
+};
+
 /** Disabled, with the reason where it can be read. */
 export const allow = (element, why) => {
     element.disabled = Boolean(why);

@@ -1,14 +1,13 @@
 // The picture that chains start from, and what is painted on it.
 import { button, find, loaded, make } from "./base.js";
 import { square } from "./files.js";
+import { state } from "./state.js";
 
 const SIDE = 256; // of the easel; the server scales down
-const paint = make("canvas", { width: SIDE, height: SIDE });
+const paint = make("canvas", { width: SIDE, height: SIDE }); // what is painted
+const ink = paint.getContext("2d", { willReadFrequently: true });
 const brush = { x: SIDE / 2, y: SIDE / 2, shown: false };
-let picture = null; // its address
-let drawn = null;
-let painted = false;
-let level = 0.8;
+let drawn = null; // the picture
 let changed = () => {};
 
 const easel = make("canvas", {
@@ -17,8 +16,7 @@ const easel = make("canvas", {
 });
 const size = make("input", { type: "range", min: 1, max: 8, value: 3, "aria-label": "Brush size" });
 const amount = make("input", {
-    type: "range", id: "level", min: 0.2, max: 3, step: 0.1, value: level, "aria-describedby": "level-help",
-    oninput: () => { level = Number(amount.value); tell(); },
+    type: "range", id: "level", min: 0.2, max: 3, step: 0.1, value: 0.8, "aria-describedby": "level-help", oninput: () => tell(),
 });
 const file = make("input", { type: "file", id: "start-file", accept: "image/*", onchange: async () => {
     const [chosen] = file.files;
@@ -55,31 +53,29 @@ export const easelPanel = (root, { noise, example, change }) => {
 };
 
 export const begin = async (address, name) => {
-    picture = address;
     drawn = await loaded(address);
     line.textContent = `Chains start from ${name}.`;
-    painted = false;
-    paint.getContext("2d").clearRect(0, 0, SIDE, SIDE);
+    ink.clearRect(0, 0, SIDE, SIDE);
     tell(name);
 };
 
-export const clear = () => {
-    picture = drawn = null;
-    line.textContent = "Chains start from noise.";
+/** Shows no picture: chains start from one that is none of its own, or from noise. */
+export const clear = (name = "noise") => {
+    drawn = null;
+    line.textContent = `Chains start from ${name}.`;
     draw();
 };
 
 const unpaint = () => {
-    paint.getContext("2d").clearRect(0, 0, SIDE, SIDE);
-    painted = false;
+    ink.clearRect(0, 0, SIDE, SIDE);
     tell();
 };
 
-let title = "";
-const tell = (name) => {
-    title = name ?? title;
+const tell = (name = state.start?.name) => {
     draw();
-    if (picture) changed({ pictures: [picture], mask: painted ? paint.toDataURL("image/png") : "", level, name: title });
+    if (!drawn) return;
+    const painted = ink.getImageData(0, 0, SIDE, SIDE).data.some((value) => value);
+    changed({ pictures: [drawn.src], mask: painted ? paint.toDataURL("image/png") : "", level: Number(amount.value), name });
 };
 
 const draw = () => {
@@ -102,13 +98,11 @@ const draw = () => {
 
 const stroke = (erase) => {
     if (!drawn) return;
-    const pen = paint.getContext("2d", { willReadFrequently: true });
-    pen.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    pen.fillStyle = "#ff2d95";
-    pen.beginPath();
-    pen.arc(brush.x, brush.y, size.value * 6, 0, 7);
-    pen.fill();
-    painted = pen.getImageData(0, 0, SIDE, SIDE).data.some((value) => value);
+    ink.globalCompositeOperation = erase ? "destination-out" : "source-over";
+    ink.fillStyle = "#ff2d95";
+    ink.beginPath();
+    ink.arc(brush.x, brush.y, size.value * 6, 0, 7);
+    ink.fill();
     draw();
 };
 

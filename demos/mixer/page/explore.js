@@ -1,13 +1,12 @@
 // Looking around a mix: all pictures between two ranges of weights, and the run as an animation.
 import { ask, button, find, make, download, stamp } from "./base.js";
-import { chosenIndex } from "./picture.js";
+import { state } from "./state.js";
 import { label } from "./why.js";
 
 const root = find("explore");
 const grid = make("div", { id: "grid" });
 const film = make("p", { id: "film", role: "status" });
 const axes = { across: null, up: null };
-let offered = [];
 
 const axis = (name, title) => {
     const select = make("select", { id: `axis-${name}`, "aria-label": `${title}: weight of`, onchange: () => range(name) });
@@ -18,7 +17,7 @@ const axis = (name, title) => {
 };
 const range = (name) => {
     const { select, low, high } = axes[name];
-    const part = offered.find((each) => each.name === select.value);
+    const part = state.parts.find((each) => each.name === select.value);
     if (part) [low.value, high.value] = [Number(part.low.toFixed(2)), Number(part.high.toFixed(2))];
 };
 
@@ -29,8 +28,7 @@ export const explorePanel = (draw) => {
         name, { name: select.value, low: Number(low.value), high: Number(high.value), count: Number(cells.value) },
     ]));
     const save = (kind) => async () => {
-        const index = chosenIndex();
-        const said = await ask("film", { kind, chain: index < 0 ? null : index });
+        const said = await ask("film", { kind, chain: state.chosen < 0 ? null : state.chosen });
         film.textContent = said.problem ?? `Saved, ${Math.round(said.blob.size / 1000)} kB.`;
         if (said.blob) download(URL.createObjectURL(said.blob), `chain-${stamp()}.${kind}`);
     };
@@ -43,10 +41,9 @@ export const explorePanel = (draw) => {
     );
 };
 
-/** The parts whose weights can be moved: [{name, low, high}]. */
-export const offer = (parts) => {
-    if (JSON.stringify(parts) === JSON.stringify(offered)) return;
-    offered = parts;
+/** Offers the parts whose weights can be moved. */
+export const drawAxes = () => {
+    const { parts } = state;
     for (const [index, [name, { select }]] of Object.entries(axes).entries()) {
         const before = select.value;
         select.replaceChildren(...parts.map((part) => make("option", { value: part.name }, label(part.name))));

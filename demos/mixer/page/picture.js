@@ -1,26 +1,24 @@
 // The pictures of all chains, as one image: which of them is chosen, and which still miss something.
 import { find, loaded, make, says } from "./base.js";
+import { state } from "./state.js";
 
 const GAP = 1; // pixels between pictures
 const frame = find("picture");
 let image = null;
 let marks = null;
-let now = { count: 0, misses: null };
-let chosen = -1;
-const listeners = [];
+let chosenBy = () => {};
 
-export const onChoose = (listener) => listeners.push(listener);
-export const chosenIndex = () => chosen;
-export const shown = () => now;
+export const onChoose = (listener) => { chosenBy = listener; };
 
 const places = () => {
-    if (!image?.naturalWidth || !now.count) return null;
-    const columns = Math.ceil(Math.sqrt(now.count));
-    const rows = Math.ceil(now.count / columns);
+    const { count } = state.shown;
+    if (!image?.naturalWidth || !count) return null;
+    const columns = Math.ceil(Math.sqrt(count));
+    const rows = Math.ceil(count / columns);
     return { columns, rows, width: (image.naturalWidth + GAP) / columns - GAP, height: (image.naturalHeight + GAP) / rows - GAP };
 };
 
-/** Shows a picture: {picture, count, alt, misses}. What is not given stays. */
+/** Shows a picture: {picture, count, alt, misses, recipe}. What is not given stays. */
 export const show = (message) => {
     if (!image) {
         image = make("img", { class: "pixels", alt: "", onload: mark });
@@ -29,8 +27,8 @@ export const show = (message) => {
     }
     if (message.picture && image.getAttribute("src") !== message.picture) image.src = message.picture;
     if (message.alt && image.alt !== message.alt) image.alt = message.alt;
-    now = { ...now, ...message };
-    if (chosen >= now.count) choose(-1);
+    state.shown = { ...state.shown, ...message };
+    if (state.chosen >= state.shown.count) choose(-1);
     if (image.complete) mark();
 };
 
@@ -47,33 +45,32 @@ const mark = () => {
         style: `left:${(index % at.columns) * (at.width + GAP) * across}%;top:${Math.floor(index / at.columns) * (at.height + GAP) * down}%;` +
             `width:${at.width * across}%;height:${at.height * down}%`,
     });
-    const missed = (now.misses ?? []).map((index) => cell(index, "missed", "still misses something that is asked for"));
-    marks.replaceChildren(...missed, ...(chosen >= 0 ? [cell(chosen, "ring")] : []));
+    const missed = (state.shown.misses ?? []).map((index) => cell(index, "missed", "still misses something that is asked for"));
+    marks.replaceChildren(...missed, ...(state.chosen >= 0 ? [cell(state.chosen, "ring")] : []));
 };
 
 /** Chooses a picture, or none with -1. */
 export const choose = (index) => {
-    chosen = index;
+    state.chosen = index;
     mark();
     if (index >= 0) {
-        const missing = now.misses?.includes(index) ? "; it still misses something" : "";
-        says(`Picture ${index + 1} of ${now.count} is chosen${missing}.`);
+        const missing = state.shown.misses?.includes(index) ? "; it still misses something" : "";
+        says(`Picture ${index + 1} of ${state.shown.count} is chosen${missing}.`);
     }
-    for (const listener of listeners) listener(index);
+    chosenBy(index);
 };
 
-/** One picture as a data URI of its own size, or all of them. */
-export const crop = (index, scale = 1) => {
+/** One picture as a data URI of its own size, or all of them; of none, null. */
+export const crop = (index) => {
     const at = places();
-    if (!at || index < 0 || index >= now.count) return null;
-    const canvas = make("canvas", { width: at.width * scale, height: at.height * scale });
+    if (!at || index < 0 || index >= state.shown.count) return null;
+    const canvas = make("canvas", { width: at.width, height: at.height });
     const pen = canvas.getContext("2d");
-    pen.imageSmoothingQuality = "high";
     const [x, y] = [(index % at.columns) * (at.width + GAP), Math.floor(index / at.columns) * (at.height + GAP)];
     pen.drawImage(image, x, y, at.width, at.height, 0, 0, canvas.width, canvas.height);
     return canvas.toDataURL("image/png");
 };
-export const crops = () => Array.from({ length: now.count }, (_, index) => crop(index));
+export const crops = () => Array.from({ length: state.shown.count }, (_, index) => crop(index));
 
 /** One picture enlarged in steps of two, so that edges stay clean, to about `side` pixels. */
 export const large = async (index, side = 512) => {
@@ -97,13 +94,13 @@ frame.addEventListener("click", (event) => {
     const column = Math.floor(((event.clientX - box.left) / box.width) * at.columns);
     const row = Math.floor(((event.clientY - box.top) / box.height) * at.rows);
     const index = row * at.columns + column;
-    if (column >= 0 && column < at.columns && index >= 0 && index < now.count) choose(index);
+    if (column >= 0 && column < at.columns && index >= 0 && index < state.shown.count) choose(index);
 });
 frame.addEventListener("keydown", (event) => {
     const at = places();
     const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -at?.columns, ArrowDown: at?.columns }[event.key];
     if (!at || !by) return;
     event.preventDefault();
-    const next = chosen < 0 ? 0 : chosen + by;
-    if (next >= 0 && next < now.count) choose(next);
+    const next = state.chosen < 0 ? 0 : state.chosen + by;
+    if (next >= 0 && next < state.shown.count) choose(next);
 });

@@ -1,13 +1,12 @@
 // Why the pictures look as they do: what each expert says, and where it pushes the chosen picture.
 import { ask, button, find, make } from "./base.js";
-import { chosenIndex, crop } from "./picture.js";
+import { crop } from "./picture.js";
+import { state } from "./state.js";
 
 const root = find("why");
 const table = make("div", { id: "terms" });
 const heat = make("div", { id: "heat" }, make("p", { class: "hint" }, "Choose a picture to see where each expert pushes it."));
 const strip = make("div", { id: "alone" });
-let along = {}; // name -> energies
-let recipe = "";
 
 export const whyPanel = (alone) => {
     root.replaceChildren(table, heat, button("Each expert alone, from the same noise", alone, { id: "alone-button" }), strip);
@@ -35,15 +34,12 @@ const spark = (values) => {
     return made;
 };
 
-export const forget = () => { along = {}; };
-
 /** What the parts of a run say now. */
 export const explain = (message) => {
-    recipe = message.recipe ?? recipe;
     if (!message.terms) return;
     const rows = message.terms.map((term) => {
         const energy = parseFloat(term.energy.replaceAll(",", "")); // not a number where there is none
-        const history = (along[term.name] = [...(along[term.name] ?? []), energy].slice(-200));
+        const history = (state.along[term.name] = [...(state.along[term.name] ?? []), energy].slice(-200));
         const percent = term.probability === null ? null : Math.round(100 * term.probability);
         return make(
             "tr", {},
@@ -64,8 +60,7 @@ export const explain = (message) => {
 };
 
 export const lookAt = async () => {
-    const index = chosenIndex();
-    const picture = crop(index);
+    const [index, picture, { recipe }] = [state.chosen, crop(state.chosen), state.shown];
     if (!picture || !recipe) return;
     const said = await ask("heat", { picture, recipe });
     if (said.problem) return heat.replaceChildren(make("p", { class: "hint" }, said.problem));
