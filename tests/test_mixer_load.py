@@ -329,7 +329,7 @@ def play_frames(models, monkeypatch, tmp_path, count):
             before = process.memory_info().rss
         if step % 100 == 99:
             recipe = "~toys/hat" if recipe != "~toys/hat" else "toys/hat"
-            runs.steer(recipe, "visitor")
+            runs.steer(recipe, runs.understood(recipe, "visitor"), "visitor")
     assert process.memory_info().rss < before + GROWTH
     frames.close()
     assert runs.running() == 0

@@ -95,6 +95,7 @@ MIXES = [
 @pytest.mark.parametrize(("wanted", "recipe", "said"), MIXES)
 def test_a_mix_is_a_recipe_and_words_and_is_read_from_its_composition(wanted, recipe, said):
     assert mix.compose(KNOWN, wanted) == recipe
+    assert mix.composition(KNOWN, wanted, NAMES) == ceb.parse(recipe, NAMES)
     found = mix.read(KNOWN, ceb.parse(recipe, NAMES), NAMES)
     assert mix.compose(KNOWN, found) == recipe
     assert mix.words(KNOWN, found) == mix.words(KNOWN, wanted) == said
@@ -207,6 +208,23 @@ def test_controls_put_the_base_first_and_places_on_a_grid():
     assert KNOWN["Toys/digit"].grid is None
     assert KNOWN["Yard/hat"].weight == 4.0
     assert KNOWN["Yard/hat"].against == "Yard/hat[any]"
+
+
+def test_an_expert_of_many_values_is_switched_on_at_the_one_that_it_is_named_after(offered):
+    """As of digits that are thin, thick or between: to ask for a thick one had asked for thin ones."""
+    shape = (1, 28, 28)
+    digits = [
+        card("base", ("image",), "digits", shape, attribute="image"),
+        card("digit", tuple("0123456789"), "digits", shape),
+        *(card(name, (f"not_{name}", name, "between"), "digits", shape) for name in ("slanted", "thick")),
+    ]
+    found = offered({each.full_name: each for each in digits})
+    assert found.known["digits/digit"].usual == "3"
+    (start,) = found.starts
+    wanted = {"digit": "7", "slanted": "slanted", "thick": "thick"}
+    assert {name: [*pick.values] for name, pick in start.mix.picks.items()} == {
+        f"digits/{name}": [value] for name, value in wanted.items()
+    }
 
 
 def test_an_expert_of_yes_and_no_is_called_by_its_attribute():

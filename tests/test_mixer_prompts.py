@@ -51,6 +51,7 @@ def test_a_pipeline_is_the_first_family_and_takes_prompts(answers):
         "recipe": "sd",
         "photo": False,
         "family": "sd",
+        "shown": True,
         "drawn": False,
     }
 

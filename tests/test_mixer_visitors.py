@@ -70,7 +70,8 @@ class Visitor:
         return session.live.run if session and session.live else None
 
     def steer(self, recipe):
-        self.runs.steer(recipe, self.name)
+        """What the page is answered when it asks for another recipe."""
+        return Answers(self.runs, True).read({"recipe": recipe}, self.name)
 
     def end(self):
         """What the page is left with after Stop."""
@@ -215,13 +216,21 @@ def test_energies_of_running_chains_say_through_which_noise_they_are_seen(runs):
     assert "level" not in last
 
 
-def test_a_move_reads_no_card_from_disk(runs, monkeypatch):
-    answers, read = Answers(runs, True), []
-    monkeypatch.setattr("demos.mixer.offer.cards", lambda: read.append(1) or catalogue.cards())
+def test_a_weight_that_moves_reads_no_file_and_no_recipe(runs, monkeypatch):
+    answers, parsed, opened = Answers(runs, True), [], []
     answers.world({}, "a")
-    for weight in (1, 2):
-        answers.read({"recipe": f"{weight}*Toys/digit[3]"}, "a")
-    assert len(read) == 1
+    visitor = Visitor(runs, "a")
+    (run,) = playing(visitor)
+    picks = {"Toys/digit": {"values": {"3": 1}}, "Toys/slanted": {"values": {"slanted": 2.25}}}
+    with monkeypatch.context() as counted:
+        counted.setattr(runs_module, "parse", lambda *_: parsed.append(1))
+        for place in ("builtins.open", "io.open", "os.scandir", "os.listdir"):
+            counted.setattr(place, lambda *_, **__: opened.append(1))
+        said = answers.read({"mix": {"family": "Toys", "picks": picks}}, "a")
+    assert said["recipe"] == "Toys/digit[3] + 2.25*Toys/slanted"
+    soon(lambda: "2.25*Toys/slanted" in str(run.frame.composition))
+    assert stopped(visitor.end())
+    assert (parsed, opened) == ([], [])
 
 
 def test_nothing_on_is_said_and_no_defect(runs):
@@ -280,13 +289,14 @@ def test_chains_follow_the_recipe_and_where_they_cannot_others_begin(runs):
     (run,) = playing(visitor)
     visitor.steer(OTHER)
     soon(lambda: "2*~Toys/slanted" in str(run.frame.composition))
-    visitor.steer("Toys/digit[3] + Toys/slantd")  # a slip of the pen does not stop the chains
+    said = visitor.steer("Toys/digit[3] + Toys/slantd")  # a slip of the pen does not stop the chains
+    assert "did you mean Toys/slanted" in said["problem"]
     before = run.num_steps
     soon(lambda: run.num_steps > before + 3)
     visitor.steer(RECIPE)
     soon(lambda: "0.5*Toys/slanted" in str(run.frame.composition))
     assert visitor.run is run
-    visitor.steer("Yard/body - 2*Yard/body")
+    assert "no term with a positive weight" in visitor.steer("Yard/body - 2*Yard/body")["problem"]
     before = run.num_steps
     soon(lambda: run.num_steps > before + 3)
     visitor.steer("Yard/body")  # of its own sampler, but of the same states
@@ -294,8 +304,6 @@ def test_chains_follow_the_recipe_and_where_they_cannot_others_begin(runs):
     assert visitor.run is run
     described = [message["recipe"] for message in visitor.shown if message["kind"] == "frame"]
     last = visitor.end()
-    assert "did you mean Toys/slanted" in visitor.said()
-    assert "no term with a positive weight" in visitor.said()
     assert last["recipe"] == "Yard/body"
     assert OTHER in described
 

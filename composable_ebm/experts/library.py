@@ -31,15 +31,18 @@ class Library(Mapping[str, Energy]):
     ) -> None:
         self.device = torch.device(device)
         self.others = dict(others or {})
+        self._folders: dict[str, Path] = {}
         self._loaded: dict[tuple[Path, int], Energy] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, name: str) -> Energy:
         if name in self.others:
             return self.others[name]
-        folders = catalogue()
-        alone = [full for full in folders if full.split("/")[-1] == name]
-        folder = folders[alone[0] if len(alone) == 1 else name]
+        folder = self._folders.get(name)
+        if folder is None or not (folder / CONFIG).exists():  # else no folder is searched
+            folders = catalogue()
+            alone = [full for full in folders if full.split("/")[-1] == name]
+            folder = self._folders[name] = folders[alone[0] if len(alone) == 1 else name]
         key = (folder, (folder / CONFIG).stat().st_mtime_ns)
         with self._lock:
             if key not in self._loaded:

@@ -11,9 +11,8 @@ from typing import Any
 from fastapi.responses import Response
 from torch import Tensor
 
-from composable_ebm import Annealed, Energy
+from composable_ebm import Energy
 from composable_ebm.experts import Card
-from composable_ebm.sampling.request import calibrated_sampler
 
 from . import mix, pictures, starts, state
 from .explore import Axis
@@ -21,10 +20,10 @@ from .heat import pushes
 from .lessons import forgotten, kept
 from .runs import FAILURES, Message, Runs, sentences, understood
 from .state import Request
-from .terms import named, parts, reweighted
+from .terms import named, parts, satisfied, terms
 from .trust import doubts
 
-THUMB_STEPS, THUMB_SEED, THUMB_SHARE, THUMB_WEIGHT = 40, 11, 0.25, 3.0
+THUMB_CHAINS, THUMB_STEPS, THUMB_SHARE = 4, 40, 0.25
 THUMB_PATIENCE = 120.0  # seconds
 
 Sent = dict[str, Any]
@@ -46,17 +45,17 @@ class Answers:
         self._drawn = threading.Condition()
 
     def prepare(self) -> None:
-        """Loads the experts of the first mix and draws a picture of every start."""
+        """Loads the experts of the first mix and draws a picture of every start that is shown."""
         offer = self.runs.offer
         if offer.first not in offer.pipelines:  # which may take minutes a step
             self.runs.warm_up(offer.first)
-        for start in offer.starts:
+        for seed, start in enumerate(offer.shown):
             if start.recipe in offer.pipelines:
                 continue
             if self.runs.closed:
                 break
             with suppress(*FAILURES):
-                content = pictures.png(pictures.montage(self._drawing(start.recipe)))
+                content = pictures.png(pictures.montage(self._drawing(start.recipe, seed)))
                 with self._drawn:
                     self._thumbs[start.recipe] = content
                     self._drawn.notify_all()
@@ -64,18 +63,14 @@ class Answers:
             self._thumbs.setdefault("", b"")  # no more will come
             self._drawn.notify_all()
 
-    def _drawing(self, recipe: str) -> Tensor:
-        """One picture of a recipe, (1, *image): drawn without particles, so all the more is asked for."""
+    def _drawing(self, recipe: str, seed: int) -> Tensor:
+        """A picture that has what a recipe asks for, if one of a few has, (1, *image)."""
         energy = understood(recipe, self.runs.library)
-        strong = {part.name: THUMB_WEIGHT * part.weight for part in parts(energy) if part.against is not None}
-        energy = reweighted(energy, strong)
-        sampler, _ = calibrated_sampler(energy)
-        if isinstance(sampler, Annealed):
-            sampler = Annealed(sampler.kernel, sampler.schedule)
-        run = self.runs.engine.submit(
-            energy, 1, THUMB_STEPS, THUMB_SEED, share=THUMB_SHARE, sampler=sampler, on_divergence="report"
-        )
-        return run.result().images
+        options = {"share": THUMB_SHARE, "on_divergence": "report"}
+        result = self.runs.engine.submit(energy, THUMB_CHAINS, THUMB_STEPS, seed, **options).result()
+        good = satisfied(terms(energy, result.samples))
+        best = 0 if good is None else int(good.float().argmax())
+        return result.images[best : best + 1]
 
     def thumb(self, index: int) -> bytes | None:
         """The picture of a start, when it is drawn."""
@@ -100,6 +95,7 @@ class Answers:
                     "recipe": each.recipe,
                     "photo": each.photo,
                     "family": each.mix.family,
+                    "shown": each in offer.shown,
                     "drawn": each.recipe not in offer.pipelines,
                 }
                 for each in offer.starts
@@ -116,7 +112,7 @@ class Answers:
         Of `texts` of a saved picture, its numbers too.
         """
         offer, taught = self.runs.offer, self._taught(by)
-        found, numbers = None, {}
+        found, known, numbers = None, {}, {}
         if "texts" in sent:
             asked = state.restored(sent["texts"], self.runs.limits)
             recipe, numbers = asked.recipe, vars(asked)
@@ -127,15 +123,16 @@ class Answers:
         else:
             recipe = str(sent.get("recipe", ""))
         try:
-            energy = self.runs.understood(recipe, by)
+            names = self.runs.names(by)
+            energy = mix.composition(known, found, names) if found else self.runs.understood(recipe, by)
             said = doubts(energy)
         except FAILURES as error:
             shown = found.as_json() if found else None
             return {"recipe": recipe, "problem": sentences(error), "mix": shown}
-        self.runs.steer(recipe, by)
+        self.runs.steer(recipe, energy, by)
         if found is None:
             known = offer.controls(taught, map(str, named(energy) or ()))
-            found = mix.read(known, energy, self.runs.names(by))
+            found = mix.read(known, energy, names)
         if found is not None and (lone := mix.lone(known, found)):
             said.append(lone)
         family = found.family if found else _family(energy)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,53 +18,32 @@ from composable_ebm import Energy, Frame, Run
 
 from .labelled import labelled_grid
 from .live import Submit
-from .mix import MAX_WEIGHT
 from .terms import alone, parts, reweighted
 
-MAX_VALUES = 12  # along an axis
 FRAMES_PER_SECOND = 5
 
 __all__ = ["Axis", "GridFrame", "Strip", "strip", "weight_grid"]
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """A range of weights of one expert.
 
-    Args:
+    Attributes:
         expert: Its name as in the recipe, with its value: `faces/smile`, `~faces/beard`, `digits/digit[3]`.
         low: First weight.
         high: Last weight.
-        count: How many weights, evenly spaced.
-    Raises:
-        ValueError: If a weight is not finite or too large, or there are too few or too many.
+        count: How many weights, evenly spaced; two at least.
     """
 
     expert: str
     low: float
     high: float
-    count: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("low", "high"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and abs(value) <= MAX_WEIGHT):
-                raise ValueError(
-                    f"`{name}` of an axis must be a weight from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}, "
-                    f"got {value!r}."
-                )
-        if not (isinstance(self.count, int) and 1 <= self.count <= MAX_VALUES):
-            raise ValueError(
-                f"`count` of an axis must be a whole number from 1 to {MAX_VALUES}, got {self.count!r}."
-            )
-        if self.count > 1 and self.low == self.high:
-            raise ValueError(f"an axis of {self.count} weights needs a range, got {self.low:g} twice.")
+    count: int
 
     @property
     def values(self) -> list[float]:
         """The weights, from `low` to `high`."""
-        last = max(1, self.count - 1)
-        return [self.low + (self.high - self.low) * i / last for i in range(self.count)]
+        return [self.low + (self.high - self.low) * i / (self.count - 1) for i in range(self.count)]
 
 
 class GridFrame(NamedTuple):
@@ -115,15 +93,16 @@ def weight_grid(
     Yields:
         A frame now and then, the last of them with `done`.
     Raises:
-        ValueError: If an axis names no expert of the recipe or both name one, if it is too large,
-            or a cell cannot be sampled.
+        ValueError: If an axis has no range or names no expert of the recipe, both name one, or a cell cannot
+            be sampled.
     """
     names = [_found(energy, axis.expert) for axis in (horizontal, vertical)]
     if names[0] == names[1]:
         raise ValueError(f"the axes must name two different experts, got {names[0]} twice.")
+    for name, axis in zip(names, (horizontal, vertical), strict=True):
+        if axis.low == axis.high:
+            raise ValueError(f"the weights of {_label(name)} need a range, got {axis.low:g} twice.")
     cells = [(across, up) for up in vertical.values[::-1] for across in horizontal.values]
-    if num_steps is not None and num_steps < 1:
-        raise ValueError(f"`num_steps` of a grid must be at least 1, got {num_steps}.")
     energies = [reweighted(energy, dict(zip(names, cell, strict=True))) for cell in cells]
     labels = [_label(name) for name in names]
     axes = (horizontal.values, vertical.values)

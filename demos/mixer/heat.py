@@ -50,7 +50,7 @@ class Push(NamedTuple):
     strength: float
 
 
-def pushes(energy: Energy, x: Tensor, noise_level: Tensor | None = None) -> list[Push]:
+def pushes(energy: Energy, x: Tensor) -> list[Push]:
     """Where each term pushes one picture, all on one symmetric scale of colours.
 
     A value and its marginal count as one term, as in `terms`. Channels are averaged, so that only
@@ -60,8 +60,6 @@ def pushes(energy: Energy, x: Tensor, noise_level: Tensor | None = None) -> list
         energy: A recipe of images, or of their latents.
         x: One state, (1, *event). Of chains that carry noise on purpose, the denoised picture: at
             the noisy state the push against the noise outshines everything else.
-        noise_level: Noise level at which energies that know it are asked, in data units; `UNDECIDED`
-            unless given.
     Raises:
         ValueError: If `x` is not one state of pictures.
     """
@@ -69,10 +67,9 @@ def pushes(energy: Energy, x: Tensor, noise_level: Tensor | None = None) -> list
     if picture.ndim != 4 or len(picture) != 1 or picture.shape[1] not in (1, 3):
         raise ValueError(f"`x` must be one picture, (1, 1 or 3, height, width), got {tuple(x.shape)}.")
     found = parts(energy)
-    level = x.new_full((), UNDECIDED) if noise_level is None else noise_level
     states = x.detach().repeat(len(found), *[1] * (x.ndim - 1))  # a row for each part
     potential = Plans().potential_of_rows([part.whole for part in found], [1] * len(found), x)
-    _, gradients = potential.at(noise_level=level)(states)
+    _, gradients = potential.at(noise_level=x.new_full((), UNDECIDED))(states)
     moves = -gradients.nan_to_num(0.0, 0.0, 0.0)
     strengths = moves.flatten(1).square().mean(1).sqrt()
     changes = moves

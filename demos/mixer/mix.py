@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add, or_
 from typing import Any, NamedTuple
 
-from composable_ebm import Energy, Mixture, Not, Sum, parse
+from composable_ebm import Energy, Mixture, Not, Sum, ratio
 from composable_ebm.experts import Card, Expert
 from composable_ebm.pipelines import Pipeline, Prompt
 
@@ -46,6 +48,7 @@ class Control(NamedTuple):
         weight: Where its weights start.
         grid: (rows, columns), where its values are places.
         words: What people say of each value; by its card, which may say nothing.
+        usual: The value that it is switched on at.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Control(NamedTuple):
     weight: float = 1.0
     grid: tuple[int, int] | None = None
     words: tuple[str, ...] = ()
+    usual: str = ANY
 
     @property
     def family(self) -> str:
@@ -65,11 +69,6 @@ class Control(NamedTuple):
     def many(self) -> bool:
         """Whether a value is to be chosen: of two, AND is the second and NOT the first."""
         return len(self.values) > 2
-
-    @property
-    def usual(self) -> str:
-        """The value of an expert that leaves no choice."""
-        return self.values[1] if len(self.values) == 2 else self.values[0]
 
 
 @dataclass
@@ -121,6 +120,7 @@ def controls(cards: Mapping[str, Card]) -> dict[str, Control]:
                 weight=clamp(card.weight, 0.0, MAX_WEIGHT, 1.0),
                 grid=_grid(card.values),
                 words=card.words,
+                usual=_usual(card),
             )
         )
     order = list(dict.fromkeys(control.family for control in made))
@@ -143,12 +143,18 @@ def of_prompt(name: str, pipelines: Mapping[str, Pipeline]) -> Control | None:
     except ValueError:
         return None
     weight = clamp(pipeline.given_weight, 0.0, MAX_WEIGHT, 1.0)
-    return Control(name, text, (text,), against=match[1], weight=weight)
+    return Control(name, text, (text,), against=match[1], weight=weight, usual=text)
 
 
 def is_base(card: Card) -> bool:
     """Whether it is the card of a family's p(x)."""
     return card.attribute == "image" and len(card.values) == 1
+
+
+def _usual(card: Card) -> str:
+    """The second value of two, or of many the one that the expert is named after, or some other."""
+    named_after = len(card.values) > 2 and card.name in card.values
+    return card.name if named_after else card.values[min(3, len(card.values) - 1)]
 
 
 def _grid(values: Sequence[str]) -> tuple[int, int] | None:
@@ -195,6 +201,39 @@ def shown(known: Mapping[str, Control], content: Any) -> Mix:
     return mix
 
 
+NOTHING_ON = "Nothing is on: switch on at least one expert."
+
+
+class _Asked(NamedTuple):
+    """One value of an expert, as a mix asks for it; a ratio where the base stands beside it."""
+
+    control: Control
+    value: str = ANY
+    weight: float = 1.0
+    negated: bool = False
+    ratio: bool = False
+
+    def __str__(self) -> str:
+        chosen = f"[{self.value}]" if self.control.many and self.value != ANY else ""
+        term = f"{'~' if self.negated else ''}{self.control.name}{chosen}"
+        if self.ratio:
+            term = f"ratio({term}, {self.control.against})"
+        return term if self.weight == 1 else f"{self.weight:g}*{term}"
+
+    def energy(self, names: Mapping[str, Any]) -> Energy:
+        """The same without a text in between."""
+        control = self.control
+        prompt = "[" in control.name
+        expert = names[control.family][control.label] if prompt else names[control.name]
+        term = expert[self.value] if control.many and self.value != ANY else expert
+        if self.negated:
+            term = ~term
+        if self.ratio:
+            own = control.against.endswith("[any]")
+            term = ratio(term, expert[ANY] if own else names[control.against])
+        return float(f"{self.weight:g}") * term
+
+
 def compose(known: Mapping[str, Control], mix: Mix) -> str:
     """The recipe of a mix; empty if nothing is on.
 
@@ -202,38 +241,50 @@ def compose(known: Mapping[str, Control], mix: Mix) -> str:
     ratios to their own marginals is exact, as exp(-E) of each is p(a | x), and needs no normalising
     constants.
     """
+    groups = (" | ".join(map(str, group)) for group in _groups(known, mix))
+    return " + ".join(f"({group})" if " | " in group else group for group in groups)
+
+
+def composition(known: Mapping[str, Control], mix: Mix, names: Mapping[str, Energy]) -> Energy:
+    """What `compose` writes, as the energy that it describes: nothing is written and read for it.
+
+    Raises:
+        ValueError: If nothing is on, or an expert is no longer there.
+    """
+    groups = _groups(known, mix)
+    if not groups:
+        raise ValueError(NOTHING_ON)
+    try:
+        return reduce(add, (reduce(or_, (each.energy(names) for each in group)) for group in groups))
+    except KeyError as error:
+        raise ValueError(f"The expert {error} is no longer here; reload the page.") from error
+
+
+def _groups(known: Mapping[str, Control], mix: Mix) -> list[list[_Asked]]:
+    """What a mix asks for, the base first: all of these groups, and of each of them one at least."""
     base = next((c for c in known.values() if c.base and c.family == mix.family), None)
     on = base is not None and mix.base
-    terms, either = [base.name] if base is not None and on else [], []
+    groups: list[list[_Asked]] = [[_Asked(base)]] if base is not None and on else []
+    either: list[_Asked] = []
     for control in known.values():  # in the order in which they stand on the page
         if (pick := mix.picks.get(control.name)) is None:
             continue
-        written = [
-            _term(control, value, weight, pick.role == NOT, on)
+        asked = [
+            _Asked(control, value, weight, pick.role == NOT, on and bool(control.against))
             for value, weight in sorted(pick.values.items(), key=lambda item: _place(control, item[0]))
             if weight and not (on and control.against.endswith("[any]") and value == ANY)
         ]
         if pick.role == OR:
-            either += written
-        elif len(written) > 1 and pick.role == AND and not pick.together:
-            terms.append(f"({' | '.join(written)})")
+            either += asked
+        elif pick.role == AND and not pick.together:
+            groups.append(asked)
         else:
-            terms += written
-    if either:
-        terms.append(f"({' | '.join(either)})" if len(either) > 1 else either[0])
-    return " + ".join(terms)
+            groups += [[each] for each in asked]
+    return [group for group in [*groups, either] if group]
 
 
 def _place(control: Control, value: str) -> int:
     return control.values.index(value) if value in control.values else -1
-
-
-def _term(control: Control, value: str, weight: float, negated: bool, ratio: bool) -> str:
-    chosen = f"[{value}]" if control.many and value != ANY else ""
-    term = f"{'~' if negated else ''}{control.name}{chosen}"
-    if ratio and control.against:
-        term = f"ratio({term}, {control.against})"
-    return term if weight == 1 else f"{weight:g}*{term}"
 
 
 # -- from a composition -------------------------------------------------------------------------------------
@@ -270,7 +321,7 @@ def read(known: Mapping[str, Control], energy: Energy, names: Mapping[str, Energ
     ):  # by what they name alone: a base that is divided out again is no part of the sum
         mix.base = base
         with suppress(KeyError, ValueError):
-            if _same(energy, compose(known, mix), names):
+            if _same(energy, composition(known, mix, names)):
                 return mix
     return None
 
@@ -340,14 +391,12 @@ def _note(mix: Mix, name: str, value: str, weight: float, role: str, together: b
     pick.values[value] = weight
 
 
-def _same(energy: Energy, recipe: str, names: Mapping[str, Energy]) -> bool:
-    """Whether a recipe is this composition, in whatever order."""
-    if not recipe:
-        return False
+def _same(energy: Energy, other: Energy) -> bool:
+    """Whether two compositions are the same, in whatever order."""
     mine, theirs = (
-        {_key(term): weight for term, weight in _pairs(e)} for e in (energy, parse(recipe, names))
+        {_key(term): weight for term, weight in _pairs(each) if abs(weight) > _CLOSE}
+        for each in (energy, other)
     )
-    mine, theirs = ({k: w for k, w in each.items() if abs(w) > _CLOSE} for each in (mine, theirs))
     return mine.keys() == theirs.keys() and all(
         math.isclose(mine[k], theirs[k], rel_tol=_CLOSE, abs_tol=_CLOSE) for k in mine
     )

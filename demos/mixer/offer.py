@@ -19,6 +19,7 @@ from . import mix, state
 from .mix import AND, NOT, Control, Mix, Pick
 
 STARTS = Path(__file__).with_name("starts.toml")
+SHOWN = 8  # starts
 _NO_EXPERTS = "There are no experts here. Train one, or name a folder of them in COMPOSABLE_EBM_MODELS."
 
 __all__ = ["Offer", "Start"]
@@ -104,7 +105,7 @@ class Offer:
         known = self.controls(taught)
         begun = list(dict.fromkeys(start.mix.family for start in self.starts))
         names = list(dict.fromkeys(control.family for control in known.values()))
-        things = {name for name in names if self.is_thing(name)} or set(names)
+        things = self.things
         names.sort(
             key=lambda name: (name not in things, begun.index(name) if name in begun else len(begun), name)
         )
@@ -125,9 +126,20 @@ class Offer:
             for name in names
         ]
 
-    def is_thing(self, family: str) -> bool:
-        """Whether its experts are things to ask for, and have energies; others show how energies may be
-        had."""
+    @property
+    def things(self) -> set[str]:
+        """The families whose experts are things to ask for, and have energies; others show how energies may
+        be had. All, where there are no others."""
+        names = {control.family for control in self.known.values()}
+        return set(filter(self._is_thing, names)) or names
+
+    @property
+    def shown(self) -> list[Start]:
+        """The starts that the page shows a picture of."""
+        things = self.things
+        return [start for start in self.starts if start.mix.family in things][:SHOWN]
+
+    def _is_thing(self, family: str) -> bool:
         if family in self.pipelines:
             return True
         own = [card for card in self.cards.values() if card.family == family]
@@ -173,6 +185,5 @@ def _usual(known: Mapping[str, Control], family: str) -> Mix:
     found = Mix(family)
     own = [control for control in known.values() if control.family == family and not control.base]
     for control in [*[c for c in own if c.many][:1], *[c for c in own if not c.many][:1]]:
-        value = control.values[min(3, len(control.values) - 1)] if control.many else control.usual
-        found.picks[control.name] = Pick({value: control.weight}, AND, control.grid is not None)
+        found.picks[control.name] = Pick({control.usual: control.weight}, AND, control.grid is not None)
     return found

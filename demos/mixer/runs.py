@@ -23,8 +23,9 @@ from .explore import Axis, strip, weight_grid
 from .lessons import taught
 from .line import Queue
 from .live import Live
+from .mix import NOTHING_ON
 from .offer import Offer
-from .session import FAILURES, Session, sentences
+from .session import FAILURES, Asked, Session, sentences
 from .state import MAX_SEED, Limits, Request
 from .stream import stream
 from .terms import Term, asked_of, satisfied, terms
@@ -95,7 +96,7 @@ class Runs:
     def understood(self, recipe: str, visitor: str) -> Energy:
         """What a visitor's recipe describes, their own experts included."""
         if not recipe:
-            raise ValueError("Nothing is on: switch on at least one expert.")
+            raise ValueError(NOTHING_ON)
         return understood(recipe, self.names(visitor))
 
     def names(self, visitor: str) -> Mapping[str, Energy]:
@@ -109,11 +110,10 @@ class Runs:
         if (session := self.visitors[visitor].session) is not None:
             session.stop()
 
-    def steer(self, recipe: str, visitor: str) -> None:
-        """Has the visitor's chains, if they play, follow another recipe."""
+    def steer(self, recipe: str, energy: Energy, visitor: str) -> None:
+        """Has the visitor's chains, if they play, follow another recipe, which describes `energy`."""
         if (session := self.visitors[visitor].session) is not None:
-            session.recipe = recipe
-            self._follow(session, visitor)
+            session.follow(recipe, energy)
 
     def shake(self, chain: int | None, visitor: str) -> int:
         """Begins one of the visitor's running chains anew, or those that miss something; how many."""
@@ -207,9 +207,10 @@ class Runs:
         self, asked: Request, session: Session, visitor: str, sent: Any, num_steps: int | None = None
     ) -> Iterator[Message]:
         clock, plans = FrameClock(self.library.device), _Plans()
-        recipe, seed, frame, ending, kept = asked.recipe, asked.seed, None, "", None
-        while recipe or frame is None:
-            energy = self.understood(recipe, visitor)
+        following: Asked | None = asked.recipe, self.understood(asked.recipe, visitor)
+        seed, frame, ending, kept = asked.seed, None, "", None
+        while following is not None:
+            recipe, energy = following
             live = Live(
                 session.submit,
                 energy,
@@ -223,7 +224,6 @@ class Runs:
             )
             film = self.visitors[visitor].begin_film()
             session.play(recipe, live)
-            self._follow(session, visitor)
             for frame in live.run.frames():
                 clock.tick()
                 film.add(images := frame.images)
@@ -236,17 +236,13 @@ class Runs:
                     ending = "Stopped, as nothing was moved for a while. Press Play to go on."
                     session.stop()
             live.run.result()  # raises what went wrong, if anything did
-            (recipe, again), sent, seed = session.take_next(), None, (seed + 1) % MAX_SEED
+            (following, again), sent, seed = session.take_next(), None, (seed + 1) % MAX_SEED
             kept = None if again is None else live.renewed(again, session.submit, seed)
             if frame is None:  # stopped before the first step
                 yield {"kind": "end", "said": "Stopped before it began."}
                 return
         assert frame is not None
         yield _stopped(frame, session.followed, asked, plans, ending, num_steps)
-
-    def _follow(self, session: Session, visitor: str) -> None:
-        """Has running chains follow the recipe that their visitor asks for now."""
-        session.follow(lambda recipe: self.understood(recipe, visitor))
 
     def _gridded(
         self, asked: Request, axes: Callable[[], tuple[Axis, Axis]], session: Session, visitor: str

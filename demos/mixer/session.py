@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -14,6 +13,9 @@ from .live import Live, check
 
 FAILURES = (ValueError, OSError, RuntimeError)
 """What a request can do wrong, as sentences for whoever made it; anything else is a defect."""
+
+Asked = tuple[str, Energy]
+"""A recipe, and what it describes."""
 
 __all__ = ["FAILURES", "Session", "sentences"]
 
@@ -25,7 +27,6 @@ class Session:
         engine: Takes the steps.
     Attributes:
         live: Chains that follow the recipe, if any do.
-        recipe: What the visitor asks for now; None as long as nothing was moved.
         followed: The recipe that the chains follow.
         problem: What is wrong with the recipe that they do not follow, if anything is.
     """
@@ -33,9 +34,10 @@ class Session:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.live: Live | None = None
-        self.recipe: str | None = None
         self.followed = self.problem = ""
-        self._tried = self._next = ""
+        self._wanted: Asked | None = None  # since something was moved
+        self._tried = ""
+        self._next: Asked | None = None
         self._again: Tensor | None = None
         self._moved = time.monotonic()
         self._runs: list[Run] = []
@@ -70,7 +72,7 @@ class Session:
             self._moved = time.monotonic()
             if self.live is None or self.live.run.done:
                 return 0
-            self._next, self._again = self.followed, self.live.shaken(chain)
+            self._next, self._again = (self.followed, self.live.energy), self.live.shaken(chain)
             self.live.run.cancel()
             return self.live.run.num_chains if self._again is None else int(self._again.sum())
 
@@ -79,33 +81,36 @@ class Session:
         with self._steering:
             self.live, self.followed, self.problem = live, recipe, ""
             self._tried, self._moved = recipe, time.monotonic()
+            self._catch_up()
 
-    def follow(self, understood: Callable[[str], Energy]) -> None:
-        """Has the chains follow the recipe that the visitor asks for now, if it can be followed; where
-        it is for other states, ends them."""
+    def follow(self, recipe: str, energy: Energy) -> None:
+        """Has the chains follow another recipe, if they can; where it is for other states, ends them."""
         with self._steering:
-            recipe = self.recipe
-            if self.live is None or recipe is None or recipe == self._tried:
-                return
-            self._tried, self._moved = recipe, time.monotonic()
-            try:
-                energy = understood(recipe)
-                if self.live.fits(energy):
-                    self.live.steer(energy)
-                    self.followed = recipe
-                else:
-                    check(energy)
-                    self._next, self._again = recipe, None
-                    self.live.run.cancel()
-                self.problem = ""
-            except FAILURES as error:  # the chains go on with what they had
-                self.problem = sentences(error)
+            self._wanted = recipe, energy
+            self._catch_up()
 
-    def take_next(self) -> tuple[str, Tensor | None]:
-        """The recipe for which new chains are to be begun, or nothing, and which of them, where not all."""
+    def _catch_up(self) -> None:
+        if self.live is None or self._wanted is None or self._wanted[0] == self._tried:
+            return
+        self._tried, energy = self._wanted
+        self._moved = time.monotonic()
+        try:
+            if self.live.fits(energy):
+                self.live.steer(energy)
+                self.followed = self._tried
+            else:
+                check(energy)
+                self._next, self._again = self._wanted, None
+                self.live.run.cancel()
+            self.problem = ""
+        except FAILURES as error:  # the chains go on with what they had
+            self.problem = sentences(error)
+
+    def take_next(self) -> tuple[Asked | None, Tensor | None]:
+        """For what new chains are to be begun, if they are, and which of them, where not all."""
         with self._steering:
-            recipe, again, self._next, self._again = self._next, self._again, "", None
-            return ("", None) if self._stopped else (recipe, again)
+            following, again, self._next, self._again = self._next, self._again, None, None
+            return (None, None) if self._stopped else (following, again)
 
     @property
     def seconds_unmoved(self) -> float:

@@ -120,14 +120,12 @@ def from_upload(
     return _unit(image) * (high - low) + low
 
 
-def from_data(
-    family: str, index: int | torch.Generator, event_shape: Sequence[int] | None = None
-) -> tuple[Tensor, str]:
+def from_data(family: str, index: int, event_shape: Sequence[int] | None = None) -> tuple[Tensor, str]:
     """A picture of the data that a family of experts was tested on.
 
     Args:
         family: Name of the family, which is that of its data set.
-        index: Which picture; counted from the start again past the end. Or draws one.
+        index: Which picture; counted from the start again past the end.
         event_shape: Shape of the states; what the data set has unless given.
     Returns:
         The picture in [-1, 1], (channels, height, width), and a line that describes it.
@@ -139,8 +137,6 @@ def from_data(
     images = _images(family)
     if event_shape is not None and images.event_shape != tuple(event_shape):
         raise ValueError(f"pictures of {family} have shape {images.event_shape}, not {tuple(event_shape)}.")
-    if isinstance(index, torch.Generator):
-        index = int(torch.randint(len(images), (), generator=index, device=index.device))
     index %= len(images)
     labels = {name: int(label[index]) for name, label in images.labels.items()}
     known = [images.values[name][label] for name, label in labels.items() if label >= 0]

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from composable_ebm import Energy, Frame, SampleResult
 
+from .clock import FRAMES_PER_SECOND
 from .live import Submit
 from .state import Request
-
-FRAMES_PER_SECOND = 16
 
 __all__ = ["stream"]
 

@@ -1,27 +1,17 @@
-// The page. Its state is here and nowhere else; what is drawn follows from it, and the server says what it means.
+// The page: what is drawn follows from its state, and what is pressed changes it.
 import { allow, ask, button, copy, download, find, fromAddress, lines, make, says, stamp, toAddress } from "./base.js";
 import * as easel from "./easel.js";
 import * as explore from "./explore.js";
 import { texts } from "./files.js";
+import { onTab, openTab, shortcutsFor } from "./keys.js";
 import { palette, surprise } from "./palette.js";
 import * as picture from "./picture.js";
+import { family, state } from "./state.js";
 import * as strip from "./strip.js";
 import * as teach from "./teach.js";
 import * as why from "./why.js";
 
-const state = {
-    world: null,
-    mix: null, // null where the recipe is beyond the controls
-    family: "",
-    recipe: "",
-    words: "",
-    numbers: { chains: 16, steps: 80, seed: 0 },
-    start: null, // what chains begin at: {pictures, mask, level, keep, name}
-    busy: "", // what runs: play, sample, grid, alone, teach
-    problem: "",
-};
 const FEW = 4; // pictures of a pipeline, which takes its time
-const family = () => state.world.families.find((each) => each.name === state.family);
 
 // -- what is drawn ---------------------------------------------------------------------------------------
 
@@ -54,8 +44,7 @@ const drawFamilies = () => {
 };
 
 const drawStarts = () => {
-    const things = state.world.families.filter((each) => !each.method).map((each) => each.name);
-    const cards = state.world.starts.map((each, index) => ({ ...each, index })).filter((each) => things.includes(each.family)).slice(0, 8).map((each) => make(
+    const cards = state.world.starts.map((each, index) => ({ ...each, index })).filter((each) => each.shown).map((each) => make(
         "button", { type: "button", class: "start", onclick: () => begin(each) },
         each.drawn ? make("img", { src: `ask/thumb/${each.index}`, alt: "", width: 64, height: 64, class: "pixels" }) : make("span", { class: "dice", "aria-hidden": "true" }, "…"), make("span", {}, each.title),
     ));
@@ -90,29 +79,34 @@ const drawButtons = () => {
     allow(find("sample"), busy ? "Something runs; Stop ends it" : why);
     allow(find("stop"), busy ? "" : "Nothing runs");
     allow(find("shake"), state.busy === "play" ? "" : "Only running chains can be shaken: press Play");
-    allow(find("undo"), past.length > 1 ? "" : "Nothing to go back to");
-    allow(find("redo"), future.length ? "" : "Nothing to go forward to");
-    allow(find("pack"), picture.shown().count ? "" : "There is no picture yet");
+    allow(find("undo"), state.now > 0 ? "" : "Nothing to go back to");
+    allow(find("redo"), state.now < state.past.length - 1 ? "" : "Nothing to go forward to");
+    allow(find("pack"), state.shown.count ? "" : "There is no picture yet");
 };
 
 // -- the mix and its history -----------------------------------------------------------------------------
 
-const past = []; // snapshots, the present last
-const future = [];
-const snapshot = () => ({ recipe: state.recipe, ...state.numbers });
-const record = () => {
-    const now = snapshot();
-    const last = past.at(-1);
-    if (JSON.stringify(last) === JSON.stringify(now)) return;
-    const sliding = last && record.at > Date.now() - 1000 && record.quiet;
-    if (sliding && past.length > 1) past.pop(); // one step back for one drag of a slider
+/** Notes what is asked for now, in the address too; one step back for one drag of a slider, which is quiet. */
+const record = (quiet = false) => {
+    const now = { recipe: state.recipe, ...state.numbers };
+    history.replaceState(null, "", toAddress({ mix: state.recipe, ...state.numbers }));
+    if (JSON.stringify(state.past[state.now]) === JSON.stringify(now)) return;
+    const sliding = quiet && state.now > 0 && record.at > Date.now() - 1000;
     record.at = Date.now();
-    past.push(now);
-    if (past.length > 100) past.shift();
-    future.length = 0;
-    history.replaceState(null, "", toAddress({ mix: now.recipe, seed: now.seed, chains: now.chains, steps: now.steps }));
+    state.past = [...state.past.slice(0, state.now + (sliding ? 0 : 1)), now].slice(-100);
+    state.now = state.past.length - 1;
     drawButtons();
 };
+const go = async (by, what) => {
+    const wanted = state.past[state.now + by];
+    if (!wanted) return;
+    state.now += by;
+    await restore(wanted);
+    drawButtons();
+    says(`${what}: ${state.words}.`);
+};
+const undo = () => go(-1, "Undone");
+const redo = () => go(1, "Done again");
 
 let asking = 0;
 /** Asks what is wanted means, and shows the answer, unless something else has been asked since. */
@@ -135,15 +129,20 @@ const read = async (wanted, { quiet = false, keepSteps = true } = {}) => {
     state.family = said.family;
     for (const name of ["num_chains", "num_steps", "seed"]) if (said[name] !== undefined) state.numbers[name.replace("num_", "")] = said[name];
     if (!keepSteps || (state.family !== before && said.num_steps === undefined)) state.numbers.steps = said.steps;
-    if (state.family !== before) setStart(null, true);
-    explore.offer(said.parts);
-    teach.ofFamily(state.family);
+    if (JSON.stringify(state.parts) !== JSON.stringify(said.parts)) {
+        state.parts = said.parts;
+        explore.drawAxes();
+    }
+    if (state.family !== before) { // what was marked or begun at of one family is no use to another
+        state.marks = { yes: [], no: [] };
+        setStart(null, true);
+        teach.draw();
+    }
     if (quiet) {
         find("words").textContent = `You ask for: ${state.words}.`;
         if (document.activeElement !== find("recipe")) find("recipe").value = state.recipe;
     } else draw();
-    record.quiet = quiet;
-    record();
+    record(quiet);
     return said;
 };
 
@@ -152,10 +151,9 @@ const change = (mix, quiet) => {
     if (!quiet) drawPalette();
     return read({ mix }, { quiet });
 };
-const lastMixes = {};
 const openFamily = (name) => {
-    if (state.mix) lastMixes[state.mix.family] = state.mix;
-    const kept = lastMixes[name];
+    if (state.mix) state.mixes[state.mix.family] = state.mix;
+    const kept = state.mixes[name];
     if (kept) return read({ mix: kept });
     const start = state.world.starts.find((each) => each.family === name);
     return start ? read({ recipe: start.recipe }) : read({ mix: { family: name, base: true, picks: {} } });
@@ -194,7 +192,7 @@ strip.onRestore(async (item) => {
     find("caption").textContent = `${item.words} · seed ${item.seed}.${live}`;
 });
 const showSaved = (item) => {
-    picture.show({ picture: item.picture, count: item.count, alt: `${item.count} samples of ${item.recipe}`, misses: null });
+    picture.show({ picture: item.picture, count: item.chains, alt: `${item.chains} samples of ${item.recipe}`, recipe: item.recipe, misses: null });
     offerSave(item);
 };
 const goOnFrom = async (item) => {
@@ -207,7 +205,7 @@ const goOnFrom = async (item) => {
 let current = null; // of the run that has the page
 const setStart = (start, silent = false) => {
     state.start = start;
-    if (!start) easel.clear();
+    easel.clear(start?.name);
     if (silent) return;
     draw();
     rerun();
@@ -219,9 +217,8 @@ const run = async (kind, more = {}) => {
     state.busy = kind;
     let last = null;
     drawButtons();
-    const start = state.start && { pictures: state.start.pictures, mask: state.start.mask, level: state.start.level, keep: state.start.keep };
     try {
-        for await (const message of lines({ kind, recipe: state.recipe, ...state.numbers, start, ...more }, mine.signal)) {
+        for await (const message of lines({ kind, recipe: state.recipe, ...state.numbers, start: state.start, ...more }, mine.signal)) {
             if (mine !== current) return null;
             last = message;
             (tell[message.kind] ?? (() => {}))(message, kind);
@@ -245,10 +242,10 @@ const tell = {
         picture.show({ ...message, alt: `${message.count} ${what} of ${message.recipe}` });
         const left = message.left ? ` · ${clock(message.left)} left` : "";
         const rate = message.rate ? ` · ${message.rate.toFixed(0)} frames/s` : "";
-        find("caption").textContent = `${message.of ? "step" : "playing · step"} ${message.step}${message.of ? ` of ${message.of}${left}` : rate}${missing(picture.shown().misses)}`;
+        find("caption").textContent = `${message.of ? "step" : "playing · step"} ${message.step}${message.of ? ` of ${message.of}${left}` : rate}${missing(state.shown.misses)}`;
         if (message.terms) why.explain(message);
-        if (message.problem !== undefined && message.problem !== tell.problem) {
-            tell.problem = message.problem;
+        if (message.problem !== undefined && message.problem !== state.told) {
+            state.told = message.problem;
             if (message.problem || state.problem) note(message.problem);
         }
     },
@@ -258,7 +255,7 @@ const tell = {
             why.explain(message);
             const item = { ...message, words: state.words || message.recipe, chains: message.count, steps: state.numbers.steps };
             offerSave(item);
-            strip.keep(Object.fromEntries(["recipe", "words", "seed", "chains", "steps", "picture", "count", "live"].map((name) => [name, item[name]])));
+            strip.keep(Object.fromEntries(["recipe", "words", "seed", "chains", "steps", "picture", "live"].map((name) => [name, item[name]])));
             const where = message.stopped ? `stopped at step ${message.step}` : `step ${message.step}`;
             find("caption").textContent = `${where}${message.of ? ` of ${message.of}` : ""} · seed ${message.seed}${missing(message.misses)}`;
             says(message.stopped ? "Stopped." : "The pictures are ready.");
@@ -268,20 +265,21 @@ const tell = {
     },
     grid: explore.showGrid,
     alone: (message) => why.showAlone(message.pictures),
+    teach: (message) => teach.progress(message.said),
     error: (message) => note(message.problem),
 };
 
 const play = () => {
     if (!state.recipe) return says("Switch on at least one expert first.");
-    why.forget();
-    tell.problem = "";
+    state.along = {};
+    state.told = "";
     picture.blank("Loading the experts…");
     picture.show({ misses: null });
     return run("play");
 };
 const sample = () => {
     if (!state.recipe) return says("Switch on at least one expert first.");
-    why.forget();
+    state.along = {};
     picture.show({ misses: null });
     find("caption").textContent = "Waiting for the first step…";
     return run("sample");
@@ -301,22 +299,22 @@ const offerSave = (item) => {
 
 const acts = {
     like: async () => {
-        setStart({ pictures: [picture.crop(picture.chosenIndex())], mask: "", level: 1.2, name: `picture ${picture.chosenIndex() + 1}` }, true);
+        setStart({ pictures: [picture.crop(state.chosen)], mask: "", level: 1.2, name: `picture ${state.chosen + 1}` }, true);
         draw();
         await play();
     },
     vary: async () => {
-        setStart({ pictures: picture.crops(), mask: "", level: 3, keep: [picture.chosenIndex()], name: `picture ${picture.chosenIndex() + 1}, which stays` }, true);
+        setStart({ pictures: picture.crops(), mask: "", level: 3, keep: [state.chosen], name: `picture ${state.chosen + 1}, which stays` }, true);
         state.numbers.seed = Math.floor(Math.random() * 1e6);
         draw();
         await sample();
         setStart(null, true);
         draw();
     },
-    large: async () => download(await picture.large(picture.chosenIndex()), `picture-${stamp()}.png`),
+    large: async () => download(await picture.large(state.chosen), `picture-${stamp()}.png`),
     paint: async () => {
         openTab("Start from");
-        await easel.begin(picture.crop(picture.chosenIndex()), `picture ${picture.chosenIndex() + 1}`);
+        await easel.begin(picture.crop(state.chosen), `picture ${state.chosen + 1}`);
         find("easel").focus();
     },
     yes: () => teach.mark("yes"),
@@ -352,33 +350,13 @@ find("play").addEventListener("click", play);
 find("sample").addEventListener("click", sample);
 find("stop").addEventListener("click", stop);
 const shake = async () => {
-    const index = picture.chosenIndex();
-    const said = await ask("shake", { chain: index < 0 ? null : index });
-    const what = index >= 0 && said.shaken === 1 ? `picture ${index + 1} begins` : said.shaken === 1 ? "one picture begins" : `${said.shaken} pictures begin`;
+    const said = await ask("shake", { chain: state.chosen < 0 ? null : state.chosen });
+    const what = state.chosen >= 0 && said.shaken === 1 ? `picture ${state.chosen + 1} begins` : said.shaken === 1 ? "one picture begins" : `${said.shaken} pictures begin`;
     says(said.shaken ? `Shaken: ${what} anew.` : "Nothing runs that could be shaken.");
 };
 find("shake").addEventListener("click", shake);
-find("undo").addEventListener("click", () => undo());
-find("redo").addEventListener("click", () => redo());
-const undo = async () => {
-    if (past.length < 2) return;
-    const gone = past.pop();
-    const [before, after] = [[...past], [gone, ...future]];
-    await restore(past.at(-1));
-    past.splice(0, past.length, ...before);
-    future.splice(0, future.length, ...after);
-    drawButtons();
-    says(`Undone: ${state.words}.`);
-};
-const redo = async () => {
-    if (!future.length) return;
-    const [wanted, ...rest] = future;
-    await restore(wanted);
-    if (JSON.stringify(past.at(-1)) !== JSON.stringify(wanted)) past.push(wanted);
-    future.splice(0, future.length, ...rest);
-    drawButtons();
-    says(`Done again: ${state.words}.`);
-};
+find("undo").addEventListener("click", undo);
+find("redo").addEventListener("click", redo);
 find("link").addEventListener("click", () => copy(location.href, "The address"));
 for (const name of ["python", "command"]) find(name).addEventListener("click", async (event) => {
     const said = await ask("code", { recipe: state.recipe, ...state.numbers });
@@ -408,7 +386,7 @@ const opened = async (file) => {
     const said = await read({ texts: found });
     if (said.problem) return;
     const address = URL.createObjectURL(file);
-    const item = { ...found, picture: address, count: state.numbers.chains, live: found.live, words: state.words, seed: state.numbers.seed };
+    const item = { ...found, picture: address, words: state.words, ...state.numbers };
     showSaved(item);
     if (item.live) await goOnFrom(item);
     draw();
@@ -425,66 +403,16 @@ document.addEventListener("drop", async (event) => {
     easel.upload(file);
 });
 
-// -- tabs, shortcuts, the beginning ----------------------------------------------------------------------
+// -- the beginning ---------------------------------------------------------------------------------------
 
-const tabs = [...document.querySelectorAll("[data-tab]")];
-const openTab = (name) => {
-    for (const panel of tabs) {
-        const open = panel.dataset.tab === name;
-        panel.hidden = !open;
-        const tab = find(`tab-${panel.id}`);
-        tab.setAttribute("aria-selected", String(open));
-        tab.tabIndex = open ? 0 : -1;
-    }
-    if (name === "Why" && picture.chosenIndex() >= 0) why.lookAt();
-};
-document.querySelector(".tabs").replaceChildren(...tabs.map((panel) => {
-    panel.setAttribute("role", "tabpanel");
-    panel.setAttribute("aria-labelledby", `tab-${panel.id}`);
-    return make("button", { type: "button", role: "tab", id: `tab-${panel.id}`, "aria-controls": panel.id, onclick: () => openTab(panel.dataset.tab) }, panel.dataset.tab);
-}));
-document.querySelector(".tabs").addEventListener("keydown", (event) => {
-    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!by) return;
-    const at = tabs.findIndex((panel) => !panel.hidden);
-    const next = tabs[(at + by + tabs.length) % tabs.length];
-    openTab(next.dataset.tab);
-    find(`tab-${next.id}`).focus();
-});
-
-const shortcuts = {
+const chosenOnly = (name) => () => (state.chosen < 0 ? says("Choose a picture first.") : acts[name]());
+shortcutsFor({
     p: ["Play", play], s: ["Sample", sample], Escape: ["Stop", stop], k: ["Shake the chosen picture, or those that miss something", shake], d: ["New seed", dice],
-    r: ["Surprise me", () => surprised()],
-    m: ["More like the chosen picture", () => chosenOnly("like")], v: ["Keep the chosen one, vary the rest", () => chosenOnly("vary")],
-    y: ["Mark the chosen picture as yes", () => chosenOnly("yes")], n: ["Mark it as no", () => chosenOnly("no")],
-    "?": ["This list", () => find("keys").showModal()],
-};
-const chosenOnly = (name) => (picture.chosenIndex() < 0 ? says("Choose a picture first.") : acts[name]());
-find("keys").append(
-    make("h2", { id: "keys-title" }, "Keyboard"),
-    make("dl", {}, [...Object.entries(shortcuts).map(([key, [text]]) => [key, text]), ["Ctrl+Z", "Undo"], ["Ctrl+Shift+Z", "Redo"], ["Arrow keys", "In the pictures: choose one"]]
-        .map(([key, text]) => [make("dt", {}, make("kbd", {}, key.length === 1 ? key.toUpperCase() : key)), make("dd", {}, text)])),
-    make("p", { class: "hint" }, "Letters count while no text is being typed."),
-    button("Close", () => find("keys").close(), { class: "main" }),
-);
-find("help").addEventListener("click", () => find("keys").showModal());
-document.addEventListener("keydown", (event) => {
-    const typing = event.target.matches("textarea, input:not([type=checkbox]):not([type=radio]):not([type=range]):not([type=file]), select");
-    if (typing || document.querySelector("dialog[open]")) return;
-    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-    if (event.ctrlKey || event.metaKey) {
-        if (key === "z" || key === "y") {
-            event.preventDefault();
-            if (key === "y" || event.shiftKey) redo();
-            else undo();
-        }
-        return;
-    }
-    if (!event.altKey && key in shortcuts) {
-        event.preventDefault();
-        shortcuts[key][1]();
-    }
-});
+    r: ["Surprise me", surprised],
+    m: ["More like the chosen picture", chosenOnly("like")], v: ["Keep the chosen one, vary the rest", chosenOnly("vary")],
+    y: ["Mark the chosen picture as yes", chosenOnly("yes")], n: ["Mark it as no", chosenOnly("no")],
+}, undo, redo);
+onTab((name) => { if (name === "Why" && state.chosen >= 0) why.lookAt(); });
 
 const openWorld = async () => {
     const world = await ask("world");
@@ -510,8 +438,7 @@ const open = async () => {
         change: (start) => { state.start = start; draw(); rerun(); },
     });
     teach.teachPanel({
-        teach: async (wanted, progress) => {
-            tell.teach = (message) => progress(message.said);
+        teach: async (wanted) => {
             const was = state.busy;
             const last = await run("teach", wanted);
             if (last?.kind !== "taught" && was === "play") play();
@@ -539,7 +466,6 @@ const open = async () => {
     const first = world.starts[0];
     state.family = world.families[0].name;
     if (family().prompts) state.numbers.chains = FEW;
-    teach.ofFamily(state.family);
     if (asked.get("mix")) {
         const said = await read({ texts: { recipe: asked.get("mix"), seed: asked.get("seed") ?? "0", num_chains: asked.get("chains") ?? "16", num_steps: asked.get("steps") ?? "80" } });
         if (said.problem) draw();

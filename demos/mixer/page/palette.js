@@ -1,16 +1,14 @@
 // The palette: every expert of a family as controls. It shows a mix, and says how it is changed.
-import { button, make } from "./base.js";
+import { button, make, redraw } from "./base.js";
+import { state } from "./state.js";
 
 const HINTS = { AND: "all of these", NOT: "the opposite of it", OR: "one at least of those in OR" };
 const place = (value) => /^r(\d+)c(\d+)$/.exec(value)?.slice(1).map((part) => Number(part) + 1);
 const named = (control, value) => (control.grid ? `row ${place(value)[0]} column ${place(value)[1]}` : value.replaceAll("_", " "));
 
-const typed = new Map(); // prompts, which stay when they are switched off
-
 /** Draws the controls of a family into `root`. `change(mix, quiet)` is called with another mix; quiet where only
     a weight moved, so that what is being dragged stays. */
 export const palette = (root, family, mix, most, change) => {
-    const focus = root.contains(document.activeElement) ? document.activeElement.dataset.key : null;
     const picks = mix ? mix.picks : {};
     const set = (name, pick, quiet = false) => {
         const next = structuredClone(mix);
@@ -18,16 +16,15 @@ export const palette = (root, family, mix, most, change) => {
         else delete next.picks[name];
         change(next, quiet);
     };
-    if (family.prompts) for (const [name, pick] of Object.entries(picks)) typed.set(name, { name, label: Object.keys(pick.values)[0], values: Object.keys(pick.values), base: false, grid: null, weight: family.prompts });
-    const controls = [...family.controls, ...(family.prompts ? typed.values() : [])];
+    if (family.prompts) for (const [name, pick] of Object.entries(picks)) state.prompts.set(name, { name, label: Object.keys(pick.values)[0], values: Object.keys(pick.values), usual: Object.keys(pick.values)[0], base: false, grid: null, weight: family.prompts });
+    const controls = [...family.controls, ...(family.prompts ? state.prompts.values() : [])];
     const rows = controls.map((control) => (control.base ? shared(control) : row(control)));
     const inOr = (control) => picks[control.name]?.role === "OR";
     const either = rows.filter((_, i) => inOr(controls[i]));
     const others = rows.filter((_, i) => !inOr(controls[i]));
     const box = either.length ? make("fieldset", { class: "either" }, make("legend", {}, "One at least of"), either) : null;
     const all = make("fieldset", { class: "experts", disabled: !mix }, make("legend", { class: "unseen" }, `Experts of ${family.title}`), others, box, family.prompts ? adding() : null);
-    root.replaceChildren(all);
-    if (focus) root.querySelector(`[data-key="${CSS.escape(focus)}"]`)?.focus();
+    redraw(root, all);
 
     function adding() {
         const text = make("input", { type: "text", id: "prompt", maxlength: 300, placeholder: "a castle", autocomplete: "off", "aria-label": "A prompt to add", "data-key": "prompt" });
@@ -71,9 +68,7 @@ export const palette = (root, family, mix, most, change) => {
     }
 
     function fresh(control) {
-        const middle = control.values[Math.min(3, control.values.length - 1)];
-        const value = control.values.length > 2 ? middle : control.values[control.values.length - 1];
-        return { role: "AND", together: Boolean(control.grid), values: { [value]: control.weight } };
+        return { role: "AND", together: Boolean(control.grid), values: { [control.usual]: control.weight } };
     }
 
     function chips(legend, names, current, act, key, hints = {}) {
@@ -146,7 +141,7 @@ export const surprise = (families) => {
     for (const control of own.slice(0, 1 + Math.floor(Math.random() * 3))) {
         const many = control.values.length > 2;
         const count = control.grid ? 1 + Math.floor(Math.random() * 4) : 1;
-        const values = many ? [...control.values].sort(() => Math.random() - 0.5).slice(0, count) : [control.values[control.values.length - 1]];
+        const values = many ? [...control.values].sort(() => Math.random() - 0.5).slice(0, count) : [control.usual];
         picks[control.name] = {
             role: many || Math.random() < 0.7 ? "AND" : "NOT",
             together: Boolean(control.grid),
