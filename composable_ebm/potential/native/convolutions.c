@@ -232,14 +232,15 @@ static void to_planes(const Image *out, const Planes *p, const float *dz, float 
             }
 }
 
-/* A few rows of blocks at once, so that a weight is read once for all of them. */
-INLINE void thin_tile(const int s, const int together, int depth, const Image *in, const Planes *p,
-                      const float *w, const float *planes, float *dx, int row, int column) {
+/* A few rows of blocks and a few channels of the image at once: a weight is read once for all the rows, and a
+   vector of dz once for all the channels. */
+INLINE void thin_tile(const int s, const int together, const int inputs, int depth, const Image *in, const Planes *p,
+                      const float *w, ptrdiff_t w_step, const float *planes, float *dx, int row, int column) {
     vec sum[16];
     const float *source[8];
-    int squares = s * s;
+    const int block = inputs * s * s;
 #pragma GCC unroll 16
-    for (int i = 0; i < together * s * s; i++) sum[i] = SPLAT(0.0f);
+    for (int i = 0; i < together * block; i++) sum[i] = SPLAT(0.0f);
     for (int c = 0; c < depth; c++, planes += p->size)
         for (int y = 0; y < p->reach_y; y++) {
 #pragma GCC unroll 8
@@ -247,39 +248,53 @@ INLINE void thin_tile(const int s, const int together, int depth, const Image *i
                 int at = row + r < p->high ? row + r : p->high - 1;
                 source[r] = planes + (at + y) * p->pitch + column;
             }
-            for (int x = 0; x < p->reach_x; x++, w += squares)
+            for (int x = 0; x < p->reach_x; x++, w += s * s)
 #pragma GCC unroll 8
                 for (int r = 0; r < together; r++) {
                     vec value = LOAD(source[r] + x);
                     STAY_IN_REGISTER(value);
+#pragma GCC unroll 4
+                    for (int k = 0; k < inputs; k++)
 #pragma GCC unroll 16
-                    for (int i = 0; i < s * s; i++) sum[r * s * s + i] += value * w[i];
+                        for (int i = 0; i < s * s; i++) sum[r * block + k * s * s + i] += value * w[k * w_step + i];
                 }
         }
     int count = p->wide - column < LANES ? p->wide - column : LANES;
-    for (int r = 0; r < together && row + r < p->high; r++)
-        for (int a = 0; a < s && (row + r) * s + a < in->height; a++) {
-            float line[4 * LANES];
-            for (int b = 0; b < s; b++)
-                for (int i = 0; i < LANES; i++) line[i * s + b] = sum[(r * s + a) * s + b][i];
-            int length = in->width - column * s < count * s ? in->width - column * s : count * s;
-            memcpy(dx + (ptrdiff_t)((row + r) * s + a) * in->width + column * s, line, length * sizeof(float));
-        }
+    for (int k = 0; k < inputs; k++, dx += (ptrdiff_t)in->height * in->width)
+        for (int r = 0; r < together && row + r < p->high; r++)
+            for (int a = 0; a < s && (row + r) * s + a < in->height; a++) {
+                float line[4 * LANES];
+                for (int b = 0; b < s; b++)
+                    for (int i = 0; i < LANES; i++) line[i * s + b] = sum[r * block + (k * s + a) * s + b][i];
+                int length = in->width - column * s < count * s ? in->width - column * s : count * s;
+                memcpy(dx + (ptrdiff_t)((row + r) * s + a) * in->width + column * s, line, length * sizeof(float));
+            }
 }
+
+#define THIN(S, TOGETHER, INPUTS)                                     \
+    for (int row = 0; row < p->high; row += TOGETHER)                 \
+        for (int column = 0; column < p->wide; column += LANES)       \
+            thin_tile(S, TOGETHER, INPUTS, depth, in, p, w, step, planes, dx, row, column)
 
 /* dz in planes to dx, channels first. Weights: (input channels, outputs, reach_y, reach_x, stride²). */
 static void thin_back(const Operation *o, const Image *in, int depth, const Planes *p, const float *w,
                       const float *planes, float *dx) {
-    int s = o->stride, together = LANES == 8 ? (s == 1 ? 8 : s == 2 ? 2 : 1) : s == 1 ? 8 : s == 2 ? 4 : 1;
-    ptrdiff_t weights = (ptrdiff_t)depth * p->reach_y * p->reach_x * s * s;
-    for (int c = 0; c < in->channels; c++, w += weights, dx += (ptrdiff_t)in->height * in->width)
-        for (int row = 0; row < p->high; row += together)
-            for (int column = 0; column < p->wide; column += LANES) {
-                if (s == 1) thin_tile(1, 8, depth, in, p, w, planes, dx, row, column);
-                else if (s == 2) thin_tile(2, LANES == 8 ? 2 : 4, depth, in, p, w, planes, dx, row, column);
-                else if (s == 3) thin_tile(3, 1, depth, in, p, w, planes, dx, row, column);
-                else thin_tile(4, 1, depth, in, p, w, planes, dx, row, column);
-            }
+    enum { few = LANES == 8 ? 2 : 4 }; /* rows that registers hold beside four sums for each */
+    ptrdiff_t step = (ptrdiff_t)depth * p->reach_y * p->reach_x * o->stride * o->stride;
+    for (int c = 0, inputs; c < in->channels; c += inputs, w += inputs * step) {
+        inputs = o->stride == 1 && in->channels - c >= 3 ? (in->channels - c == 3 ? 3 : 4) : 1;
+        switch (o->stride) {
+        case 1:
+            if (inputs == 4) THIN(1, few, 4);
+            else if (inputs == 3) THIN(1, few, 3);
+            else THIN(1, 8, 1);
+            break;
+        case 2: THIN(2, few, 1); break;
+        case 3: THIN(3, 1, 1); break;
+        default: THIN(4, 1, 1);
+        }
+        dx += (ptrdiff_t)inputs * in->height * in->width;
+    }
 }
 
 /* Value and slope of an activation. */
@@ -603,12 +618,15 @@ static void take(const Image *i, int channels, int tokens, const float *x, float
         memcpy(target, x, (size_t)i->width * channels * sizeof(float));
         return;
     }
-    int area = i->height * i->width;
-    for (int row = 0; row < i->height; row++, target += step) {
-        if (channels < i->channels) memset(target, 0, (size_t)i->width * i->channels * sizeof(float));
-        for (int column = 0; column < i->width; column++)
-            for (int c = 0; c < channels; c++)
-                target[column * i->channels + c] = x[c * area + row * i->width + column];
+    int area = i->height * i->width, width = i->width, depth = i->channels;
+    for (int row = 0; row < i->height; row++, target += step, x += width) {
+        if (depth == 1) {
+            memcpy(target, x, width * sizeof(float));
+            continue;
+        }
+        if (channels < depth) memset(target, 0, (size_t)width * depth * sizeof(float));
+        for (int c = 0; c < channels; c++)
+            for (int column = 0; column < width; column++) target[column * depth + c] = x[c * area + column];
     }
 }
 
