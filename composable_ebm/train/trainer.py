@@ -18,26 +18,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from composable_ebm.data import LabelledImages, LabelledLatents
-from composable_ebm.data.copies import without_copies
-from composable_ebm.data.jitter import mirrored, with_jitter
-from composable_ebm.data.ranges import as_states
-from composable_ebm.data.summary import summary
-from composable_ebm.experts.card import CheckpointError
+from composable_ebm.data import LabelledImages
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.hub import check_repository, hub_token, push_to_hub
-from composable_ebm.experts.networks import NETWORKS
+from composable_ebm.experts.hub import check_repository, hub_token
 from composable_ebm.experts.networks.codec import PictureCodec
-from composable_ebm.experts.store import (
-    BASE,
-    CODEC,
-    check_folder,
-    find_base,
-    load_codec,
-    load_folder,
-    read_card,
-)
-from composable_ebm.files import write_atomic
 from composable_ebm.potential.native import decide_now
 from composable_ebm.processes import launch_command
 from composable_ebm.train.best import Best
@@ -48,20 +32,19 @@ from composable_ebm.train.checkpoint import (
     restore_optimiser,
     save_checkpoint,
 )
-from composable_ebm.train.codec import encoded, export_codec
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.divergence import TrainingDivergedError, advice, finite
-from composable_ebm.train.export import export, export_unfinished, held_out_metrics
+from composable_ebm.train.ending import finished, publish, write, write_with_verdict
+from composable_ebm.train.export import export_unfinished
 from composable_ebm.train.folder import folder_digest
 from composable_ebm.train.identity import PICTURES, identity, run_digest
 from composable_ebm.train.journal import Journal
+from composable_ebm.train.material import Split, gather
 from composable_ebm.train.objectives.base import Figures, Setting
-from composable_ebm.train.objectives.classification import NoisyClassification
-from composable_ebm.train.preparation import build, card_of, check_memory, load_split
+from composable_ebm.train.preparation import build
 from composable_ebm.train.run_folder import RunFolder
 from composable_ebm.train.start import start_from
 from composable_ebm.train.stopping import StopSignals, TrainingStoppedError
-from composable_ebm.train.verdict import judge
 
 MAX_ROLLBACKS = 3
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -72,7 +55,7 @@ __all__ = ["Trainer", "TrainingDivergedError", "accelerator_for", "train"]
 def train(
     config: TrainConfig,
     accelerator: Accelerator | None = None,
-    data: tuple[LabelledImages, LabelledImages] | None = None,
+    data: Split | None = None,
     arguments: Sequence[str] = (),
 ) -> Expert:
     """Trains one expert, from its last checkpoint if there is one, and writes it.
@@ -126,7 +109,7 @@ class Trainer:
         self,
         config: TrainConfig,
         accelerator: Accelerator | None = None,
-        data: tuple[LabelledImages, LabelledImages] | None = None,
+        data: Split | None = None,
         arguments: Sequence[str] = (),
     ) -> None:
         self.config = config
@@ -136,34 +119,13 @@ class Trainer:
             hub_token()
         self.accelerator = accelerator or accelerator_for(config)
         self.device = self.accelerator.device
-        self.codec = load_codec(config.model_folder.parent / CODEC, "cpu") if config.latents else None
-        if data is None:
-            with self.accelerator.main_process_first():  # so that one process renders or downloads
-                own = isinstance(config.objective, NoisyClassification)
-                data = load_split(config.data, "train", own), load_split(config.data, "validation", own)
-            if config.data.name == "folder":
-                data = without_copies(*data), data[1]
-        if self.accelerator.is_main_process and config.data.name == "folder":
-            tqdm.write(summary(*data, config.data.attribute))
-        self.pictures = data
-        if config.data.mirror:
-            data = mirrored(data[0]), data[1]
-        if config.data.jitter:
-            data = with_jitter(data[0], config.data.jitter), data[1]
-        train_data, self.held_out = data = self._as_latents(data)
-        self.data = train_data.to(self.device)
-        self.values = self.data.attribute(config.data.attribute) if config.data.attribute else ("image",)
-
-        self.base = self._base()
-        # Before the training: it refuses names that no recipe could hold.
-        known = len(self.pictures[0])
-        self.card = card_of(config, self.data, self.values, self.codec, self.base, known)
-        check_memory(self.card, self.device)
+        self.material = gather(config, self.accelerator, data)
+        self.card, values = self.material.card, self.material.values
         torch.manual_seed(config.seed)  # the same weights on every rank
         network = build(self.card)
-        start_from(network, config.init, self.data, len(self.values), self.card.codec)
+        start_from(network, config.init, self.data, len(values), self.card.codec)
         config.objective.prepare(network)
-        self.identity = identity(config, data, self.values, self.accelerator.num_processes)
+        self.identity = identity(config, (self.data, self.held_out), values, self.accelerator.num_processes)
         self.folder = RunFolder(config, self.identity)
         network = network.to(self.device)
         self.average = AveragedModel(network, multi_avg_fn=self._average)
@@ -188,7 +150,7 @@ class Trainer:
         self.phase = config.objective.begin(
             Setting(
                 event_shape=self.data.event_shape,
-                num_values=len(self.values),
+                num_values=len(values),
                 data_range=self.card.data_range,
                 batch_size=config.batch_size,
                 sampler=config.kernel,
@@ -232,7 +194,7 @@ class Trainer:
         self._resume()
         if self.budget.done(self.step) and (expert := self._finished()):
             if config.push_to_hub and first:
-                self._publish()
+                publish(config)
             return expert
         journal = Journal(config, first, resume_at=self.step)
         progress = tqdm(
@@ -250,7 +212,7 @@ class Trainer:
             progress.close()
             journal.close()
         if config.push_to_hub and first:
-            self._publish()
+            publish(config)
         # Where one process ends badly the launcher ends all: none may leave before the expert is written.
         self.accelerator.wait_for_everyone()
         return expert
@@ -280,7 +242,7 @@ class Trainer:
                 journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}", left=budget.left(self.step))
             if last or budget.due(self.step, config.evaluate_every):
-                self._evaluate(journal, sheet=last or self.base is None)
+                self._evaluate(journal, sheet=last or self.material.base is None)
                 now = time.perf_counter() - start
                 if self.accelerator.num_processes == 1:  # several decide alike
                     budget.looked(now, now - self.seconds)
@@ -296,27 +258,11 @@ class Trainer:
 
     def _ending(self) -> Expert:
         """Writes what was trained, and says what it is worth where the best is kept."""
-        config = self.config
-        if not config.keep_best or isinstance(self.average.module, PictureCodec):
-            return self._export()
-        network = self.best.network(self.average.module)
-        expert = Expert.standing(network, self.card, self.codec, self.base)
-        verdict = None
-        if expert.has_value and not expert.binary:
-            tqdm.write(f"{self.card.full_name}: drawing samples for the verdict")
-            held_out, known = (held_out_metrics(expert, data) for data in (self.held_out, self._labelled()))
-            verdict = judge(expert, *self.pictures, held_out, known, config.run_folder / "verdict.png")
-            write_atomic(config.run_folder / "verdict.txt", f"{verdict}\n".encode())
+        network = self.average.module
+        if not self.config.keep_best or isinstance(network, PictureCodec):
+            return write(self.config, self.material, network, self.facts())
         facts = {**self.facts(), "best_iteration": self.best.step or self.step}
-        expert = export(config, expert, facts, self.held_out, verdict.figures if verdict else None)
-        if verdict:
-            tqdm.write(str(verdict))
-        return expert
-
-    def _labelled(self) -> LabelledImages:
-        """Pictures that are learned from, those of middling values left out."""
-        attribute = self.config.data.attribute
-        return self.data.where(attribute) if attribute else self.data
+        return write_with_verdict(self.config, self.material, self.best.network(network), facts)
 
     def _stop(self, signal_number: int) -> None:
         """Ends a training that was asked to, after saving what it has."""
@@ -337,35 +283,14 @@ class Trainer:
 
     def _finished(self) -> Expert | None:
         """The expert that this very run has written, if it has come to its end before."""
-        folder = self.config.model_folder
-        try:
-            training = read_card(folder).training
-            same = training.get("run") == run_digest(self.identity) and "unfinished" not in training
-            if not same or training.get("iterations") != self.step:
-                return None
-            # A codec is no expert, but is what a training of one ends with.
-            learns_codec = isinstance(self.average.module, PictureCodec)
-            expert = self.expert() if learns_codec else load_folder(folder, self.device)
-            check_folder(folder)
-        except CheckpointError:
-            return None
-        if self.accelerator.is_main_process:
+        expert = finished(self.config, self.material, self.average.module, self.facts())
+        if expert is not None and self.accelerator.is_main_process:
             tqdm.write(
                 f"this training is finished, after {self.step} iterations: nothing was done. For more give "
                 f"{'more --minutes' if self.config.minutes else 'a larger --num-iterations'}; to start anew, "
                 "--fresh."
             )
         return expert
-
-    def _publish(self) -> None:
-        folder, repository = self.config.model_folder, self.config.push_to_hub
-        try:
-            tqdm.write(f"uploaded to {push_to_hub(folder, repository)}")
-        except OSError as error:
-            raise OSError(
-                f"the expert is in {folder}, but the Hub did not take it: {error} To try again: "
-                f"composable_ebm.push_to_hub({str(folder)!r}, {repository!r})."
-            ) from error
 
     def _iteration(self) -> Figures:
         config = self.config
@@ -374,7 +299,7 @@ class Trainer:
             group["lr"] = self._rate()
         for _ in range(config.accumulate):
             with self.accelerator.accumulate(self.model):
-                x, y = self._batch()
+                x, y = self.material.batch(config, self.generators["data"])
                 with self.accelerator.autocast():
                     loss, figures = self.phase.loss(self.model, self.network, x, y)
                 self.accelerator.backward(loss)
@@ -399,18 +324,6 @@ class Trainer:
         decay = min(self.config.optimiser.ema, (1 + self.step) / (10 + self.step))
         for mine, theirs in zip(average, weights, strict=True):
             mine.lerp_(theirs, 1 - decay) if mine.is_floating_point() else mine.copy_(theirs)
-
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """Images and labels of one batch."""
-        generator, attribute = self.generators["data"], self.config.data.attribute
-        index = torch.randint(
-            len(self.data), (self.config.batch_size,), generator=generator, device=self.device
-        )
-        labels = self.data.labels[attribute][index] if attribute else torch.zeros_like(index)
-        x = self.data.batch(index)
-        if not isinstance(self.data, LabelledLatents) and self.config.data_range is not None:
-            x = as_states(x, self.config.data_range, self.config.binary, generator)
-        return x, labels
 
     def _rate(self) -> float:
         """Held, then falling linearly to zero."""
@@ -452,7 +365,7 @@ class Trainer:
             if finite(self.average.module) and self.step:
                 written = f"The expert of that iteration was written to {config.model_folder}."
                 if self.accelerator.is_main_process:
-                    self._export()
+                    write(config, self.material, self.average.module, self.facts())
             self.accelerator.wait_for_everyone()
             raise TrainingDivergedError(
                 f"{config.family}/{config.name} {message} for the last time. {written} {advice(config)}"
@@ -462,17 +375,19 @@ class Trainer:
 
     # -- state ----------------------------------------------------------------------------------
 
+    @property
+    def data(self) -> LabelledImages:
+        """What is learned from."""
+        return self.material.data
+
+    @property
+    def held_out(self) -> LabelledImages:
+        """The same of held-out pictures."""
+        return self.material.held_out
+
     def expert(self) -> Expert:
         """The expert with averaged weights, as of now."""
-        return Expert.standing(self.average.module, self.card, self.codec, self.base)
-
-    def _export(self) -> Expert:
-        """Writes what was trained."""
-        network = self.average.module
-        if isinstance(network, PictureCodec):
-            export_codec(self.config, network, self.card, self.facts(), self.held_out)
-            return self.expert()
-        return export(self.config, self.expert(), self.facts(), self.held_out)
+        return self.material.expert(self.average.module)
 
     def _evaluate(self, journal: Journal, sheet: bool) -> None:
         network = self.average.module
@@ -482,30 +397,6 @@ class Trainer:
         metrics = journal.evaluate(self.step, self.expert(), self.held_out, self.seconds, sheet)
         if self.config.keep_best and self.best.offer(self.step, metrics, network):
             export_unfinished(self.config, self.expert(), self.facts(), metrics)
-
-    def _as_latents(
-        self, data: tuple[LabelledImages, LabelledImages]
-    ) -> tuple[LabelledImages, LabelledImages]:
-        codec = self.codec
-        if codec is None:
-            return data
-        cache = self.config.run_folder.parent
-        with self.accelerator.main_process_first():
-            return encoded(data[0], codec, cache), encoded(data[1], codec, cache)
-
-    def _base(self) -> Expert | None:
-        """The density that an expert of a classifier stands on."""
-        if not getattr(NETWORKS.get(type(self.config.network).__name__), "adds_to_base", False):
-            return None
-        folder = self.config.model_folder
-        try:
-            digest = str(read_card(folder.parent / BASE).weights.get("sha256"))
-            return find_base(folder, digest, self.device)
-        except CheckpointError as error:
-            raise ValueError(
-                f"an attribute is learned beside the base expert of its family, which is not there: {error} "
-                f"Train {self.config.family}/base first."
-            ) from error
 
     def facts(self) -> dict:
         """How the training went, for the card."""
