@@ -15,7 +15,7 @@ from torch import Tensor
 
 from composable_ebm.potential.forms.mixing import Mixing
 from composable_ebm.potential.forms.native import NativeNetwork, part_for_c
-from composable_ebm.potential.native.plan import Unfit
+from composable_ebm.potential.native.layout import Unfit
 from composable_ebm.potential.operations import RULES, Pullback, Step
 from composable_ebm.potential.packed import version_of
 from composable_ebm.potential.trace import Node, Trace, Unreadable, Value

@@ -74,11 +74,6 @@ class ConvEnergy(nn.Module):
         """Networks that agree in it may run as one batched pass; the number of values may differ."""
         return tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
 
-    def as_layers(self) -> list[nn.Module]:
-        """The same function as a chain of layers, for engines that know a faster form of each."""
-        flatten = nn.Flatten()
-        return [nn.PixelUnshuffle(self.patch), self.features, flatten, self.hidden, nn.SiLU(), self.head]
-
     def forward(self, x: Tensor) -> Tensor:
         features = self.features(F.pixel_unshuffle(x, self.patch))
         hidden = F.silu(self.hidden(features.flatten(1)))

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from composable_ebm.potential.forms.mixing import MIXING, with_mixings
 from composable_ebm.potential.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.native.layout import BLOCK, Image, Operation
 from composable_ebm.potential.native.plan import (
     ACTIVATIONS,
-    BLOCK,
     MOST_CHANNELS,
-    Image,
-    Operation,
     Part,
     Plan,
     channels_of,

@@ -8,7 +8,7 @@ architecture than the machine's own, as gcc does (-march): x86-64-v3 holds an AV
 Compiling takes a few seconds, which a first small run must not pay: it happens when a process has
 spent `PATIENCE` seconds' worth of arithmetic on networks that would gain from it.
 
-    convolutions.c   networks of convolutions, one image at a time
+    convolutions.c   networks of convolutions, one image at a time, made of products.h and pointwise.h
     perceptrons.c    several perceptrons over noise levels, weights read as float16
 """
 
@@ -32,6 +32,7 @@ __all__ = ["NativeUnavailable", "allowed", "build", "decide_now", "in_parts", "l
 FLAGS = ("-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "convolutions.c", FOLDER / "perceptrons.c")
+HEADERS = tuple(FOLDER / f"{name}.h" for name in ("vectors", "images", "products", "pointwise"))
 PATIENCE = 4.0
 RATE = 30e9  # operations a second before compiling, for the count of seconds
 
@@ -65,7 +66,7 @@ def _architecture() -> str:
 def _compiled_file() -> Path:
     about = [*FLAGS, _architecture(), platform.machine(), platform.processor(), _features()]
     digest = hashlib.sha256("\n".join(about).encode())
-    for source in (*SOURCES, FOLDER / "vectors.h"):
+    for source in (*SOURCES, *HEADERS):
         digest.update(source.read_bytes())
     return cache_folder() / f"native-{digest.hexdigest()[:16]}.so"
 

@@ -1,26 +1,35 @@
-"""Networks of convolutions as the function in C knows them: operations, images, weights, places."""
+"""Networks of convolutions as the function in C knows them: operations, images and packed weights."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from composable_ebm.potential.native.layout import (
+    ACTIVATION,
+    BLOCK,
+    CONCATENATION,
+    CONVOLUTION,
+    MIXING,
+    NORMALISATION,
+    POOLING,
+    SCALING,
+    SUM,
+    UPSAMPLING,
+    Image,
+    Operation,
+    Unfit,
+    lay_out,
+)
 from composable_ebm.potential.operations.normalisations import affine_of
 from composable_ebm.potential.operations.rule import axes_of
 from composable_ebm.potential.trace import Node, Value
 
-__all__ = [
-    *("ACTIVATIONS", "BLOCK", "MOST_CHANNELS"),
-    *("Image", "Operation", "Part", "Plan", "Unfit", "channels_of", "of_channels", "over_all"),
-]
+__all__ = ["ACTIVATIONS", "MOST_CHANNELS", "Part", "Plan", "channels_of", "of_channels", "over_all"]
 
-BLOCK = 16
-CONVOLUTION, ACTIVATION, SUM, NORMALISATION, POOLING, CONCATENATION, UPSAMPLING, SCALING, MIXING = range(9)
-TWO = (SUM, CONCATENATION)
 IDENTITY = 0
 ACTIVATIONS = {
     "silu": 1,
@@ -34,31 +43,6 @@ ACTIVATIONS = {
     "pow": 8,
 }
 MOST_CHANNELS = 1024
-
-
-class Image(ctypes.Structure):
-    """As `Image` in convolutions.c."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int)
-        for name in ("height", "width", "channels", "border", "gradient_border", "at", "gradient_at")
-    )
-
-
-class Operation(ctypes.Structure):
-    """As `Operation` in convolutions.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("kind", "first", "second", "out", "adds")),
-        *((name, ctypes.c_int) for name in ("kernel_height", "kernel_width", "stride", "padding")),
-        *((name, ctypes.c_int) for name in ("weight", "backward_weight", "bias", "thin", "kept")),
-        *((name, ctypes.c_int) for name in ("function", "groups", "real")),
-        ("number", ctypes.c_float),
-    )
-
-
-class Unfit(Exception):
-    """Images and operations that look as if C could do them, and do not fit."""
 
 
 @dataclass
@@ -151,7 +135,7 @@ class Plan:
             if operation.kind == SCALING and operation.bias < 0:
                 operation.bias = self._keep(torch.zeros(self.images[operation.first].channels))
         self.result = self.place[self.part.output]
-        self._lay_out()
+        self.kept, self.rest = lay_out(self.images, self.operations, self.paddings, self.shared)
 
     def _image(self, sides: Sequence[int], channels: int, padded: bool = True) -> int:
         height, width = sides
@@ -384,108 +368,6 @@ class Plan:
         weight = torch.full((1, real), 1.0 if factor else 1.0 / real)
         return self._linear(out, weight, None)
 
-    def _lay_out(self) -> None:
-        """Gives images and operations their places, and says which gradients have parts already."""
-        users: dict[int, int] = {}
-        for operation in self.operations:
-            for read in _reads(operation):
-                users[read] = users.get(read, 0) + 1
-        for number, image in enumerate(self.images):
-            image.border = self.paddings.get(number, 0)
-            producer = self.producers.get(number)
-            if producer is not None and producer.kind == CONVOLUTION and not producer.thin:
-                sides = (producer.kernel_height, producer.kernel_width)
-                image.gradient_border = max((side - 1) // producer.stride + (side > 1) for side in sides)
-        if any(self.images[i].border or self.images[i].gradient_border for i in self.shared.values()):
-            raise Unfit
-        over: set[int] = set()  # images whose values are overwritten with slopes
-        for operation in self.operations:
-            number = operation.first
-            image = self.images[number]
-            area = image.height * image.width * image.channels
-            if operation.kind in (ACTIVATION, NORMALISATION):
-                operation.kept = self.kept
-                self.kept += _up(area + (image.channels if operation.kind == NORMALISATION else 0))
-                lonely = users[number] == 1 and number not in (0, *self.shared, *self.shared.values())
-                if operation.kind == ACTIVATION and lonely and not image.border:
-                    image.at = operation.kept
-                    over.add(number)
-        written: set[int] = set()
-        for operation in reversed(self.operations):
-            for bit, read in enumerate(_reads(operation)):
-                whole = self.shared.get(read, read)
-                operation.adds |= (whole in written) << bit
-                written.add(whole)
-        self._place_the_rest(over)
-
-    def _place_the_rest(self, over: set[int]) -> None:
-        """Places of what nobody needs on the way back, and of gradients: used again by what comes later.
-
-        Times are those of the operations forward, 0 to n - 1, and back, n to 2n - 1.
-        """
-        n, shared = len(self.operations), self.shared
-        spans: list[tuple[int, int, int, Callable[[int], None]]] = []  # from, until, size, and who is told
-
-        def reserve(thing: Image | Operation, name: str, start: int, end: int, size: int) -> None:
-            spans.append((start, end, size, lambda place: setattr(thing, name, place)))
-
-        made = {shared.get(o.out, o.out): k for k, o in enumerate(self.operations)}
-        readers: dict[int, list[int]] = {}
-        for k, operation in enumerate(self.operations):
-            for read in _reads(operation):
-                readers.setdefault(shared.get(read, read), []).append(k)
-            if operation.thin:
-                image = self.images[operation.first]
-                planes = self.images[operation.out].channels * _planes(operation, image)
-                reserve(operation, "thin", 2 * n - 1 - k, 2 * n - 1 - k, planes)
-        for number, image in enumerate(self.images):
-            if number in shared:
-                continue
-            first, last = made.get(number, 0), max(readers.get(number, [n]))
-            sizes = [
-                (image.height + 2 * border) * (image.width + 2 * border) * image.channels
-                for border in (image.border, image.gradient_border)
-            ]
-            if number not in over:
-                reserve(image, "at", first, last, sizes[0])
-            back = max(n, 2 * n - 1 - last)
-            reserve(image, "gradient_at", back, 2 * n - 1 - first if number else 2 * n, sizes[1])
-        self.rest = _packed(spans, self.kept) - self.kept + BLOCK
-        for flat, source in shared.items():
-            self.images[flat].at = self.images[source].at
-            self.images[flat].gradient_at = self.images[source].gradient_at
-
-
-def _reads(operation: Operation) -> tuple[int, ...]:
-    return (operation.first, operation.second) if operation.kind in TWO else (operation.first,)
-
-
-def _packed(spans: list[tuple[int, int, int, Callable[[int], None]]], start: int) -> int:
-    """Gives every span of time a place that no other has meanwhile, the largest first; returns the end."""
-    placed: list[tuple[int, int, int, int]] = []  # from, until, place, end
-    for begin, end, size, tell in sorted(spans, key=lambda span: -span[2]):
-        size = _up(size)
-        place = start
-        for _, _, low, high in sorted(
-            (p for p in placed if p[0] <= end and begin <= p[1]), key=lambda p: p[2]
-        ):
-            if place + size <= low:
-                break
-            place = max(place, high)
-        placed.append((begin, end, place, place + size))
-        tell(place)
-    return max((p[3] for p in placed), default=start)
-
-
-def _planes(operation: Operation, image: Image) -> int:
-    """Floats of a channel in planes, as `planes_of` in convolutions.c has it, and some to spare."""
-    s, border = operation.stride, operation.padding
-    sides = []
-    for side, kernel in ((image.height, operation.kernel_height), (image.width, operation.kernel_width)):
-        low = -((kernel - 1 - border) // s)
-        sides.append(-(-side // s) + (s - 1 + border) // s - low + 1)
-    return sides[0] * sides[1] + 2 * BLOCK
-
 
 def _backward_blocks(weight: Tensor, stride: int, padding: int) -> Tensor:
     """For each place of a pixel modulo the stride, the taps that reach it, by rising output."""
@@ -518,8 +400,3 @@ def _pad(tensor: Tensor, axis: int, size: int) -> Tensor:
     shape = list(tensor.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
-
-
-def _up(size: int) -> int:
-    """Rounded up, so that what comes next starts on a cache line."""
-    return -(-size // BLOCK) * BLOCK
