@@ -17,7 +17,7 @@ from PIL import Image
 
 import composable_ebm as ceb
 from composable_ebm.data import DATASETS, OF_ANY_SIZE, LabelledImages, shapes
-from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, read_config
+from composable_ebm.train import ContrastiveDivergence, Trainer, TrainingDivergedError, ending, read_config
 from composable_ebm.train import trainer as trainer_module
 from composable_ebm.train.__main__ import main as command_line
 from composable_ebm.train.checkpoint import latest_checkpoint
@@ -220,14 +220,14 @@ def test_a_cheap_first_stage_is_followed_by_contrastive_divergence(tiny_data, co
 def test_a_finished_expert_is_pushed_where_the_configuration_says(tiny_data, config, monkeypatch):
     pushed = []
     monkeypatch.setattr(trainer_module, "hub_token", lambda: "hf_secret")
-    monkeypatch.setattr(trainer_module, "push_to_hub", lambda *arguments: pushed.append(arguments) or "there")
+    monkeypatch.setattr(ending, "push_to_hub", lambda *arguments: pushed.append(arguments) or "there")
     Trainer(replace(config, push_to_hub="alice/side")).run()
     assert pushed == [(config.model_folder, "alice/side")]
 
     def unreachable(*arguments):
         raise OSError("no connection.")
 
-    monkeypatch.setattr(trainer_module, "push_to_hub", unreachable)
+    monkeypatch.setattr(ending, "push_to_hub", unreachable)
     with pytest.raises(OSError, match=r"the Hub did not take it: no connection\. To try again: .*alice/side"):
         Trainer(replace(config, push_to_hub="alice/side")).run()
     assert ceb.load_expert(config.model_folder)

@@ -45,7 +45,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
         training = [m for m in modules if m.training or id(m) in _evaluated]
         for m in training:
             _evaluated[id(m)] = _evaluated.get(id(m), 0) + 1
-            m.training = False
+            _set_training(m, False)
     outer = _spell.number
     _spell.number = next(_numbers)
     try:
@@ -57,4 +57,12 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
                 _evaluated[id(m)] -= 1
                 if not _evaluated[id(m)]:
                     del _evaluated[id(m)]
-                    m.training = True
+                    _set_training(m, True)
+
+
+def _set_training(module: nn.Module, value: bool) -> None:
+    """Sets the mode past `nn.Module.__setattr__`, which looks for parameters first: 10 µs a module."""
+    if "training" in (attributes := vars(module)):
+        attributes["training"] = value
+    else:  # scripted modules keep it elsewhere
+        module.training = value

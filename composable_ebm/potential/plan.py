@@ -90,8 +90,11 @@ class Plan:
         """
         ready = self._ready(x, noise_level)
         passes = self._passes(x, noise_level, ready)
+        if not passes:  # all of it by autograd
+            energy, _, gradient = self._differentiated(x, noise_level, composition, coefficients, ready, [])
+            return energy, gradient
         made_for = (version_of(coefficients), x.dtype, [(p.group, p.outputs.shape) for p in passes])
-        if passes and made_for == self._made_for:
+        if made_for == self._made_for:
             return _pulled(passes, self._cotangents)
         energy, cotangents, gradient = self._differentiated(
             x, noise_level, composition, coefficients, ready, passes

@@ -80,7 +80,7 @@ class TracedForm:
         self.network = network
         self._served: Program | None = None
         self._owner = network if owner is None else owner
-        self._watch = Watch(network, attributes=True)
+        self._watch = Watch(self._owner, attributes=True)
         self._compiled = next(filter(None, map(_compiled, network.modules())), None)
 
     @property
