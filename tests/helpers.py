@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import composable_ebm as ceb
+from composable_ebm.energy.base import Axes
 from composable_ebm.experts.networks import ConvEnergy
 
 KERNELS = [
@@ -113,3 +114,22 @@ def binary(name="thick", seed=0, **changes):
 def variance_error(samples, expected):
     """Relative error of the variance of `samples`, mean over axes."""
     return abs(float(samples.var(dim=0).mean()) / expected - 1)
+
+
+class Wide(ceb.Energy):
+    """N(0, diag(variances) + σ²), which says along which coordinate it is wide."""
+
+    noise_conditioned = True
+
+    def __init__(self, variances):
+        super().__init__()
+        self.event_shape = (len(variances),)
+        self.variances = torch.tensor(variances)
+
+    def energy(self, x, noise_level=None):
+        noise = 0.0 if noise_level is None else noise_level.reshape(-1, 1).square()
+        return (x.square() / (self.variances + noise)).sum(1) / 2
+
+    def principal_axes(self, size):
+        order = self.variances.argsort()
+        return Axes(torch.eye(size)[order], self.variances[order])

@@ -9,11 +9,12 @@ import math
 
 import pytest
 import torch
-from helpers import Counted, Quadratic, points, variance_error
+from helpers import Counted, Quadratic, Wide, points, variance_error
 
 import composable_ebm as ceb
 from composable_ebm.potential.potential import Potential, Tally
 from composable_ebm.sampling import Noise
+from composable_ebm.sampling.chains import Chain
 from composable_ebm.sampling.kernel import Dynamics
 from composable_ebm.sampling.schedule import Schedule, constant, geometric, karras, linear
 
@@ -133,6 +134,36 @@ def test_averaged_noise_leaves_every_variance_as_it_is_at_every_stable_step(eta)
     drawn = torch.cat([chain.advance(3).clone() for _ in range(20)])
     assert drawn.var().item() == pytest.approx(0.8, rel=0.03)
     # Langevin itself is 1 / (1 - η/2) too wide.
+
+
+def held_at(sigma, start, mask=None, steps=1):
+    """Chains that stay at one noise level, of a density of variance 900 along one coordinate."""
+    levels = Schedule(noise_level=constant(sigma), noise_power=2)
+    sampler = ceb.Annealed(ceb.LeimkuhlerMatthews(0.3), levels)
+    noise = Noise((torch.Generator().manual_seed(1), len(start)))
+    wide = Wide([900.0, 1.0, 4.0])
+    chain = Chain(wide, start, sampler, noise, num_steps=10_000, mask=mask, record=False)
+    chain.advance(steps)
+    return chain
+
+
+def test_longer_steps_along_wide_axes_forget_sooner_and_leave_every_variance_as_it_is():
+    sigma, n = 10.0, 4000
+    exact = torch.tensor([900.0, 1.0, 4.0]) + sigma**2
+    start = points(n, (3,)) * exact.sqrt()
+    chain = held_at(sigma, start)
+    correlation = (chain.x * start).mean(0) / exact
+    # A step keeps 1 - η: where data add nothing to the noise that is 0.7, of the wide axis 0.97 without.
+    assert correlation.tolist() == pytest.approx([0.85, 0.7, 0.71], abs=0.05)
+    drawn = torch.cat([chain.advance(3).clone() for _ in range(30)])
+    assert drawn.var(0).tolist() == pytest.approx(exact.tolist(), rel=0.03)
+
+
+def test_masked_chains_take_no_steps_along_axes_of_whole_states():
+    start = torch.full((50, 3), 5.0)
+    chain = held_at(10.0, start, mask=torch.tensor([0.0, 1.0, 1.0]), steps=5)
+    assert (chain.x[:, 0] == 5).all()
+    assert (chain.x[:, 1:] != 5).all()
 
 
 # --- closed forms --------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from helpers import Counted, Quadratic, binary, expert, gaussians, points
+from helpers import Counted, Quadratic, Wide, binary, expert, gaussians, points
 from submit_helpers import TIMEOUT, Gate, same_as_alone, submit_together, wait_for
 from torch import nn
 
@@ -84,6 +84,21 @@ def test_each_run_is_at_its_own_place_in_its_own_schedule(engine):
     same_as_alone(requests, runs)
     # Those that anneal a noise level are one batch, the others another one.
     assert all("in a batch" in run.result().path for run in runs)
+
+
+def test_runs_along_axes_of_their_own_and_of_others_share_nothing(engine):
+    levels = Schedule(noise_level=geometric(10.0, 0.5), noise_power=2.0, predict=True, num_levels=4)
+    sampler = ceb.Annealed(ceb.LeimkuhlerMatthews(0.3), levels)
+    one, other = Wide([90.0, 1.0, 4.0]), Wide([1.0, 40.0, 70.0])
+    options = {"num_chains": 3, "num_steps": 12, "sampler": sampler}
+    requests = [
+        (one, options),
+        (one, {**options, "num_steps": 9, "seed": 1}),
+        (one, {**options, "mask": torch.tensor([1.0, 1.0, 0.0]), "init": points(3, (3,))}),
+        (other, {**options, "seed": 2}),
+        (Wide([1.0, 1.0, 1.0]), {**options, "seed": 3}),
+    ]
+    same_as_alone(requests, submit_together(engine, requests))
 
 
 def test_step_sizes_adapt_for_each_run_by_itself(engine):

@@ -8,7 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LeafEnergies = Mapping[Hashable, Tensor]
 
-__all__ = ["Algebra", "Energy", "LeafEnergies", "as_name", "parameter_count"]
+__all__ = ["Algebra", "Axes", "Energy", "LeafEnergies", "as_name", "parameter_count"]
 
 
 class _Moving(threading.local):
@@ -49,6 +49,13 @@ class Algebra(Protocol):
     def either(self, first: Energy, second: Energy) -> Energy: ...
 
     def negate(self, energy: Energy) -> Energy: ...
+
+
+class Axes(NamedTuple):
+    """Orthonormal directions, (axes, size), and the variance of the data along each, (axes,), least first."""
+
+    directions: Tensor
+    variances: Tensor
 
 
 class Energy(nn.Module, ABC):
@@ -238,6 +245,15 @@ class Energy(nn.Module, ABC):
         """
         first = next((leaf for leaf in self.leaves() if not leaf.likelihood), self)
         return None if first is self else first.prior(noise, noise_level)
+
+    def principal_axes(self, size: int) -> Axes | None:
+        """The axes along which the data of a composition's first density vary most; None if it knows of none.
+
+        Args:
+            size: Numbers of a state.
+        """
+        first = next((leaf for leaf in self.leaves() if not leaf.likelihood), self)
+        return None if first is self else first.principal_axes(size)
 
     def images(self, states: Tensor) -> Tensor:
         """States (n, *event) as pictures in [-1, 1]: decoded where they are latents."""

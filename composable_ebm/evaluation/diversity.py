@@ -118,6 +118,7 @@ def marginals(
         ours, theirs = (_shares(labels, len(pool.values[name])) for labels in (seen[name][rows[free]], real))
         found[name] = {
             "shares": [round(float(s), 4) for s in ours],
+            "shares_data": [round(float(s), 4) for s in theirs],
             "largest_difference": round(float((ours - theirs).abs().max()), 4),
             "entropy": round(entropy(ours), 4),
             "entropy_data": round(entropy(theirs), 4),

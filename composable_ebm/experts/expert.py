@@ -10,6 +10,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from composable_ebm.energy import Codec, Energy, LeafEnergies, Mixture, negate, soft_minimum
+from composable_ebm.energy.base import Axes
 from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.experts.card import Card
 
@@ -162,6 +163,12 @@ class Expert(Energy):
             return self.base.prior(noise, noise_level)
         known = getattr(self.network, "prior", None)
         return super().prior(noise, noise_level) if known is None else known(noise, noise_level)
+
+    def principal_axes(self, size: int) -> Axes | None:
+        if self.base is not None:
+            return self.base.principal_axes(size)
+        known = getattr(self.network, "principal_axes", None)
+        return super().principal_axes(size) if known is None else known(size)
 
     @property
     def key(self) -> Hashable:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from composable_ebm.energy import Energy, changed_states
 from composable_ebm.potential.evaluating import evaluating
 from composable_ebm.potential.potential import Potential
-from composable_ebm.sampling.block import Block, MaskedNoise, Rows, joined, started
+from composable_ebm.sampling.block import Block, MaskedNoise, Rows, started, together
 from composable_ebm.sampling.graphs import (
     Move,
     Moved,
@@ -195,10 +195,7 @@ class Batch(ABC):
 
     def _step(self) -> None:
         each = [block.scheduled() for block in self.blocks]
-        dynamics: Tensors = each[0]
-        if len(each) > 1:
-            dynamics = tuple(joined(column, self.sizes) for column in zip(*each, strict=True))
-        moved, reason = self._move(step_rows, dynamics)
+        moved, reason = self._move(step_rows, together(each, self.sizes))
         self.rows = moved.rows
         self._note(moved.norm, Info(moved.acceptance), [numbers.step_size for numbers in each])
         if self.graphs is not None:

@@ -25,10 +25,28 @@ from composable_ebm.sampling.schedule import Schedule
 Sampler = Kernel | Annealed
 Held = Literal["clean", "noisy"]
 
+WIDE = 0.05
+"""Steps have lengths of their own along axes whose variance is this much of the first level's σ², or more."""
+LONGEST = 1.5
+"""The longest of them, in σ²."""
+DOWN_TO = 0.4
+"""Down to this much of the first level. Below it energies are less exact than the flow that leads there."""
+
 PROJECTIONS = 8
 """Directions along which the states of a run are recorded."""
 
-__all__ = ["Block", "Held", "Hold", "MaskedNoise", "Rows", "Sampler", "joined", "projected", "started"]
+__all__ = [
+    "Block",
+    "Held",
+    "Hold",
+    "MaskedNoise",
+    "Rows",
+    "Sampler",
+    "joined",
+    "projected",
+    "started",
+    "together",
+]
 
 
 class Rows(NamedTuple):
@@ -243,7 +261,6 @@ class Block:
         if self.energy.binary and schedule.noise_level is not None:
             raise ValueError(f"{self.energy} lives on bits, which carry no noise level: anneal temperature.")
         self.ends = ends
-        self.dynamics = self.kernel.dynamics(like)
         self.place = 0
         self.levels = schedule.levels(count) if annealed else []
         self.sigmas = schedule.values(schedule.noise_level, count) or []
@@ -255,9 +272,27 @@ class Block:
             power = self._sigma**schedule.noise_power
             self._step_scale = power if self._scale is None else self._scale * power
         self._moves = self._step_scale is not None or self._temperature is not None
+        self.tune(self.kernel, like)
         self.adapt_until = num_warmup
         if annealed and self.levels:
             self.adapt_until = max(num_warmup, self.levels.index(self.levels[-1]))
+
+    def tune(self, kernel: Kernel, like: Tensor) -> None:
+        """Steps by `kernel`, with its own step size, and along the axes of the composition as it now is.
+
+        Where a part is held, or chains never end, all directions have the same step.
+        """
+        self.kernel = kernel
+        self.dynamics = kernel.dynamics(like)
+        self._variances: Tensor | None = None
+        whole = self.ends and self.mask is None
+        if not (whole and kernel.along_axes and self.sigmas):
+            return
+        found = self.energy.principal_axes(math.prod(like.shape[1:]))
+        wide = 0 if found is None else int((found.variances > WIDE * self.sigmas[0] ** 2).sum())
+        if found is not None and wide:
+            self._variances = found.variances[-wide:].to(like)
+            self.dynamics = self.dynamics._replace(axes=found.directions[-wide:].to(like))
 
     # -- the place in the schedule ------------------------------------------------------------------
 
@@ -291,15 +326,30 @@ class Block:
     def scheduled(self) -> Dynamics:
         """The numbers of the next step."""
         if not self._moves:
-            return self.dynamics
-        step_size, temperature, noise_scale = self.dynamics
+            return self._along_axes(self.dynamics)
+        step_size, temperature, noise_scale, *_ = self.dynamics
         if (scale := self._at(self._step_scale)) is not None:
             step_size = step_size * scale
         if noise_scale is not None and (scale := self._at(self._scale)) is not None:
             noise_scale = noise_scale * scale
         if (factor := self._at(self._temperature)) is not None:
             temperature = temperature * factor
-        return Dynamics(step_size, temperature, noise_scale)
+        return self._along_axes(
+            self.dynamics._replace(step_size=step_size, temperature=temperature, noise_scale=noise_scale)
+        )
+
+    def _along_axes(self, dynamics: Dynamics) -> Dynamics:
+        """With steps of their own along the axes: η(λ + σ²)/σ² where data have variance λ, up to `LONGEST`.
+
+        That is the step in which the Gaussian around noisy data is as wide along these axes as along all
+        others. Data that are no Gaussian have a precision of 1/σ² at most, and steps of 2σ² are stable.
+        """
+        sigma = self.sigma
+        if self._variances is None or sigma is None or sigma < DOWN_TO * self.sigmas[0]:
+            return dynamics
+        step_size = dynamics.step_size[..., None]
+        longest = torch.clamp(step_size, min=LONGEST * sigma**2)
+        return dynamics._replace(steps=torch.minimum(step_size * (1 + self._variances / sigma**2), longest))
 
     def _at(self, table: Tensor | None) -> Tensor | None:
         return None if table is None else table[min(self.place, len(table) - 1)]
@@ -414,6 +464,24 @@ class Block:
         # With no chain left there is nothing to learn from, and steering may bring them back.
         error = torch.where(alive.any(), mean - self.kernel.target_acceptance, 0.0)
         self.dynamics = self.dynamics._replace(step_size=self.dynamics.step_size * torch.exp(gain * error))
+
+
+def together(each: Sequence[Dynamics], sizes: Sequence[int]) -> Dynamics:
+    """The numbers of several blocks, one a row; those of one block as they are. Axes are the same for all."""
+    if len(each) == 1:
+        return each[0]
+    first, along = each[0], None
+    if any(own.steps is not None for own in each):
+        assert first.axes is not None
+        count = len(first.axes)
+        steps = [own.step_size[..., None] if own.steps is None else own.steps for own in each]
+        along = torch.cat([v.expand(size, count) for v, size in zip(steps, sizes, strict=True)])
+    step_size, temperature, noise_scale = (
+        joined(column, sizes) for column in zip(*(own[:3] for own in each), strict=True)
+    )
+    assert step_size is not None
+    assert temperature is not None
+    return Dynamics(step_size, temperature, noise_scale, first.axes, along)
 
 
 def started(energy: Energy, noise: Tensor, level: float) -> Tensor:

@@ -43,11 +43,22 @@ class Info(NamedTuple):
 
 
 class Dynamics(NamedTuple):
-    """The numbers of a step, as tensors () or (batch,)."""
+    """The numbers of a step, as tensors () or (batch,).
+
+    Attributes:
+        step_size: η.
+        temperature: T.
+        noise_scale: That of noise that is decoupled from the step.
+        axes: Orthonormal directions along which steps have a length of their own, (axes, size), for kernels
+            that have `along_axes`.
+        steps: η along each, (axes,) or (batch, axes).
+    """
 
     step_size: Tensor
     temperature: Tensor
     noise_scale: Tensor | None = None
+    axes: Tensor | None = None
+    steps: Tensor | None = None
 
 
 class Noise:
@@ -131,6 +142,9 @@ class Kernel(ABC):
 
     needs_energy: ClassVar[bool] = False
     """Whether steps are accepted or not by the energies at both ends, not by gradients alone."""
+
+    along_axes: ClassVar[bool] = False
+    """Whether steps may have lengths of their own along some axes, see `Dynamics.axes`."""
 
     def __post_init__(self) -> None:
         for name in ("step_size", "temperature"):

@@ -192,8 +192,7 @@ class LiveBlock(Block):
     def scheduled(self) -> Dynamics:
         power = self.schedule.noise_power
         scale = self.noise_level**power if power else torch.ones_like(self.noise_level)
-        step_size, temperature, noise_scale = self.dynamics
-        return Dynamics(step_size * scale, temperature, noise_scale)
+        return self.dynamics._replace(step_size=self.dynamics.step_size * scale)
 
     @property
     def starts_in_noise(self) -> bool:

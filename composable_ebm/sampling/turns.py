@@ -221,7 +221,7 @@ class Turns:
             suited, _ = calibrated_sampler(steering.energy)
             kernel = suited.kernel if isinstance(suited, Annealed) else suited
             if settings_of(kernel) == settings_of(block.kernel):
-                block.dynamics = kernel.dynamics(x)
+                block.tune(kernel, x)
             else:
                 sampler = suited
         if sampler is not None:
@@ -273,4 +273,13 @@ def _kind(run: Run, x: Tensor) -> Hashable:
     block, pace = run.block, run.pace
     absent = tuple(value is None for value in (*block.dynamics, block.sigma))
     states = tuple(x.shape[1:]), x.dtype, x.device, block.energy.binary
-    return settings_of(block.kernel), states, absent, pace.steps_per_second, run if pace.alone else None
+    axes = block.dynamics.axes
+    along = None if axes is None else (axes.data_ptr(), len(axes))
+    return (
+        settings_of(block.kernel),
+        states,
+        along,
+        absent,
+        pace.steps_per_second,
+        run if pace.alone else None,
+    )
