@@ -39,11 +39,10 @@ def start_from(
             _start_codec(network, init)
         return
     if not init:
-        if isinstance(network, (GaussianSkeleton, RBM)):
-            generator = torch.Generator().manual_seed(0)  # folders come sorted by class
-            some = torch.randperm(len(data), generator=generator)[: images_to_fit(data.images[0].numel())]
-            x = data.batch(some.to(data.images.device))
-            network.fit(rescaled(x, network.data_range) if isinstance(network, RBM) else x)
+        if isinstance(network, RBM):
+            network.fit(rescaled(_some(data), network.data_range))
+        elif isinstance(network, GaussianSkeleton):
+            network.fit(_some(data))
         return
     try:
         expert = load_expert(init)
@@ -69,6 +68,16 @@ def start_from(
             'or start without it: --init "".'
         )
     network.load_state_dict(shared, strict=False)
+    if isinstance(network, GaussianSkeleton):
+        # Theirs may have been other pictures, and chains begin at the mean and the width of the data.
+        network.refit(_some(data))
+
+
+def _some(data: LabelledImages) -> Tensor:
+    """Enough images to take a mean and principal components from, (n, *event)."""
+    generator = torch.Generator().manual_seed(0)  # folders come sorted by class
+    some = torch.randperm(len(data), generator=generator)[: images_to_fit(data.images[0].numel())]
+    return data.batch(some.to(data.images.device))
 
 
 def _start_codec(codec: PictureCodec, init: str) -> None:

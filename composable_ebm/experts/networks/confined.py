@@ -71,6 +71,8 @@ class ConfinedEnergy(GaussianSkeleton):
         ValueError: If there is no such backbone, or the state does not suit it.
     """
 
+    least_variance = 1e-4
+
     def __init__(
         self,
         event_shape: Sequence[int],
@@ -137,11 +139,8 @@ class ConfinedEnergy(GaussianSkeleton):
     def fit(self, images: Tensor) -> None:
         x = images.flatten(1).double()
         mean = x.mean(0)
-        variances, axes = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        self.mean.copy_(mean)
-        self.axes.copy_(axes.T)
-        self.variances.copy_(variances.clamp(min=1e-4))
-        self.spread.copy_(variances.mean().sqrt())
+        self.axes.copy_(torch.linalg.eigh((x - mean).T @ (x - mean)).eigenvectors.T)
+        self.refit(images)
 
     def features(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """The last hidden layer, (batch, hidden), of states at noise levels () or (batch,)."""

@@ -89,11 +89,11 @@ class DiffusedPatches(ModulatedSkeleton):
         """The patches of images (batch, *event), row by row: (batch, places, pixels)."""
         return F.pixel_unshuffle(x, self.patch).flatten(2).mT
 
-    def fit(self, images: Tensor) -> None:
-        """Takes mean and principal components of a patch from images in [-1, 1], (n, *event)."""
+    def parts(self, images: Tensor) -> Tensor:
+        """A patch of each image in [-1, 1], (n, *event), every place in turn: (m, pixels)."""
         patches = self.patches(images[:FIT_IMAGES])
         image = torch.arange(len(patches), device=patches.device)
-        super().fit(patches[image, image % patches.shape[1]])  # every place in turn
+        return patches[image, image % patches.shape[1]].float()
 
     @property
     def architecture(self) -> Hashable:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from composable_ebm.energy.base import Axes
 
 __all__ = [
     *("GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton"),
@@ -74,6 +77,9 @@ class GaussianSkeleton(nn.Module):
         noise_range: Smallest and largest noise level of the network, in data units.
     """
 
+    least_variance: ClassVar[float] = 1e-8
+    """A background that never changes has no variance; a pixel's grain has 1e-5."""
+
     def __init__(self, event_shape: Sequence[int], components: int, noise_range: Sequence[float]) -> None:
         super().__init__()
         size = math.prod(event_shape)
@@ -94,17 +100,26 @@ class GaussianSkeleton(nn.Module):
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
         """Takes mean and principal components from images in [-1, 1], (n, *event)."""
-        x = images[: images_to_fit(self.mean.numel())].flatten(1).float()
+        x = self.parts(images)
+        x = x - x.mean(0)
+        self.axes.copy_(principal_axes(x, len(self.variances)).T)
+        self.refit(images)
+
+    @torch.no_grad()
+    def refit(self, images: Tensor) -> None:
+        """Takes the mean and all variances anew, along the axes that it has: weights know those."""
+        x = self.parts(images)
         self.mean.copy_(x.mean(0))
         x = x - self.mean
-        axes = principal_axes(x, len(self.variances))
-        variances = (x @ axes).square().mean(0)
+        variances = (x @ self.axes.T).square().mean(0)
         total, others = x.square().sum() / len(x), len(self.mean) - len(variances)
-        self.axes.copy_(axes.T)
-        # A background that never changes has no variance; a pixel's grain has 1e-5.
-        self.variances.copy_(variances.clamp(min=1e-8))
-        self.residual.copy_(((total - variances.sum()) / max(others, 1)).clamp(min=1e-8))
+        self.variances.copy_(variances.clamp(min=self.least_variance))
+        self.residual.copy_(((total - variances.sum()) / max(others, 1)).clamp(min=self.least_variance))
         self.spread.copy_(x.square().mean().sqrt().clamp(min=1e-4))
+
+    def parts(self, images: Tensor) -> Tensor:
+        """What the Gaussian is of: images (n, *event) in [-1, 1], as many as fit into memory, (m, size)."""
+        return images[: images_to_fit(self.mean.numel())].flatten(1).float()
 
     def denoiser_error(self, sigma: Tensor) -> Tensor:
         """m: mean squared error per pixel of the Gaussian's denoiser, shape of `sigma`."""
@@ -126,6 +141,10 @@ class GaussianSkeleton(nn.Module):
         rest = (self.residual + noise_level**2).sqrt()
         along = (z @ self.axes.T) * ((self.variances + noise_level**2).sqrt() - rest)
         return (self.mean + rest * z + along @ self.axes).reshape(noise.shape)
+
+    def principal_axes(self, size: int) -> Axes | None:
+        """Principal components of states of `size` numbers; None where they are those of patches."""
+        return Axes(self.axes, self.variances) if size == len(self.mean) else None
 
     def gaussian_energy(self, d: Tensor, along: Tensor, noise: Tensor) -> Tensor:
         """½ dᵀ(C + σ² I)⁻¹d in nats, shape of `noise`.
