@@ -22,7 +22,7 @@ from demos.mixer import pictures, runs, starts, state
 from demos.mixer.live import HOLD, NUDGE, START_STEPS, STIR, STIR_STEPS, Live, Start
 from demos.mixer.state import Request
 from demos.mixer.stream import stream
-from demos.mixer.terms import Term, satisfied, terms
+from demos.mixer.terms import terms
 
 # -- experts, frames, pictures ------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ def test_live_chains_share_a_batch_and_every_network_pass_with_others_of_the_sam
 def test_terms_take_a_value_and_its_marginal_together():
     base, hat = expert("base", ("image",)), expert("hat", ("bare", "hat"))
     x = points(5, (1, 4, 4))
-    found = terms(base + 4 * (hat - hat["any"]) + 0.5 * ~expert("cat", ("dog", "cat")), x)
+    found, _ = terms(base + 4 * (hat - hat["any"]) + 0.5 * ~expert("cat", ("dog", "cat")), x)
     assert [(term.name, term.weight) for term in found] == [
         ("toys/base", 1.0),
         ("toys/hat", 4.0),
@@ -308,7 +308,7 @@ def test_terms_take_a_value_and_its_marginal_together():
 def test_terms_of_a_choice_among_many_values_are_a_ratio_too():
     hue = expert("hue", ("red", "green", "blue"))
     x = points(5, (1, 4, 4))
-    found = terms(expert("base", ("image",)) + 2 * (~hue["red"] - hue["any"]), x)
+    found, _ = terms(expert("base", ("image",)) + 2 * (~hue["red"] - hue["any"]), x)
     chance = 1 - torch.stack([-hue[v](x) for v in ("red", "green", "blue")]).softmax(0)[0]
     assert found[1].probability == pytest.approx(float(chance.mean()))
 
@@ -427,13 +427,13 @@ def test_terms_of_an_or_are_told_one_by_one():
     base, hat, tie = expert("base", ("image",)), binary("hat", 1), binary("tie", 2)
     x = points(5, (1, 4, 4))
     either = 3 * (hat - hat["any"]) | 2 * (tie - tie["any"])
-    found = terms(base + either, x)
+    found, _ = terms(base + either, x)
     assert [(term.name, term.weight) for term in found] == [
         ("toys/base", 1.0),
         ("toys/hat", 3.0),
         ("toys/tie", 2.0),
     ]
-    alone = terms(base + 3 * (hat - hat["any"]), x)
+    alone, _ = terms(base + 3 * (hat - hat["any"]), x)
     assert found[1].probability == pytest.approx(alone[1].probability)
 
 
@@ -446,20 +446,24 @@ def test_an_or_of_ratios_is_the_probability_of_either():
     assert torch.allclose(energy(x), -torch.log(chances[0] + chances[1]), atol=1e-5)
 
 
-def test_pictures_satisfy_a_mix_where_all_is_likely_and_of_each_or_one():
-    def term(likely, group=0):
-        return Term("a", 1.0, 0.0, 0.0, group, None if likely is None else torch.tensor(likely))
-
-    assert satisfied([term(None)]) is None
-    assert satisfied([term(None), term([0.9, 0.1]), term([0.8, 0.9])]).tolist() == [True, False]
-    either = [term([0.9, 0.1], 1), term([0.1, 0.2], 1)]
-    assert satisfied([term([0.9, 0.9]), *either]).tolist() == [True, False]
+def test_pictures_meet_a_mix_where_all_is_likely_and_of_each_or_one():
+    base, hat, tie, cap = (
+        expert("base", ("image",)),
+        *(binary(name, i) for i, name in enumerate(("hat", "tie", "cap"))),
+    )
+    x = points(64, (1, 4, 4))
+    assert terms(base, x)[1] is None
+    likely = [torch.stack([-(~each)(x), -each(x)]).softmax(0)[1] > 0.5 for each in (hat, tie, cap)]
+    ratios = [each - each["any"] for each in (hat, tie, cap)]
+    _, met = terms(base + 2 * ratios[0] + (3 * ratios[1] | ratios[2]), x)
+    assert met.tolist() == (likely[0] & (likely[1] | likely[2])).tolist()
+    assert 0 < met.sum() < 64
 
 
 def test_several_values_of_one_expert_are_each_told():
     hue = expert("hue", ("red", "green", "blue"))
     x = points(5, (1, 4, 4))
-    found = terms(expert("base", ("image",)) + 2 * hue["red"] + hue["blue"] - 3 * hue["any"], x)
+    found, _ = terms(expert("base", ("image",)) + 2 * hue["red"] + hue["blue"] - 3 * hue["any"], x)
     assert [(term.name, term.weight) for term in found[1:]] == [
         ("toys/hue[red]", 2.0),
         ("toys/hue[blue]", 1.0),

@@ -1,6 +1,7 @@
 """Several visitors of the mixer on one engine: what they share, and what one of them cannot do to another."""
 
 import dataclasses
+import json
 import re
 import shutil
 import threading
@@ -61,7 +62,7 @@ class Visitor:
         axes, sent = given if does == "grid" else (), given if does != "grid" else ()
         self.updates = getattr(runs, does)(asked, *axes, name, *sent)
         self.shown = []
-        self.thread = threading.Thread(target=lambda: self.shown.extend(self.updates))
+        self.thread = threading.Thread(target=lambda: self.shown.extend(map(received, self.updates)))
         self.thread.start()
 
     @property
@@ -82,6 +83,11 @@ class Visitor:
 
     def said(self):
         return " ".join(str(each.get("problem", "")) + str(each.get("said", "")) for each in self.shown)
+
+
+def received(message):
+    """A message as a page gets it."""
+    return json.loads(json.dumps(message))
 
 
 def stopped(message):

@@ -29,13 +29,9 @@ class Recorder:
     Args:
         limit_frames: Most frames to keep, 2 at least; fewer are kept of chains so many that these
             would take more than `MAX_BYTES`.
-    Raises:
-        ValueError: If the limit is below 2.
     """
 
     def __init__(self, limit_frames: int) -> None:
-        if limit_frames < 2:
-            raise ValueError(f"`limit_frames` must be at least 2, got {limit_frames}.")
         self.limit_frames = limit_frames
         self.clear()
 
@@ -51,15 +47,7 @@ class Recorder:
 
     def add(self, states: Tensor) -> None:
         """Takes the next frame, images (chains, 1 or 3, height, width). Other chains than before,
-        in number or shape, begin anew.
-
-        Raises:
-            ValueError: If the states are no images.
-        """
-        if states.ndim != 4 or states.shape[1] not in (1, 3) or not len(states):
-            raise ValueError(
-                f"`states` must have shape (chains, 1 or 3, height, width), got {tuple(states.shape)}."
-            )
+        in number or shape, begin anew."""
         if self._last is not None and self._last.shape != states.shape:
             self.clear()
         pixels = (states.detach().float().nan_to_num(0.0, 1.0, -1.0) + 1) / 2
@@ -79,10 +67,8 @@ class Recorder:
             chain: Which one; all of them side by side unless given.
             format: "gif", which everything shows, or "webp", which is smaller and keeps all colours.
         Raises:
-            ValueError: If there are no frames, no such chain or no such format.
+            ValueError: If there are no frames, or no such chain.
         """
-        if format not in ("gif", "webp"):
-            raise ValueError(f'`format` must be "gif" or "webp", got {format!r}.')
         if self._last is None:
             raise ValueError("there is nothing to save yet: press Play first.")
         if chain is not None and not 0 <= chain < len(self._last):

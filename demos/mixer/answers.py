@@ -17,10 +17,10 @@ from composable_ebm.experts import Card
 from . import mix, pictures, starts, state
 from .explore import Axis
 from .heat import pushes
-from .lessons import forgotten, kept
+from .lessons import kept
 from .runs import FAILURES, Message, Runs, sentences, understood
 from .state import Request
-from .terms import named, parts, satisfied, terms
+from .terms import named, parts, terms
 from .trust import doubts
 
 THUMB_CHAINS, THUMB_STEPS, THUMB_SHARE = 4, 40, 0.25
@@ -68,8 +68,8 @@ class Answers:
         energy = understood(recipe, self.runs.library)
         options = {"share": THUMB_SHARE, "on_divergence": "report"}
         result = self.runs.engine.submit(energy, THUMB_CHAINS, THUMB_STEPS, seed, **options).result()
-        good = satisfied(terms(energy, result.samples))
-        best = 0 if good is None else int(good.float().argmax())
+        _, met = terms(energy, result.samples)
+        best = 0 if met is None else int(met.float().argmax())
         return result.images[best : best + 1]
 
     def thumb(self, index: int) -> bytes | None:
@@ -87,6 +87,7 @@ class Answers:
         """All that can be mixed; looks for experts that have come or gone."""
         offer = self.runs.offer
         offer.reload()
+        shown = offer.shown
         return {
             "families": offer.families(self._taught(by)),
             "starts": [
@@ -95,7 +96,7 @@ class Answers:
                     "recipe": each.recipe,
                     "photo": each.photo,
                     "family": each.mix.family,
-                    "shown": each in offer.shown,
+                    "shown": each in shown,
                     "drawn": each.recipe not in offer.pipelines,
                 }
                 for each in offer.starts
@@ -235,7 +236,7 @@ class Answers:
 
     def forget(self, sent: Sent, by: str) -> Message:
         """Forgets an expert that the visitor taught."""
-        forgotten(str(sent.get("name")), self.runs.visitors[by])
+        self.runs.visitors[by].taught.pop(str(sent.get("name")), None)
         return {}
 
     def keep(self, sent: Sent, by: str) -> Message:

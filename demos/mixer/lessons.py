@@ -25,7 +25,7 @@ from .visitors import Visitor
 MOST = 64  # marks of each kind
 DRAWN, DRAWN_AT_ONCE, DRAWN_STEPS = 384, 64, 12  # latents that nobody marked; rough ones will do
 
-__all__ = ["forgotten", "kept", "taught"]
+__all__ = ["kept", "taught"]
 
 
 def taught(
@@ -107,11 +107,6 @@ def kept(name: str, visitor: Visitor) -> str:
         raise ValueError(f"{name} is saved already; forget this one and teach it under another name.")
     save_expert(folder, expert.network, expert.card, half=True)
     return str(folder)
-
-
-def forgotten(name: str, visitor: Visitor) -> None:
-    """Forgets an expert that the visitor taught."""
-    visitor.taught.pop(name, None)
 
 
 def _named(name: Any) -> str:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from composable_ebm import Energy, Engine, Frame, Mixture, Not, SampleResult, Sum, parse
+from composable_ebm import Energy, Engine, Frame, SampleResult, parse
 from composable_ebm.experts.library import Library
 from composable_ebm.pipelines import Pipeline
 from composable_ebm.potential.plan import Plan
@@ -28,7 +28,7 @@ from .offer import Offer
 from .session import FAILURES, Asked, Session, sentences
 from .state import MAX_SEED, Limits, Request
 from .stream import stream
-from .terms import Term, asked_of, satisfied, terms
+from .terms import Term, parts, terms, with_marginals
 from .visitors import Visitors
 
 MAX_PLAY_SECONDS = 600.0  # without a change, as for a forgotten tab
@@ -290,6 +290,7 @@ def _finished(result: SampleResult, energy: Energy, asked: Request) -> Message:
     if stopped:  # what it had reached need not satisfy anything
         said = [f"Stopped at step {result.num_steps} of {asked.num_steps}: the picture is unfinished."]
     texts = {**result.provenance(), "recipe": asked.recipe}
+    found, met = terms(energy, result.samples)
     return {
         **_saved(result.images, texts, asked),
         "step": result.num_steps,
@@ -298,7 +299,7 @@ def _finished(result: SampleResult, energy: Energy, asked: Request) -> Message:
         "seconds": round(result.seconds, 2),
         "said": ". ".join(said),
         "report": result.report(),
-        **_told(terms(energy, result.samples), marked=not stopped),
+        **_told(found, None if stopped else met),
     }
 
 
@@ -342,25 +343,24 @@ class _Plans:
         self._plan: tuple[list[Hashable], Plan] | None = None
 
     def told(self, frame: Frame) -> Message:
-        energy = asked_of(frame.composition)
+        energy = with_marginals(frame.composition)
         keys = [leaf.key for leaf in energy.leaves()]
         if self._plan is None or self._plan[0] != keys:
             self._plan = keys, Plan(energy)
-        found = terms(frame.composition, frame.states, frame.noise_level, self._plan[1])
-        level = None if frame.noise_level is None else round(float(frame.noise_level.max()), 2)
-        told = _told(found, marked=level is None or level <= SETTLED) | {"level": level}
-        if frame.met is None or frame.noise_level is None:
-            return told
-        resting = frame.noise_level <= SETTLED  # the others are on their way
-        return told | {"misses": (resting & ~frame.met).nonzero().flatten().tolist()}
+        found, met = terms(frame.composition, frame.states, frame.noise_level, self._plan[1])
+        met = met if frame.met is None else frame.met
+        if frame.noise_level is None:
+            return _told(found, met)
+        if met is not None:
+            met = met | (frame.noise_level > SETTLED)  # those are on their way
+        return _told(found, met) | {"level": round(float(frame.noise_level.max()), 2)}
 
 
 SETTLED = 0.5  # noise level in data units from which on what is still missing will hardly come by itself
 
 
-def _told(found: Sequence[Term], marked: bool) -> Message:
+def _told(found: Sequence[Term], met: Tensor | None) -> Message:
     """What each part says, and which pictures still miss something."""
-    good = satisfied(found) if marked else None
     rows = [
         {
             "name": term.name,
@@ -371,7 +371,7 @@ def _told(found: Sequence[Term], marked: bool) -> Message:
         }
         for term in found
     ]
-    return {"terms": rows, "misses": None if good is None else (~good).nonzero().flatten().tolist()}
+    return {"terms": rows, "misses": None if met is None else (~met).nonzero().flatten().tolist()}
 
 
 def nats(energy: float) -> str:
@@ -396,15 +396,6 @@ def understood(recipe: str, names: Mapping[str, Energy]) -> Energy:
         ValueError: If it cannot be read, or asks for weights at which nothing can be sampled.
     """
     energy = parse(recipe, names)
-    if (largest := _largest_weight(energy)) > MAX_RECIPE_WEIGHT:
+    if (largest := max(abs(part.weight) for part in parts(energy))) > MAX_RECIPE_WEIGHT:
         raise ValueError(f"a weight may be {MAX_RECIPE_WEIGHT:g} here at most, got {largest:g}.")
     return energy
-
-
-def _largest_weight(energy: Energy) -> float:
-    if isinstance(energy, Sum):
-        pairs = zip(energy.operands, energy.weights, strict=True)
-        return max(abs(float(weight)) * _largest_weight(term) for term, weight in pairs)
-    if isinstance(energy, (Mixture, Not)):
-        return max(_largest_weight(operand) for operand in energy.operands)
-    return 1.0

@@ -8,19 +8,20 @@ itself, so that how its recipe is written does not matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from composable_ebm.energy import Energy, LeafEnergies, Mixture, Not, Sum
+from composable_ebm.energy.carrier import satisfied
 from composable_ebm.experts import Expert
 from composable_ebm.pipelines import Pipeline, Prompt
 from composable_ebm.pipelines.prompts import Without
 from composable_ebm.potential.plan import Plan
 
-__all__ = ["Part", "Term", "alone", "left_out", "named", "parts", "reweighted", "satisfied", "terms"]
+__all__ = ["Part", "Term", "alone", "left_out", "named", "parts", "reweighted", "terms", "with_marginals"]
 
 
 class Part(NamedTuple):
@@ -65,7 +66,6 @@ class Term(NamedTuple):
             number where it has none.
         probability: p(a | x), where the part is of an expert that knows other values.
         group: The OR it stands in; 0 beside all others.
-        likely: The probability in each picture, (batch,).
     """
 
     name: str
@@ -73,7 +73,6 @@ class Term(NamedTuple):
     energy: float
     probability: float | None
     group: int = 0
-    likely: Tensor | None = None
 
 
 def parts(energy: Energy) -> list[Part]:
@@ -195,58 +194,39 @@ def left_out(energy: Energy) -> Expert | Prompt | None:
 
 def terms(
     energy: Energy, x: Tensor, noise_level: Tensor | None = None, plan: Plan | None = None
-) -> list[Term]:
-    """What each part of `energy` says at states `x`.
+) -> tuple[list[Term], Tensor | None]:
+    """What each part of `energy` says at states `x`, and which of them meet it by the experts' verdicts.
 
     Args:
         energy: A composition.
         x: States, (batch, *event).
         noise_level: Noise that they carry, in data units.
-        plan: How to evaluate the leaves of `asked_of(energy)`, where that is known already.
+        plan: How to evaluate the leaves of `with_marginals(energy)`, where that is known already.
     """
     found = []
     with torch.no_grad():
-        leaves = (plan or Plan(asked_of(energy)))(x, noise_level)
+        leaves = (plan or Plan(with_marginals(energy)))(x, noise_level)
         for part in parts(energy):
-            said = _value(part.asked, leaves, x)
+            said, likely = _value(part.asked, leaves, x), None
+            marginal = part.asked.marginal() if part.weight > 0 and _chosen(part.asked) else None
+            if marginal is not None:
+                likely = float((_value(marginal, leaves, x) - said).clamp(max=0).exp().mean())
             if part.against is not None:
                 said = said - _value(part.against, leaves, x)
-            likely = _likely(part, leaves, x)
-            mean = None if likely is None else float(likely.mean())
             valued = all(leaf.has_value for leaf in part.asked.leaves())
             energy_of = float(said.mean()) if valued else math.nan  # prompts are known by their score
-            found.append(Term(part.name, part.weight, energy_of, mean, part.group, likely))
-    return found
+            found.append(Term(part.name, part.weight, energy_of, likely, part.group))
+        return found, satisfied(energy, leaves, energy.coefficients.to(x))
 
 
-def asked_of(energy: Energy) -> Energy:
+def with_marginals(energy: Energy) -> Energy:
     """The composition, with the marginals that it takes to say how likely its parts are."""
-    needed = [chosen[0]["any"] for part in parts(energy) if (chosen := _chosen(part.asked)) is not None]
-    return Sum([energy, *needed], [1.0, *[0.0] * len(needed)]) if needed else energy
+    marginals = [marginal for leaf in energy.leaves() if (marginal := leaf.marginal()) is not None]
+    return Sum([energy, *marginals]) if marginals else energy
 
 
 def _value(energy: Energy, leaves: LeafEnergies, x: Tensor) -> Tensor:
     return energy.combine(leaves, energy.coefficients.to(x))
-
-
-def _likely(part: Part, leaves: LeafEnergies, x: Tensor) -> Tensor | None:
-    """p(a | x) in each picture, (batch,), for parts that ask for values."""
-    if (chosen := _chosen(part.asked)) is None or part.weight <= 0:
-        return None
-    marginal = _value(chosen[0]["any"], leaves, x)
-    return (marginal - _value(part.asked, leaves, x)).clamp(max=0).exp()
-
-
-def satisfied(found: Sequence[Term]) -> Tensor | None:
-    """Whether each picture is likelier than not to have all that is asked for, and of each OR one at
-    least, (batch,); None where nothing is asked for by value."""
-    wanted = [term.likely for term in found if term.likely is not None and not term.group]
-    for group in {term.group for term in found if term.group}:
-        either = [term.likely for term in found if term.group == group]
-        known = [likely for likely in either if likely is not None]
-        if len(known) == len(either):
-            wanted.append(1 - torch.stack([1 - likely for likely in known]).prod(0))
-    return torch.stack([likely > 0.5 for likely in wanted]).all(0) if wanted else None
 
 
 # -- at other weights, and alone ----------------------------------------------------------------------------

@@ -215,6 +215,7 @@ const run = async (kind, more = {}) => {
     current?.abort();
     const mine = (current = new AbortController());
     state.busy = kind;
+    state.stopped = false;
     let last = null;
     drawButtons();
     try {
@@ -269,6 +270,14 @@ const tell = {
     error: (message) => note(message.problem),
 };
 
+/** Runs something beside chains that play, and lets them play on after it. */
+const aside = async (kind, more) => {
+    const was = state.busy;
+    const last = await run(kind, more);
+    if (was === "play" && last && last.kind !== "taught" && !state.stopped) play();
+    return last;
+};
+
 const play = () => {
     if (!state.recipe) return says("Switch on at least one expert first.");
     state.along = {};
@@ -284,7 +293,10 @@ const sample = () => {
     find("caption").textContent = "Waiting for the first step…";
     return run("sample");
 };
-const stop = () => { if (state.busy) return ask("stop"); };
+const stop = () => {
+    state.stopped = true;
+    if (state.busy) return ask("stop");
+};
 /** Begins anew what runs on, where something changed that it cannot follow. */
 const rerun = () => { if (state.busy === "play") play(); };
 
@@ -426,8 +438,8 @@ const openWorld = async () => {
 };
 
 const open = async () => {
-    why.whyPanel(() => run("alone"));
-    explore.explorePanel((axes) => run("grid", axes));
+    why.whyPanel(() => aside("alone"));
+    explore.explorePanel((axes) => aside("grid", axes));
     easel.easelPanel(find("begin"), {
         noise: () => setStart(null),
         example: async () => {
@@ -439,9 +451,7 @@ const open = async () => {
     });
     teach.teachPanel({
         teach: async (wanted) => {
-            const was = state.busy;
-            const last = await run("teach", wanted);
-            if (last?.kind !== "taught" && was === "play") play();
+            const last = await aside("teach", wanted);
             return last?.kind === "taught" ? last : { problem: last?.problem ?? last?.said ?? "It was interrupted." };
         },
         changed: async (name, weight, gone) => {

@@ -13,6 +13,7 @@ export const state = {
 
     // What is shown.
     busy: "", // what runs: play, sample, grid, alone, teach
+    stopped: false, // whether Stop was pressed since that began
     problem: "",
     told: "", // what was wrong with running chains when it was told last
     shown: { count: 0, misses: null }, // the pictures: {picture, count, alt, misses, recipe}
