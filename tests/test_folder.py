@@ -397,6 +397,10 @@ def test_the_summary_counts_pictures_by_split_and_value(tmp_path):
     assert re.search(rf"cat +{cats} ", said)
     assert f"values of few pictures, of which little can be learned: dog ({dogs})" in said
     assert "colour, 4x4 pixels, the middle square of each" in said
+    again = summary(*data, "class", told=True)
+    assert again in said
+    assert "pictures to learn from" not in again
+    assert summary(*data, told=True) == ""
 
 
 def test_grey_pictures_have_one_channel_unless_asked_otherwise(tmp_path):

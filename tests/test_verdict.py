@@ -115,6 +115,17 @@ def test_it_ends_with_a_verdict_and_a_sheet(kept, capsys):
     assert {"sample_distance", "heldout_distance"} <= written.card.metrics.keys()
 
 
+def test_advice_depends_on_whether_it_was_still_getting_better(tmp_path):
+    metrics = {"heldout_denoising": 0.99}
+
+    def advice(better):
+        sheet = tmp_path / "sheet.png"
+        return str(judge(expert("base"), images(), images(300, seed=2), metrics, metrics, sheet, better))
+
+    assert "it was still getting better: give it more --minutes" in advice(True)
+    assert "it no longer got better: more pictures may help, more minutes do not" in advice(False)
+
+
 def verdict(train, tmp_path):
     return str(judge(expert("base"), train, images(300, seed=2), {}, {}, tmp_path / "sheet.png"))
 

@@ -12,14 +12,17 @@ LITTLE = 500  # pictures below which samples are likely to be copies
 __all__ = ["summary"]
 
 
-def summary(train: LabelledImages, held_out: LabelledImages, attribute: str = "") -> str:
+def summary(train: LabelledImages, held_out: LabelledImages, attribute: str = "", told: bool = False) -> str:
     """Pictures by split and value, and what was skipped and why.
 
     Args:
         train: What is learned from.
         held_out: What is held out.
         attribute: The attribute that is learned; "" for p(x).
+        told: Whether all has been said before but the values of the attribute.
     """
+    if told:
+        return "\n".join(_table(train, held_out, attribute)) if attribute else ""
     lines = [f"{train.name}: {len(train):,} pictures to learn from, {len(held_out):,} held out"]
     if len(train) < LITTLE:
         lines.append("  that is little to learn from: samples may be copies of these pictures, or like none")

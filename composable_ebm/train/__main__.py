@@ -49,10 +49,11 @@ def _train(arguments: list[str]) -> int:
     if flags:
         config = _override(config, flags)
     try:
+        before: list[TrainConfig] = []
         if config.latents and config.data.name == "folder":
             before, config = stages_before(config, _what_is_trained(arguments))
             _train_before(before, _what_is_trained(arguments))
-        expert = train(config, arguments=_what_is_trained(arguments))
+        expert = train(config, arguments=_what_is_trained(arguments), told=bool(before))
     except TrainingStoppedError as stopped:
         if is_first():
             print(stopped, file=sys.stderr)
@@ -72,9 +73,9 @@ def _train(arguments: list[str]) -> int:
 
 def _train_before(stages: Sequence[TrainConfig], arguments: Sequence[str]) -> None:
     """Trains one part of a family after the other, in one group of processes, which the last stage ends."""
-    for stage in stages:
+    for i, stage in enumerate(stages):
         accelerator = accelerator_for(stage)
-        train(stage, accelerator, arguments=arguments)
+        train(stage, accelerator, arguments=arguments, told=i > 0)
         accelerator.free_memory()
 
 

@@ -39,7 +39,8 @@ def write_with_verdict(config: TrainConfig, material: Material, network: nn.Modu
         tqdm.write(f"{expert.card.full_name}: drawing samples for the verdict")
         both = material.held_out, material.labelled(config.data.attribute)
         held_out, known = (held_out_metrics(expert, data) for data in both)
-        verdict = judge(expert, *material.pictures, held_out, known, config.run_folder / "verdict.png")
+        sheet, better = config.run_folder / "verdict.png", facts["best_iteration"] == facts["iterations"]
+        verdict = judge(expert, *material.pictures, held_out, known, sheet, better)
         write_atomic(config.run_folder / "verdict.txt", f"{verdict}\n".encode())
     expert = export(config, expert, facts, material.held_out, verdict.figures if verdict else None)
     if verdict:

@@ -71,13 +71,16 @@ class Material:
         return x, labels
 
 
-def gather(config: TrainConfig, accelerator: Accelerator, data: Split | None = None) -> Material:
+def gather(
+    config: TrainConfig, accelerator: Accelerator, data: Split | None = None, told: bool = False
+) -> Material:
     """Renders, downloads or reads what a configuration names.
 
     Args:
         config: What to train.
         accelerator: The processes; one of them does it first.
         data: Pictures in place of those that `config` names.
+        told: Whether a training before it has said what is in the folder.
     """
     codec = load_codec(config.model_folder.parent / CODEC, "cpu") if config.latents else None
     if data is None:
@@ -86,8 +89,9 @@ def gather(config: TrainConfig, accelerator: Accelerator, data: Split | None = N
             data = load_split(config.data, "train", own), load_split(config.data, "validation", own)
         if config.data.name == "folder":
             data = without_copies(*data), data[1]
-    if accelerator.is_main_process and config.data.name == "folder":
-        tqdm.write(summary(*data, config.data.attribute))
+    found = summary(*data, config.data.attribute, told) if config.data.name == "folder" else ""
+    if found and accelerator.is_main_process:
+        tqdm.write(found)
     pictures = data
     if config.data.mirror:
         data = mirrored(data[0]), data[1]

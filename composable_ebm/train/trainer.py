@@ -57,6 +57,7 @@ def train(
     accelerator: Accelerator | None = None,
     data: Split | None = None,
     arguments: Sequence[str] = (),
+    told: bool = False,
 ) -> Expert:
     """Trains one expert, from its last checkpoint if there is one, and writes it.
 
@@ -65,13 +66,14 @@ def train(
         accelerator: The processes to train on; made from `config` unless given.
         data: Images to learn from and held-out ones, in place of those that `config` names.
         arguments: Arguments of `composable-ebm train` that ask for this training, for the card.
+        told: Whether a training before it has said what is in the folder.
     Raises:
         TrainingDivergedError: If it diverged more than three times; the last good expert is written.
         TrainingStoppedError: If it was interrupted; what it had is saved.
         ValueError: If the run's folder belongs to another training, or another works in it.
         OSError: If the disk is full; the message says where it goes on.
     """
-    trainer = Trainer(config, accelerator, data, arguments)
+    trainer = Trainer(config, accelerator, data, arguments, told)
     try:
         return trainer.run()
     finally:
@@ -103,6 +105,7 @@ class Trainer:
         accelerator: The processes to train on; made from `config` unless given.
         data: Images to learn from and held-out ones, in place of those that `config` names.
         arguments: Arguments of `composable-ebm train` that ask for this training, for the card.
+        told: Whether a training before it has said what is in the folder.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         data: Split | None = None,
         arguments: Sequence[str] = (),
+        told: bool = False,
     ) -> None:
         self.config = config
         self.arguments = arguments
@@ -119,7 +123,7 @@ class Trainer:
             hub_token()
         self.accelerator = accelerator or accelerator_for(config)
         self.device = self.accelerator.device
-        self.material = gather(config, self.accelerator, data)
+        self.material = gather(config, self.accelerator, data, told)
         self.card, values = self.material.card, self.material.values
         torch.manual_seed(config.seed)  # the same weights on every rank
         network = build(self.card)

@@ -29,6 +29,7 @@ COPIES, FAR = 0.6, 1.5
 """Ratios of the two distances below which samples are copies, and above which they are like no picture."""
 LEARNED = 0.95
 OVERFIT = 1.15
+MORE_PICTURES = "it no longer got better: more pictures may help, more minutes do not"
 
 __all__ = ["Verdict", "judge"]
 
@@ -56,6 +57,7 @@ def judge(
     metrics: Mapping[str, float],
     on_training: Mapping[str, float],
     sheet: Path,
+    better: bool = False,
 ) -> Verdict:
     """Draws samples from noise and says what they and the held-out figures are worth.
 
@@ -66,6 +68,7 @@ def judge(
         metrics: Its `held_out_metrics`.
         on_training: The same measured on pictures that it learned from.
         sheet: A picture of samples with their nearest pictures beneath them is written here.
+        better: Whether it was still getting better at the end.
     """
     columns = sample_values(expert, max(SAMPLES // len(expert.card.values), 2))
     samples = expert.images(torch.cat(list(columns.values()))).cpu().clamp(-1, 1)
@@ -80,7 +83,9 @@ def judge(
     beside = torch.cat([samples[pick], train.batch(nearest[pick].to(train.images.device)).cpu()])
     title = {"expert": expert.card.full_name, "rows": "samples from noise, nearest training pictures"}
     save_grid(beside, sheet, columns=len(pick), metadata=title)
-    return Verdict(figures, tuple(_lines(expert, len(train), metrics, on_training, figures, held_out, sheet)))
+    return Verdict(
+        figures, tuple(_lines(expert, len(train), metrics, on_training, figures, held_out, sheet, better))
+    )
 
 
 def _nearest(images: Tensor, train: LabelledImages) -> tuple[Tensor, Tensor]:
@@ -109,8 +114,10 @@ def _lines(
     figures: Mapping[str, float],
     held_out: LabelledImages,
     sheet: Path,
+    better: bool,
 ) -> list[str]:
     lines, problems = [], []
+    more = "it was still getting better: give it more --minutes" if better else MORE_PICTURES
     if "heldout_denoising" in metrics:
         error = _gaussian_share(metrics)
         known = _gaussian_share(on_training) or error
@@ -119,11 +126,11 @@ def _lines(
             "Gaussian: less is better, and the two should be alike)"
         )
         if error > LEARNED:
-            problems.append("it has learned little more than a Gaussian: give it more pictures or minutes")
+            problems.append(f"it has learned little more than a Gaussian, and {more}")
         elif error > OVERFIT * known:
             problems.append(
-                "it knows the pictures it learned from better than others: give it more, or --data.mirror "
-                "where left and right are alike"
+                "it knows the pictures it learned from better than others: give it more pictures, or "
+                "--data.mirror where left and right are alike"
             )
     if (accuracy := metrics.get("heldout_accuracy")) is not None:
         labels = held_out.labels[expert.card.attribute]
@@ -149,7 +156,8 @@ def _lines(
         )
     elif ratio > FAR:
         problems.append(
-            "its samples are like no picture, noise or ghosts: give it more minutes, or a smaller --data.size"
+            "its samples are like no picture, noise or ghosts: give it a smaller --data.size, or more "
+            f"{'--minutes' if better else 'pictures'}"
         )
     worth = "usable" if not problems else "not good yet: " + "; ".join(problems)
     return [
