@@ -230,6 +230,31 @@ def test_trajectories_of_fifty_steps_in_c_agree(monkeypatch):
     torch.testing.assert_close(fast.samples, slow.samples, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("in_c")
+def test_what_lies_below_a_floor_in_c_is_lifted_as_by_autograd():
+    networks = [diffused(values, seed, half=True).network for seed, values in enumerate((1, 2, 3))]
+    x, level = points(12, SHAPE), torch.tensor(0.5)
+    for network in networks[1:]:
+        lowest = -(-network(x, level)).logsumexp(1)
+        network.set_floor([float(lowest.detach().quantile(0.5))] * 2)  # between two
+    networks[0].set_floor([-1e9, -1e9])
+    x = torch.cat([x, 50 * x])  # where the floor has a slope
+    with torch.no_grad():
+        evaluate = DiffusedPass(networks).ready(x, level)
+        outputs, pull_back = evaluate(x, level)
+    cotangent = torch.randn(outputs.shape)
+    for i, values in enumerate((1, 2, 3)):
+        cotangent[i, :, values:] = 0
+    at = x.clone().requires_grad_()
+    expected = [network(at, level) for network in networks]
+    total = sum((e * c[:, : e.shape[1]]).sum() for e, c in zip(expected, cotangent, strict=True))
+    (gradient,) = torch.autograd.grad(total, at)
+    for mine, theirs in zip(outputs, expected, strict=True):
+        assert_equal([mine[:, : theirs.shape[1]]], [theirs.detach()])
+    with torch.no_grad():
+        assert_equal([pull_back(cotangent)], [gradient])
+
+
 # --- sums without a graph ------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import composable_ebm as ceb
-from composable_ebm.experts.networks import ConfinedEnergy, DiffusedEnergy, DiffusedPatches
+from composable_ebm.experts.networks import ConfinedEnergy, DiffusedEnergy, DiffusedPatches, DiffusedWindows
 from composable_ebm.experts.networks.skeleton import principal_axes
 from composable_ebm.sampling.schedule import karras
 
@@ -104,3 +104,74 @@ def test_a_flow_from_the_prior_ends_in_the_data():
         out = ceb.sample(energy, num_chains=4000, sampler=sampler, num_steps=200, seed=0)
         assert out.samples.mean(0).tolist() == pytest.approx([4.0, 4.0], abs=1.0)
         assert out.samples.std(0).tolist() == pytest.approx([20.0, 1.0], rel=0.05)
+
+
+# --- floors ----------------------------------------------------------------------------------------
+
+RANGE = (0.05, 5.0)
+KINDS = {
+    "perceptron": lambda values: DiffusedEnergy((1, 8, 8), values, 16, 8, RANGE),
+    "windows": lambda values: DiffusedWindows((1, 8, 8), values, 16, 1, components=8, noise_range=RANGE),
+    "patches": lambda values: DiffusedPatches((1, 8, 8), values, 4, 16, 8, 8, RANGE),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def falling(kind, values):
+    """A network whose energies fall without end, and data."""
+    torch.manual_seed(0)
+    network = KINDS[kind](values)
+    x = of_rank(20, 200, 64).reshape(200, 1, 8, 8)
+    network.fit(x)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+        network.quadratic_head.weight.mul_(3)
+    return network.requires_grad_(False), x
+
+
+def marginal(network, x, level):
+    return -(-network(x, torch.tensor(level))).logsumexp(1)
+
+
+@pytest.mark.parametrize("values", [1, 3])
+def test_a_floor_changes_nothing_above_and_no_energy_lies_below(kind, values):
+    network, x = falling(kind, values)
+    far = torch.cat([x, 3 * x, 100 * x])
+    before = network(far, torch.tensor(0.05))
+    least = float(marginal(network, x, 0.05).median())
+    network.set_floor([least, least])
+    after, above = network(far, torch.tensor(0.05)), marginal(network, far, 0.05)
+    assert (above >= least - 1e-3 * abs(least)).all()
+    kept = (-(-before).logsumexp(1) > least) & (torch.arange(len(far)) < len(x))
+    assert 20 < kept.sum() < len(x)
+    torch.testing.assert_close(after[kept], before[kept])
+    assert type(network)(**network.options).floor == network.floor
+
+
+@pytest.mark.parametrize("values", [1, 3])
+def test_descent_comes_back_from_far_away_and_ends_on_the_floor(kind, values):
+    network, x = falling(kind, values)
+    network.set_floor([float(marginal(network, x, level).min()) - 50 for level in RANGE])
+    far = 30 * x[:16]
+    lowest = torch.full((16,), torch.inf)
+    for i in range(300):
+        far = far.detach().requires_grad_()
+        energy = marginal(network, far, RANGE[0])
+        lowest = torch.minimum(lowest, energy.detach())
+        (gradient,) = torch.autograd.grad(energy.sum(), far)
+        length = gradient.flatten(1).norm(dim=1).clamp(min=1e-9).reshape(-1, 1, 1, 1)
+        far = far - 3 * 0.01 ** (i / 300) * gradient / length
+    assert (lowest >= network.floor[0] - 1e-3 * abs(network.floor[0])).all()
+    assert far.flatten(1).norm(dim=1).max() < 30 * x.flatten(1).norm(dim=1).max()
+
+
+def test_a_floor_rises_quadratically_where_the_network_falls(kind):
+    network, x = falling(kind, 1)
+    network.set_floor([0.0, 0.0])
+    one, two = (marginal(network, scale * x[:8], 0.5) for scale in (1e4, 2e4))
+    assert (two / one > 3.9).all()

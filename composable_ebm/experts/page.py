@@ -25,6 +25,8 @@ space and compose. This page is made from their `config.json` files; after a cha
     composable-ebm models --folder models --markdown > MODELS.md
 """
 
+LISTED = 16  # of a list in a card; of a longer one its ends are named
+
 
 def read(folder: str | Path | None = None) -> tuple[dict[str, Card], dict[str, str]]:
     """The cards of all experts by name, and for those that cannot be used, why.
@@ -138,6 +140,8 @@ def _value(value: object) -> str:
     if isinstance(value, Mapping):
         return f"({_settings(value, ', ')})"
     if isinstance(value, (list, tuple)):
+        if len(value) > LISTED:
+            return f"{len(value)} numbers from {_value(value[0])} to {_value(value[-1])}"
         return f"[{', '.join(map(_value, value))}]"
     return str(value)
 

@@ -14,7 +14,6 @@ from composable_ebm.data.ranges import as_states
 from composable_ebm.energy import slope
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.networks.confined import ConfinedEnergy
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.experts.store import save_expert
 from composable_ebm.files import write_atomic
@@ -24,7 +23,7 @@ from composable_ebm.train.config import TrainConfig
 HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)
 METRICS = "metrics.jsonl"
-FLOOR_DATA, FLOOR_SHARE, FLOOR_BELOW = 2048, 0.001, 50.0
+FLOOR_DATA, FLOOR_SHARE = 1024, 0.001
 
 __all__ = [
     "METRICS",
@@ -157,7 +156,7 @@ def export(
         data: Held-out images.
         figures: More metrics.
     """
-    if isinstance(expert.network, ConfinedEnergy):
+    if isinstance(expert.network, GaussianSkeleton) and expert.has_value:
         expert = floored(expert, data)
     card = calibrated(expert, data)
     card = replace(card, metrics={**card.metrics, **(figures or {})})
@@ -166,18 +165,18 @@ def export(
 
 @torch.no_grad()
 def floored(expert: Expert, data: LabelledImages) -> Expert:
-    """The expert with a floor of its energies: 50 nats below the lowest 0.1 % of data, at each level."""
+    """The expert with a floor of its energies, a little below the lowest 0.1 % of data at each level."""
     network = expert.network
-    assert isinstance(network, ConfinedEnergy)
+    assert isinstance(network, GaussianSkeleton)
     network.set_floor(())
     device = next(network.parameters()).device
     count = min(len(data), FLOOR_DATA)
     parts = [data.batch(index).to(device) for index in torch.arange(count).split(256)]
     floor = []
     for level in network.levels_of_floor():
-        energies = torch.cat([network(x, level.to(device)).amin(1) for x in parts])
+        energies = torch.cat([-(-network(x, level.to(device))).logsumexp(1) for x in parts])
         lowest = energies.kthvalue(max(1, round(FLOOR_SHARE * len(energies)))).values
-        floor.append(round(max(float(lowest) - FLOOR_BELOW, 0.0), 2))
+        floor.append(round(max(float(lowest) - network.floor_below, network.lowest), 2))
     network.set_floor(floor)
     card = replace(expert.card, network={**expert.card.network, "floor": floor})
     return Expert.standing(network, card, expert.codec, expert.base)

@@ -34,14 +34,12 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from composable_ebm.experts.networks.backbones import BACKBONES
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 
 __all__ = ["ConfinedEnergy"]
 
-FLOORS = 20
 BALL = 3.0
 """κ: the network sees states as if within κ times the typical length of noisy data."""
 
@@ -72,6 +70,7 @@ class ConfinedEnergy(GaussianSkeleton):
     """
 
     least_variance = 1e-4
+    floor_levels, floor_below, lowest = 20, 50.0, 0.0
 
     def __init__(
         self,
@@ -97,39 +96,15 @@ class ConfinedEnergy(GaussianSkeleton):
             "level": level,
         }
         self.level = float(level)
-        self.least: Tensor
         self.set_floor(floor)
         if backbone != "perceptron":
             self.options["backbone"] = backbone
         self.backbone = BACKBONES[backbone](event_shape, num_values, hidden, layers)
 
-    def set_floor(self, floor: Sequence[float]) -> None:
-        """Takes F, at levels even in log σ; an empty one is none."""
-        if len(floor) == 1:
-            raise ValueError("`floor` needs two values or more, one at each end of `noise_range`, got 1.")
-        self.floor = [float(value) for value in floor]
-        self.options.pop("floor", None)
-        if self.floor:
-            self.options["floor"] = self.floor
-        self.register_buffer("least", torch.tensor(self.floor).to(self.mean), persistent=False)
-
-    def levels_of_floor(self) -> Tensor:
-        """The noise levels of twenty values of F, (20,): lines between them are right to ten nats."""
-        low, high = self.noise_range
-        return torch.linspace(math.log(low), math.log(high), FLOORS).exp()
-
-    def _floor_at(self, sigma: Tensor) -> Tensor:
-        """F(σ), (batch, 1), as a sum of hats, one around each level."""
-        low, high = self.noise_range
-        steps = len(self.floor) - 1
-        place = (sigma.log() - math.log(low)) * (steps / math.log(high / low))
-        hats = F.relu(1 - (place[:, None] - torch.arange(steps + 1, device=sigma.device)).abs())
-        return (hats * self.least).sum(1, keepdim=True)
-
     @property
     def architecture(self) -> Hashable:
         """Networks that agree in it may run as one batched pass."""
-        return tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
+        return self.sizes
 
     def denoiser_error(self, sigma: Tensor) -> Tensor:
         noise = sigma.square()[..., None]
@@ -174,5 +149,5 @@ class ConfinedEnergy(GaussianSkeleton):
             k = (self.denoiser_error(sigma).sqrt() / sigma)[:, None] * share
             energy = (w + k * h).square().sum(1, keepdim=True) / 2
             if self.floor:
-                energy = torch.maximum(energy, self._floor_at(sigma))
+                energy = torch.maximum(energy, self.floor_at(sigma))
             return energy if logits is None else energy - logits.to(wide).log_softmax(1)

@@ -46,6 +46,7 @@ class DiffusedEnergy(ModulatedSkeleton):
         components: Principal components of the skeleton.
         noise_range: Smallest and largest noise level it is trained for, in data units; without a
             noise level given, it is evaluated at the smallest.
+        floor: F(σ) in nats, see `skeleton`; none unless given.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class DiffusedEnergy(ModulatedSkeleton):
         hidden: int = 512,
         components: int = 128,
         noise_range: Sequence[float] = (0.02, 10.0),
+        floor: Sequence[float] = (),
     ) -> None:
         super().__init__(event_shape, hidden, components, noise_range)
         self.options: dict[str, object] = {
@@ -64,6 +66,7 @@ class DiffusedEnergy(ModulatedSkeleton):
             "components": components,
             "noise_range": list(noise_range),
         }
+        self.set_floor(floor)
         self.signs: Tensor
         self.register_buffer("signs", torch.tensor([1.0, -1.0] * 64))
         self.second = nn.Linear(hidden, hidden)
@@ -77,8 +80,7 @@ class DiffusedEnergy(ModulatedSkeleton):
     @property
     def architecture(self) -> Hashable:
         """Networks that agree in it may run as one batched pass."""
-        shared = tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
-        return (*shared, self.value_head is None)
+        return (*self.sizes, self.value_head is None)
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
@@ -93,7 +95,8 @@ class DiffusedEnergy(ModulatedSkeleton):
             h, d, along = h.to(wide), d.to(wide), along.to(wide)
             g = self.linear_head(h)[:, 0] + (self.quadratic_head(h).square() * self.signs).sum(1) / 2
             energy = self.gaussian_energy(d, along, noise) + self.strength(sigma) * g
-            return energy[:, None] if self.value_head is None else energy[:, None] + self.value_head(h)
+            energy = energy[:, None]
+            return self.floored(energy if self.value_head is None else energy + self.value_head(h), d, sigma)
 
 
 # Not for subclasses, whose `forward` may do more.

@@ -10,6 +10,7 @@ weights, and machines without the C function, are left to the general forms.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from composable_ebm.potential.forms import Evaluate
 from composable_ebm.potential.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.operations import Pullback
 from composable_ebm.potential.packed import Watch, hooked, version_of
 
 if TYPE_CHECKING:
@@ -174,7 +176,44 @@ class DiffusedPass:
 
     def _evaluate(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         assert self.product is not None
-        return self.product(x, self._level(noise_level, x))
+        outputs, pull_back = self.product(x, self._level(noise_level, x))
+        return self._floored(outputs, pull_back, x, noise_level)
+
+    def _floored(
+        self, outputs: Tensor, pull_back: Pullback, x: Tensor, noise_level: Tensor | None
+    ) -> tuple[Tensor, Pullback]:
+        """The same above the floors of the networks, see `skeleton`; what is below is lifted."""
+        first = self.networks[0]
+        sigma = first.level(x, noise_level)
+        if not first.floor or bool((outputs.amin(2) > self._highest_floor(x, sigma)).all()):
+            return outputs, pull_back
+        d = x.flatten(1) - first.mean
+        slope = first.slope_of_floor(d, sigma)
+        outward = (d / (first.spread.square() + sigma.square())[:, None] * (slope > 0)).view_as(x)
+        lifted, below, shares = outputs.clone(), [], []
+        for network, own in zip(self.networks, lifted, strict=True):
+            own = own[:, : 1 if network.value_head is None else len(network.value_head.weight)]
+            lacking = network.floor_at(sigma) + slope + (-own).logsumexp(1, keepdim=True)
+            below.append((lacking > 0).to(x.dtype))
+            shares.append(torch.softmax(-own, 1))
+            own += lacking.clamp(min=0)
+
+        def pull(cotangent: Tensor) -> Tensor:
+            cotangent, total = cotangent.clone(), torch.zeros_like(below[0])
+            for own, active, share in zip(cotangent, below, shares, strict=True):
+                part = active * own[:, : share.shape[1]].sum(1, keepdim=True)
+                own[:, : share.shape[1]] -= part * share  # E(x, σ) itself has gone
+                total += part
+            return pull_back(cotangent) + total.view(-1, *[1] * (x.ndim - 1)) * outward
+
+        return lifted, pull
+
+    def _highest_floor(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What outputs are above where no energy is below its floor, (networks, batch)."""
+        first = self.networks[0]
+        values = max(1, *(0 if n.value_head is None else len(n.value_head.weight) for n in self.networks))
+        floors = torch.cat([network.floor_at(sigma).mT for network in self.networks])
+        return floors + first.slope_of_floor(x.flatten(1) - first.mean, sigma)[:, 0] + math.log(values)
 
     def _level(self, noise_level: Tensor | None, x: Tensor) -> Level:
         """What depends on the noise level, computed once for each."""
@@ -371,7 +410,7 @@ def _agree(one: DiffusedEnergy, other: DiffusedEnergy) -> bool:
     """Whether two networks have equal sizes, but for the number of values, and equal skeletons."""
     if one is other:
         return True
-    if {**one.options, "num_values": 0} != {**other.options, "num_values": 0}:
+    if one.sizes != other.sizes:
         return False
     pairs = [(getattr(one, name), getattr(other, name)) for name in SKELETON]
     return all(a.device == b.device and torch.equal(a, b) for a, b in pairs)

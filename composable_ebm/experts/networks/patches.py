@@ -42,6 +42,7 @@ class DiffusedPatches(ModulatedSkeleton):
         context: Units of the layer through which patches know of each other.
         noise_range: Smallest and largest noise level it is trained for, in data units; without a
             noise level given, it is evaluated at the smallest.
+        floor: F(σ) in nats, see `skeleton`; none unless given.
     Raises:
         ValueError: If the image does not divide into patches.
     """
@@ -55,6 +56,7 @@ class DiffusedPatches(ModulatedSkeleton):
         components: int = 48,
         context: int = 64,
         noise_range: Sequence[float] = (0.02, 10.0),
+        floor: Sequence[float] = (),
     ) -> None:
         channels, height, width = event_shape
         if height % patch or width % patch:
@@ -69,6 +71,7 @@ class DiffusedPatches(ModulatedSkeleton):
             "context": context,
             "noise_range": list(noise_range),
         }
+        self.set_floor(floor)
         self.patch = patch
         places = (height // patch) * (width // patch)
         self.signs: Tensor
@@ -98,8 +101,7 @@ class DiffusedPatches(ModulatedSkeleton):
     @property
     def architecture(self) -> Hashable:
         """Networks that agree in it may run as one batched pass."""
-        shared = tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
-        return (*shared, self.value_head is None)
+        return (*self.sizes, self.value_head is None)
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""
@@ -126,6 +128,6 @@ class DiffusedPatches(ModulatedSkeleton):
             g = self.linear_head(h)[..., 0] + (self.quadratic_head(h).square() * self.signs).sum(2) / 2
             energy = self.gaussian_energy(d, along, noise) + self.strength(sigma) * g
             energy = energy.sum(1, keepdim=True)
-            if self.look is None or self.value_head is None:
-                return energy
-            return energy + self.value_head(F.silu(self.look(h)).flatten(1))
+            if self.look is not None and self.value_head is not None:
+                energy = energy + self.value_head(F.silu(self.look(h)).flatten(1))
+            return self.floored(energy, d, sigma[:, 0])

@@ -6,6 +6,15 @@ like N(μ, C + σ² I). Networks over noise levels are built around this Gaussia
     s     standard deviation of the data, per pixel
     C     its principal components, and one variance for all other directions
     m     mean squared error of the Gaussian's own denoiser, per pixel: the size of what is left
+
+Where a network could fall without end, a floor of its energies is set after training, a little below the
+lowest energies of data, and changes nothing above:
+
+    E'(x, σ)[y] = E(x, σ)[y] + max(0, F(x, σ) - E(x, σ)),            E(x, σ) = -log Σ_y exp(-E(x, σ)[y])
+    F(x, σ)     = F(σ) + ½ max(0, ‖x - μ‖²/(s² + σ²) - κ n)
+
+n is the number of pixels, so that noisy data have ‖x - μ‖² of about n (s² + σ²): beyond κ times as much the
+floor rises quadratically.
 """
 
 from __future__ import annotations
@@ -28,6 +37,7 @@ __all__ = [
 FIT_IMAGES = 10_000
 FIT_NUMBERS = 2**26  # a quarter of a gigabyte of them
 EXACT = 1024  # the largest matrix that is worth an exact decomposition
+REACH = 4.0  # κ: data themselves reach 2.5 times their mean squared length
 
 
 def images_to_fit(size: int) -> int:
@@ -79,6 +89,10 @@ class GaussianSkeleton(nn.Module):
 
     least_variance: ClassVar[float] = 1e-8
     """A background that never changes has no variance; a pixel's grain has 1e-5."""
+    floor_levels: ClassVar[int] = 96
+    floor_below: ClassVar[float] = 40.0
+    lowest: ClassVar[float] = -math.inf
+    """Values of F, nats below data at which it is set, and what energies are above without one."""
 
     def __init__(self, event_shape: Sequence[int], components: int, noise_range: Sequence[float]) -> None:
         super().__init__()
@@ -96,6 +110,62 @@ class GaussianSkeleton(nn.Module):
         self.register_buffer("variances", torch.ones(components))
         self.register_buffer("residual", torch.ones(()))  # variance of every other direction
         self.register_buffer("spread", torch.ones(()))  # s
+        self.options: dict[str, object] = {}
+        self.least: Tensor
+        self.set_floor(())
+
+    def set_floor(self, floor: Sequence[float]) -> None:
+        """Takes F(σ) in nats, at levels even in log σ over `noise_range`, lines between them; () is none.
+
+        Raises:
+            ValueError: If it has one value only.
+        """
+        if len(floor) == 1:
+            raise ValueError("`floor` needs two values or more, one at each end of `noise_range`, got 1.")
+        self.floor = [float(value) for value in floor]
+        self.options.pop("floor", None)
+        if self.floor:
+            self.options["floor"] = self.floor
+        self.register_buffer("least", torch.tensor(self.floor).to(self.mean), persistent=False)
+
+    @property
+    def sizes(self) -> tuple[tuple[str, str], ...]:
+        """What networks of one architecture have in common; the number of values and floors may differ."""
+        options = {**self.options, "floor": len(self.floor)}
+        return tuple((name, str(value)) for name, value in options.items() if name != "num_values")
+
+    def levels_of_floor(self) -> Tensor:
+        """The noise levels of values of F, between which lines are right to ten nats, (levels,)."""
+        low, high = self.noise_range
+        return torch.linspace(math.log(low), math.log(high), self.floor_levels).exp()
+
+    def floor_at(self, sigma: Tensor) -> Tensor:
+        """F(σ), (batch, 1), at levels (batch,), as a sum of hats, one around each level."""
+        low, high = self.noise_range
+        steps = len(self.floor) - 1
+        place = (sigma.log() - math.log(low)) * (steps / math.log(high / low))
+        hats = F.relu(1 - (place[:, None] - torch.arange(steps + 1, device=sigma.device)).abs())
+        return (hats * self.least).sum(1, keepdim=True)
+
+    def slope_of_floor(self, d: Tensor, sigma: Tensor) -> Tensor:
+        """What F(x, σ) has above F(σ) far from the data, (batch, 1), of deviations (batch, pixels)."""
+        length = d.square().sum(1, keepdim=True) / (self.spread.square() + sigma.square())[:, None]
+        return F.relu(length - REACH * d.shape[1]) / 2
+
+    def floored(self, outputs: Tensor, d: Tensor, sigma: Tensor) -> Tensor:
+        """E'(x, σ)[y], (batch, values), where there is a floor.
+
+        Args:
+            outputs: E(x, σ)[y], (batch, values).
+            d: Deviations from the mean, (batch, ...).
+            sigma: Levels, (batch,) or (1,).
+        """
+        if not self.floor:
+            return outputs
+        floor = self.floor_at(sigma) + self.slope_of_floor(d.flatten(1).to(outputs.dtype), sigma)
+        if outputs.shape[1] == 1:
+            return torch.maximum(outputs, floor)
+        return outputs + F.relu(floor + (-outputs).logsumexp(1, keepdim=True))
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:

@@ -48,6 +48,7 @@ class DiffusedWindows(LevelledSkeleton):
         components: Principal components of the skeleton.
         noise_range: Smallest and largest noise level it is trained for, in data units; without a
             noise level given, it is evaluated at the smallest.
+        floor: F(σ) in nats, see `skeleton`; none unless given.
     Raises:
         ValueError: If the image does not divide into windows, or `hidden` into groups.
     """
@@ -62,6 +63,7 @@ class DiffusedWindows(LevelledSkeleton):
         overlap: int = 2,
         components: int = 96,
         noise_range: Sequence[float] = (0.02, 10.0),
+        floor: Sequence[float] = (),
     ) -> None:
         channels, height, width = event_shape
         if height % stride or width % stride:
@@ -79,6 +81,7 @@ class DiffusedWindows(LevelledSkeleton):
             "components": components,
             "noise_range": list(noise_range),
         }
+        self.set_floor(floor)
         self.stride, self.overlap, self.layers = stride, overlap, 1 + 2 * blocks
         self.sides = (2 * channels, height, width)
         places = (height // stride) * (width // stride)
@@ -100,8 +103,7 @@ class DiffusedWindows(LevelledSkeleton):
     @property
     def architecture(self) -> Hashable:
         """Networks that agree in it may run as one batched pass."""
-        shared = tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
-        return (*shared, self.value_head is None)
+        return (*self.sizes, self.value_head is None)
 
     def windows(self, image: Tensor) -> Tensor:
         """The windows of images (batch, channels, height, width): (batch, places, pixels), zero outside."""
@@ -131,9 +133,9 @@ class DiffusedWindows(LevelledSkeleton):
             g = self.linear_head(h)[..., 0] + (self.quadratic_head(h).square() * self.signs).sum(2) / 2
             energy = self.gaussian_energy(d, along, noise) + self.strength(sigma) * g.sum(1)
             energy = energy[:, None]
-            if self.look is None or self.value_head is None:
-                return energy
-            return energy + self.value_head(F.silu(self.look(h)).flatten(1))
+            if self.look is not None and self.value_head is not None:
+                energy = energy + self.value_head(F.silu(self.look(h)).flatten(1))
+            return self.floored(energy, d, sigma)
 
 
 class _Block(nn.Module):

@@ -23,7 +23,8 @@ class Stacked:
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         self.template = networks[0]
-        states = [network.state_dict() for network in networks]
+        # Not `state_dict`, which leaves out what is not stored with the weights: floors.
+        states = [{**dict(n.named_parameters()), **dict(n.named_buffers())} for n in networks]
         self.state = {name: _stack_padded([state[name] for state in states]) for name in states[0]}
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> Tensor:
