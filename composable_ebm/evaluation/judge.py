@@ -28,8 +28,9 @@ TRAINING = {"iterations": 1200, "batch": 128, "rate": 1e-3, "noise": 0.15, "seed
 # mirrored by chance: six minutes of one core.
 LARGE = {**TRAINING, "iterations": 4000, "batch": 64, "shift": 2, "softness": 0.8}
 MIRRORED = ("portraits",)
-# Experts learn from "train"; MNIST has too few other images to make a judge from.
-SPLITS = {"digits": "train", "faces": "test", "shapes": "test"}
+# Experts learn from "train"; MNIST has too few other images to make a judge from, and the 74 families of
+# typefaces for tests are few: a judge of 255 reads 98.4 % of letters of unseen families, one of 74 read 97.
+SPLITS = {"digits": "train", "faces": "test", "letters": "train", "shapes": "test"}
 
 __all__ = ["KINDS", "Judge", "load_judge"]
 
