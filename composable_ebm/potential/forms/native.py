@@ -237,6 +237,8 @@ class NativeNetwork:
         self._kept: list[Tensor] = []
         self._varying = [(part.levels.index(value), slice(*place)) for value, *place in plan.varying]
         self._levels: tuple[Tensor, ...] = ()
+        self._cotangent: Tensor | None = None
+        self._is_one = False
 
     def allowed(self, rows: int) -> bool:
         """Whether to use it now, see `native.allowed`."""
@@ -254,8 +256,7 @@ class NativeNetwork:
         if self.outputs == 1:  # cotangents only scale the gradient, so it comes with the outputs
             gradient = torch.empty_like(x)
             self._run("network_outputs", x, outputs, gradient, None)
-            scaled = (-1, *[1] * (x.ndim - 1))
-            return outputs.reshape(shape), lambda g: gradient * g.reshape(scaled)
+            return outputs.reshape(shape), lambda g: self._scaled(gradient, g)
         size = len(x) * self._network.kept
         kept = self._kept.pop() if self._kept else x.new_zeros(size)
         kept = kept if len(kept) >= size else x.new_zeros(size)
@@ -269,6 +270,12 @@ class NativeNetwork:
             return gradient
 
         return outputs.reshape(shape), pull
+
+    def _scaled(self, gradient: Tensor, cotangent: Tensor) -> Tensor:
+        """`gradient` times a number a state; as it is where all are 1, as for a single energy in a chain."""
+        if cotangent is not self._cotangent:  # that of a weighted sum is one tensor, step after step
+            self._cotangent, self._is_one = cotangent, bool((cotangent == 1).all())
+        return gradient if self._is_one else gradient * cotangent.reshape(-1, *[1] * (gradient.ndim - 1))
 
     def _run(self, name: str, *tensors: Tensor | None) -> None:
         function = getattr(library(), name)
