@@ -51,12 +51,7 @@ FAMILIES = ("contrastive_digits", "contrastive_faces", "digits", "faces", "lette
 
 
 def held_out(family: str) -> LabelledImages:
-    name = DATA.get(family, family)
-    return (
-        load_data(name, "validation", num_images=2000)
-        if name == "portraits"
-        else load_data(name, "validation")
-    )
+    return load_data(DATA.get(family, family), "validation")
 
 
 def wrong(family: str, shape: tuple[int, ...]) -> Tensor:
@@ -67,10 +62,9 @@ def wrong(family: str, shape: tuple[int, ...]) -> Tensor:
     return nn.functional.interpolate(x, size=tuple(shape[1:]), mode="bilinear")
 
 
-def starts(
-    expert: ceb.Expert, family: str, pictures: Tensor, generator: torch.Generator
-) -> dict[str, Tensor]:
+def starts(expert: ceb.Expert, family: str, pictures: Tensor) -> dict[str, Tensor]:
     """States that are no data, 64 of each kind."""
+    generator = torch.Generator().manual_seed(0)
     shape = (EACH, *expert.event_shape)
 
     def state(x: Tensor) -> Tensor:
