@@ -388,7 +388,7 @@ def test_new_experts_appear_on_reload_and_failures_are_told(page, toys):
 
 def test_starts_and_surprises_are_one_click_and_one_key(page):
     start = page.locator("#starts .start").first
-    expect(start.locator("img")).to_have_js_property("complete", True)
+    expect(start.locator("img")).to_have_js_property("complete", True)  # drawn while the page was open
     start.click()
     page.get_by_role("img", name="16 running chains of Yard/body").wait_for()
     page.locator("#picture").focus()

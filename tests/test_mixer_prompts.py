@@ -52,7 +52,6 @@ def test_a_pipeline_is_the_first_family_and_takes_prompts(answers):
         "photo": False,
         "family": "sd",
         "shown": True,
-        "drawn": False,
     }
 
 

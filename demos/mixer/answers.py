@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -24,7 +23,6 @@ from .terms import named, parts, terms
 from .trust import doubts
 
 THUMB_CHAINS, THUMB_STEPS, THUMB_SHARE = 4, 40, 0.25
-THUMB_PATIENCE = 120.0  # seconds
 
 Sent = dict[str, Any]
 
@@ -41,8 +39,8 @@ class Answers:
 
     def __init__(self, runs: Runs, keeps: bool) -> None:
         self.runs, self.keeps = runs, keeps
-        self._thumbs: dict[str, bytes] = {}
-        self._drawn = threading.Condition()
+        self._thumbs: dict[str, str] = {}
+        self._drawn = False  # all of them
 
     def prepare(self) -> None:
         """Loads the experts of the first mix and draws a picture of every start that is shown."""
@@ -55,13 +53,10 @@ class Answers:
             if self.runs.closed:
                 break
             with suppress(*FAILURES):
-                content = pictures.png(pictures.montage(self._drawing(start.recipe, seed)))
-                with self._drawn:
-                    self._thumbs[start.recipe] = content
-                    self._drawn.notify_all()
-        with self._drawn:
-            self._thumbs.setdefault("", b"")  # no more will come
-            self._drawn.notify_all()
+                self._thumbs[start.recipe] = pictures.data_uri(
+                    pictures.montage(self._drawing(start.recipe, seed))
+                )
+        self._drawn = True
 
     def _drawing(self, recipe: str, seed: int) -> Tensor:
         """A picture that has what a recipe asks for, if one of a few has, (1, *image)."""
@@ -72,14 +67,10 @@ class Answers:
         best = 0 if met is None else int(met.float().argmax())
         return result.images[best : best + 1]
 
-    def thumb(self, index: int) -> bytes | None:
-        """The picture of a start, when it is drawn."""
-        if not 0 <= index < len(self.runs.offer.starts):
-            return None
-        recipe = self.runs.offer.starts[index].recipe
-        with self._drawn:
-            self._drawn.wait_for(lambda: recipe in self._thumbs or "" in self._thumbs, THUMB_PATIENCE)
-            return self._thumbs.get(recipe)
+    def thumbs(self, sent: Sent, by: str) -> Message:
+        """The pictures of the starts that are drawn so far, and whether more will come."""
+        found = [self._thumbs.get(each.recipe) for each in self.runs.offer.starts]
+        return {"thumbs": found, "more": not self._drawn}
 
     # -- what there is, and what a mix means ------------------------------------------------------------
 
@@ -97,7 +88,6 @@ class Answers:
                     "photo": each.photo,
                     "family": each.mix.family,
                     "shown": each in shown,
-                    "drawn": each.recipe not in offer.pipelines,
                 }
                 for each in offer.starts
             ],

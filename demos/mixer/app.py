@@ -175,6 +175,7 @@ def _add_answers(server: gr.Server, answers: Answers) -> None:
 
     for name in (
         "world",
+        "thumbs",
         "read",
         "stop",
         "shake",
@@ -196,15 +197,7 @@ def _add_answers(server: gr.Server, answers: Answers) -> None:
             headers={**HEADERS, "X-Accel-Buffering": "no"},
         )
 
-    def thumb(index: int, request: Request) -> Response:
-        if not _allowed(request):
-            raise HTTPException(401, "Log in first.")
-        if (content := answers.thumb(index)) is None:
-            raise HTTPException(404, "There is no such picture.")
-        return Response(content, media_type="image/png", headers=HEADERS)
-
     server.add_api_route("/ask/run", run, methods=["POST"])
-    server.add_api_route("/ask/thumb/{index}", thumb, methods=["GET"])
 
 
 async def _lines(messages: Iterator[Message]) -> AsyncIterator[bytes]:

@@ -20,7 +20,7 @@ export const button = (text, act, attributes = {}) => make("button", { type: "bu
 /** Puts other children into an element; what had the focus keeps it, by its data-key. */
 export const redraw = (root, ...children) => {
     const key = root.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-    root.replaceChildren(...children);
+    root.replaceChildren(...children.flat());
     if (key) (root.querySelector(`[data-key="${CSS.escape(key)}"]`) ?? root.querySelector("button, input"))?.focus();
 };
 

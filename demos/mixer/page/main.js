@@ -1,5 +1,5 @@
 // The page: what is drawn follows from its state, and what is pressed changes it.
-import { allow, ask, button, copy, download, find, fromAddress, lines, make, says, stamp, toAddress } from "./base.js";
+import { allow, ask, button, copy, download, find, fromAddress, lines, make, redraw, says, stamp, toAddress } from "./base.js";
 import * as easel from "./easel.js";
 import * as explore from "./explore.js";
 import { texts } from "./files.js";
@@ -44,12 +44,21 @@ const drawFamilies = () => {
 };
 
 const drawStarts = () => {
-    const cards = state.world.starts.map((each, index) => ({ ...each, index })).filter((each) => each.shown).map((each) => make(
-        "button", { type: "button", class: "start", onclick: () => begin(each) },
-        each.drawn ? make("img", { src: `ask/thumb/${each.index}`, alt: "", width: 64, height: 64, class: "pixels" }) : make("span", { class: "dice", "aria-hidden": "true" }, "…"), make("span", {}, each.title),
+    const card = (title, picture, act, more) => make("button", { type: "button", class: "start", onclick: act, "data-key": title, ...more }, picture, make("span", {}, title));
+    const sign = (text) => make("span", { class: "dice", "aria-hidden": "true" }, text);
+    const cards = state.world.starts.filter((each) => each.shown).map((each) => card(
+        each.title, each.thumb ? make("img", { src: each.thumb, alt: "", width: 64, height: 64, class: "pixels" }) : sign("…"), () => begin(each),
     ));
-    const dice = make("button", { type: "button", class: "start", id: "surprise", title: "A mix at random (R)", onclick: () => surprised() }, make("span", { class: "dice", "aria-hidden": "true" }, "?"), make("span", {}, "Surprise me"));
-    find("starts").replaceChildren(...cards, dice);
+    redraw(find("starts"), cards, card("Surprise me", sign("?"), () => surprised(), { id: "surprise", title: "A mix at random (R)" }));
+};
+/** The server draws them while the page is read. */
+const awaitThumbs = async () => {
+    const said = await ask("thumbs");
+    if (said.problem) return;
+    const before = state.world.starts.filter((each) => each.thumb).length;
+    state.world.starts.forEach((each, index) => { each.thumb = said.thumbs[index]; });
+    if (state.world.starts.filter((each) => each.thumb).length > before) drawStarts();
+    if (said.more) setTimeout(awaitThumbs, 1500);
 };
 
 const draw = () => {
@@ -468,6 +477,7 @@ const open = async () => {
     const world = await openWorld();
     if (!world) return;
     drawStarts();
+    awaitThumbs();
     if (world.problems.length) note(world.problems.join("\n"));
     if (!world.families.length) return;
     const known = world.families.flatMap((each) => each.controls.map((control) => control.name));
