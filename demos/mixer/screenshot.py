@@ -138,7 +138,7 @@ def main() -> None:
         page.goto(mixer.address)
         page.locator("#picture img").wait_for()  # it opens playing
         with contextlib.suppress(TimeoutError):  # on a busy machine, some starts are drawn later
-            drawn = "[...document.querySelectorAll('#starts img')].every((image) => image.naturalWidth)"
+            drawn = "!document.getElementById('starts').textContent.includes('…')"
             page.wait_for_function(drawn, timeout=60_000)
         film = Film(page)
         film.roll(arguments.seconds)
