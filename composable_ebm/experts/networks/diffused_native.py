@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.experts.networks.skeleton import REACH
 from composable_ebm.potential.forms import Evaluate
 from composable_ebm.potential.native import allowed, in_parts, library, wanted
 from composable_ebm.potential.operations import Pullback
@@ -57,6 +58,7 @@ class Level(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("root", "spread", "rest", "shrink", "amount", "modulation")),
         ("rows", ctypes.c_int),
     )
+    floors: tuple[Tensor, Tensor, list[Tensor]] | None = None
 
 
 class Product(ctypes.Structure):
@@ -176,7 +178,10 @@ class DiffusedPass:
 
     def _evaluate(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         assert self.product is not None
-        outputs, pull_back = self.product(x, self._level(noise_level, x))
+        level = self._level(noise_level, x)
+        outputs, pull_back = self.product(x, level)
+        if not self.networks[0].floor or self._is_above(outputs, x, noise_level, level):
+            return outputs, pull_back
         return self._floored(outputs, pull_back, x, noise_level)
 
     def _floored(
@@ -185,8 +190,6 @@ class DiffusedPass:
         """The same above the floors of the networks, see `skeleton`; what is below is lifted."""
         first = self.networks[0]
         sigma = first.level(x, noise_level)
-        if not first.floor or bool((outputs.amin(2) > self._highest_floor(x, sigma)).all()):
-            return outputs, pull_back
         d = x.flatten(1) - first.mean
         slope = first.slope_of_floor(d, sigma)
         outward = (d / (first.spread.square() + sigma.square())[:, None] * (slope > 0)).view_as(x)
@@ -208,12 +211,18 @@ class DiffusedPass:
 
         return lifted, pull
 
-    def _highest_floor(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What outputs are above where no energy is below its floor, (networks, batch)."""
-        first = self.networks[0]
-        values = max(1, *(0 if n.value_head is None else len(n.value_head.weight) for n in self.networks))
-        floors = torch.cat([network.floor_at(sigma).mT for network in self.networks])
-        return floors + first.slope_of_floor(x.flatten(1) - first.mean, sigma)[:, 0] + math.log(values)
+    def _is_above(self, outputs: Tensor, x: Tensor, noise_level: Tensor | None, level: Level) -> bool:
+        """Whether no energy is below its floor, and no state where floors rise."""
+        first, floors = self.networks[0], [network.least for network in self.networks]
+        if level.floors is None or any(a is not b for a, b in zip(level.floors[2], floors, strict=True)):
+            sigma, values = first.level(x, noise_level), outputs.shape[2]
+            least = torch.cat([network.floor_at(sigma).mT for network in self.networks]) + math.log(values)
+            reach = (REACH * len(first.mean) * (first.spread.square() + sigma.square())).sqrt()
+            level.floors = least, reach, floors
+        least, reach, _ = level.floors
+        if not bool((outputs.amin(2) > least).all()):
+            return False
+        return bool((torch.linalg.vector_norm(x.flatten(1) - first.mean, dim=1) < reach).all())
 
     def _level(self, noise_level: Tensor | None, x: Tensor) -> Level:
         """What depends on the noise level, computed once for each."""
