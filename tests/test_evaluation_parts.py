@@ -92,11 +92,25 @@ def test_matched_images_satisfy_the_requests_and_serve_once(pool):
         assert all(int(pool.labels[n][i]) == v for i in both for n, v in asked[row].items())
 
 
+def test_requests_do_not_leave_others_what_they_have_not_taken(pool):
+    """When each image served once, those on the right were used up before any side was asked for alone."""
+    share = float(pool.labels["right"][satisfying({"left": 1}, pool)].float().mean())
+    asked = [{"left": 1}] * 100 + [{"left": 1, "right": 1}] * 60
+    rows, first, second = matched(asked, pool, torch.Generator().manual_seed(0))
+    alone = rows < 100
+    seen = pool.labels["right"][torch.cat([first[alone], second[alone]])].float().mean()
+    assert float(seen) == pytest.approx(share, abs=0.1)
+    assert len(rows) == 160
+    others = first[~alone]
+    assert len(set(others.tolist()) & set(first[alone].tolist())) < len(others)  # drawn anew for each request
+
+
 def test_requests_without_two_real_images_are_left_out():
     few = toy_task.images(count=10)
-    both = int(satisfying({"left": 1}, few).sum()) // 2
-    rows, _, _ = matched([{"left": 1}] * 20, few, torch.Generator().manual_seed(0))
-    assert len(rows) == both
+    fitting = int(satisfying({"left": 1}, few).sum())
+    rows, first, second = matched([{"left": 1}] * 20, few, torch.Generator().manual_seed(0))
+    assert 0 < len(rows) <= fitting // 2
+    assert len(torch.cat([first, second]).unique()) == 2 * len(rows)
     assert "fid_attr" not in diversity(torch.zeros(20, *toy_task.SHAPE), [{"left": 1}] * 20, JUDGE, few)
 
 

@@ -29,7 +29,10 @@ __all__ = ["diversity", "marginals", "matched"]
 def matched(
     asked: Sequence[Request], pool: LabelledImages, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two different real images for each request that has them; no image serves twice.
+    """Two real images for each request that has them, of one half of the pool and of the other.
+
+    No image serves a request twice. It may serve several: if it served once in all, late requests would be
+    compared with what others have left over, in which attributes have other shares.
 
     Args:
         asked: Requests.
@@ -41,15 +44,13 @@ def matched(
     rows: dict[tuple, list[int]] = {}
     for i, request in enumerate(asked):
         rows.setdefault(tuple(sorted(request.items())), []).append(i)
-    fitting = {key: satisfying(dict(key), pool) for key in rows}
-    free = torch.ones(len(pool), dtype=torch.bool)
+    halves = torch.randperm(len(pool), generator=generator).chunk(2)
     found: list[tuple[int, int, int]] = []
-    for key in sorted(rows, key=lambda key: int(fitting[key].sum()) / len(rows[key])):
-        there = (fitting[key] & free).nonzero()[:, 0]
-        images = there[torch.randperm(len(there), generator=generator)].tolist()
-        pairs = min(len(rows[key]), len(images) // 2)
-        found += zip(rows[key][:pairs], images[:pairs], images[pairs : 2 * pairs], strict=True)
-        free[images[: 2 * pairs]] = False
+    for key, places in sorted(rows.items()):
+        fitting = satisfying(dict(key), pool)
+        there = (half[fitting[half]] for half in halves)
+        first, second = (x[torch.randperm(len(x), generator=generator)].tolist() for x in there)
+        found += zip(places, first, second, strict=False)  # as many as there are of all three
     columns = torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 3)
     return columns[:, 0], columns[:, 1], columns[:, 2]
 
