@@ -291,3 +291,27 @@ def test_and_is_met_where_all_terms_are_and_or_where_one_is():
     assert torch.equal(met(either), a | b)
     assert torch.equal(met(~left["yes"]), ~a)
     assert met(base["any"] - (left["yes"] - left["any"])) is None
+
+
+class Sure(nn.Module):
+    """Logits (batch, 2) of a classifier that leaves few states in doubt."""
+
+    def forward(self, x):
+        yes = 20 * (x[:, 0] - 0.3)
+        return torch.stack([torch.zeros_like(yes), yes], 1)
+
+
+def test_a_calibrated_or_gives_its_components_in_the_proportions_asked_for():
+    """By chance alone a share of 0.8 of 200 scatters by 0.028, and by what log Z is off."""
+    base = analytic.GaussianMixture(means(2), SPREAD**2, WEIGHTS)
+    either = [base + ceb.from_classifier(Sure(), value) for value in (1, 0)]
+    options = {
+        "sampler": ceb.Particles(ceb.MALA(0.3), LEVELS, verdict=True),
+        "num_steps": 80,
+        "num_chains": 200,
+    }
+    for share in (0.5, 0.8, 0.95):
+        calibrated = ceb.calibrate(ceb.Mixture(either, [share, 1 - share]), **options, seed=9)
+        for seed in range(3):
+            out = ceb.sample(calibrated, **options, seed=seed)
+            assert float((out.samples[:, 0] > 0.3).float().mean()) == pytest.approx(share, abs=0.006)

@@ -242,6 +242,16 @@ class Mixture(Node):
         own, blocks = self.split(coefficients)
         return soft_minimum(self._child_energies(energies, blocks) - own)
 
+    @property
+    def proportions(self) -> tuple[float, ...] | None:
+        """Shares of the components, which the weights are once log Zᵢ are known; None before."""
+        return tuple(w / sum(self.weights) for w in self.weights) if any(self.log_z) else None
+
+    def responsibilities(self, energies: LeafEnergies, coefficients: Tensor) -> Tensor:
+        """How likely each state is of each component, (batch, components), from energies of leaves."""
+        own, blocks = self.split(coefficients)
+        return torch.softmax(own - self._child_energies(energies, blocks), dim=1)
+
     def marginal(self) -> Energy | None:
         """The marginal that all components share: a | b are then two values of one attribute."""
         marginals = [component.marginal() for component in self.operands]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data.ranges import as_images
-from composable_ebm.energy import Codec, Energy, Sum, flat, satisfied, settled
+from composable_ebm.energy import Codec, Energy, Mixture, Sum, flat, satisfied, settled
 from composable_ebm.potential.plan import Plan
 from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling import diagnostics
 from composable_ebm.sampling.block import Block, Sampler
 from composable_ebm.sampling.kernel import Kernel
-from composable_ebm.sampling.particles import Particles, Weighted, drawn, error_of
+from composable_ebm.sampling.particles import Particles, Weighted, drawn, error_of, systematic
 from composable_ebm.sampling.settings import to_settings
 from composable_ebm.sampling.trace import Divergence, Trace
 
@@ -148,6 +148,7 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
         coefficients = own.to(x)
         energies = leaf_energies(composition, x, potential.noise_level)
         met = satisfied(composition, energies, coefficients)
+        in_force: Mapping[Hashable, Tensor] = energies
         if met is not None:
             unmet = not bool(met.any())
             if sampler.verdict and not unmet:
@@ -155,14 +156,23 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
                 assert certain is not None
                 before, after = (composition.combine(e, coefficients) for e in (energies, certain))
                 log_weights = torch.where(met, log_weights + before - after, -torch.inf)
+                in_force = certain
                 if sampler.surest:
                     sure = _surest(composition, energies, coefficients, num_chains)
+        of = _component_of(composition, in_force, coefficients)
     log_probability = population.log_mean + torch.logsumexp(log_weights, 0) - math.log(len(x))
     preferred = log_weights if sure is None else torch.where(sure, log_weights, -torch.inf)
+    u = block.noise.number(x)
+    if of is None:
+        index = drawn(preferred, num_chains, u)
+    else:
+        assert isinstance(composition, Mixture)
+        assert composition.proportions is not None
+        index = _in_proportion(preferred, of, composition.proportions, num_chains, u)
     return Weighted(
         states=x,
         log_weights=log_weights,
-        chosen=drawn(preferred, num_chains, block.noise.number(x)),
+        chosen=index,
         ancestors=population.ancestors,
         ess=torch.stack(population.ess) if population.ess else x.new_zeros(0),
         log_probability=float(log_probability),
@@ -170,6 +180,42 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
         carrier=carrier,
         unmet=unmet,
     )
+
+
+def _component_of(
+    composition: Energy, energies: Mapping[Hashable, Tensor], coefficients: Tensor
+) -> Tensor | None:
+    """Which component of a calibrated OR each particle is most likely of, (particles,); None elsewhere."""
+    if not isinstance(composition, Mixture) or composition.proportions is None:
+        return None
+    return composition.responsibilities(energies, coefficients).argmax(1)
+
+
+def _in_proportion(
+    log_weights: Tensor, of: Tensor, proportions: Sequence[float], count: int, u: Tensor
+) -> Tensor:
+    """Indices (count,) of a draw in which components come as often as a calibrated OR asks for.
+
+    By weights alone their shares scatter as those of few particles do, and by the errors of log Zᵢ.
+
+    Args:
+        log_weights: (n,).
+        of: Component of each, (n,).
+        proportions: Shares of the components.
+        count: How many.
+        u: Uniform on [0, 1), ().
+    Reference:
+        Owen (2013), Monte Carlo theory, methods and examples, section 8.4, on stratification.
+    """
+    places = systematic(log_weights.new_tensor(proportions), count, u)
+    chosen = []
+    for component, wanted in enumerate(torch.bincount(places, minlength=len(proportions)).tolist()):
+        members = ((of == component) & log_weights.isfinite()).nonzero()[:, 0]
+        if wanted and not len(members):
+            return drawn(log_weights, count, u)  # nobody is left of one
+        if wanted:
+            chosen.append(members[drawn(log_weights[members], wanted, u)])
+    return torch.cat(chosen).sort().values
 
 
 def _surest(
