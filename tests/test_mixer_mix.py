@@ -13,6 +13,7 @@ from demos.mixer import mix, offer
 from demos.mixer.mix import AND, ANY, NOT, OR, Mix, Pick
 from demos.mixer.offer import Offer
 from demos.mixer.terms import parts
+from demos.mixer.words import lone, words
 
 PLACES = tuple(f"r{row}c{column}" for row in range(2) for column in range(3))
 CARDS = {
@@ -98,7 +99,7 @@ def test_a_mix_is_a_recipe_and_words_and_is_read_from_its_composition(wanted, re
     assert mix.composition(KNOWN, wanted, NAMES) == ceb.parse(recipe, NAMES)
     found = mix.read(KNOWN, ceb.parse(recipe, NAMES), NAMES)
     assert mix.compose(KNOWN, found) == recipe
-    assert mix.words(KNOWN, found) == mix.words(KNOWN, wanted) == said
+    assert words(KNOWN, found) == words(KNOWN, wanted) == said
 
 
 @pytest.mark.parametrize(
@@ -196,9 +197,9 @@ def test_nothing_on_is_no_recipe():
 
 
 def test_a_lone_or_is_explained():
-    assert "choose OR for another" in mix.lone(KNOWN, toys(thick=Pick({"thick": 1}, OR)))
-    assert mix.lone(KNOWN, toys(thick=Pick({"thick": 1}, OR), slanted=Pick({"slanted": 1}, OR))) == ""
-    assert mix.lone(KNOWN, toys(digit=Pick({"3": 1, "5": 1}, OR))) == ""
+    assert "choose OR for another" in lone(KNOWN, toys(thick=Pick({"thick": 1}, OR)))
+    assert lone(KNOWN, toys(thick=Pick({"thick": 1}, OR), slanted=Pick({"slanted": 1}, OR))) == ""
+    assert lone(KNOWN, toys(digit=Pick({"3": 1, "5": 1}, OR))) == ""
 
 
 def test_controls_put_the_base_first_and_places_on_a_grid():
@@ -230,7 +231,7 @@ def test_an_expert_of_many_values_is_switched_on_at_the_one_that_it_is_named_aft
 def test_an_expert_of_yes_and_no_is_called_by_its_attribute():
     known = mix.controls({"own/tired": card("tired", ("no", "yes"), "own")})
     assert known["own/tired"].label == "tired"
-    assert mix.words(known, Mix("own", True, {"own/tired": Pick({"yes": 1}, NOT)})) == "no tired"
+    assert words(known, Mix("own", True, {"own/tired": Pick({"yes": 1}, NOT)})) == "no tired"
 
 
 # -- what is offered ----------------------------------------------------------------------------------------
@@ -250,10 +251,10 @@ def test_a_mix_is_said_in_the_words_of_its_cards():
     cards["Yard/hat"] = dataclasses.replace(cards["Yard/hat"], words=("bareheaded", "wearing a hat"))
     cards["Yard/hue"] = dataclasses.replace(cards["Yard/hue"], words=("in red", "in green", "in blue"))
     known = mix.controls(cards)
-    assert mix.words(known, yard(hat=Pick({"hat": 1}), hue=Pick({"red": 1, "blue": 1}))) == (
+    assert words(known, yard(hat=Pick({"hat": 1}), hue=Pick({"red": 1, "blue": 1}))) == (
         "in red or in blue, wearing a hat"
     )
-    assert mix.words(known, yard(hat=Pick({"hat": 1}, NOT), hue=Pick({"green": 1}, NOT))) == (
+    assert words(known, yard(hat=Pick({"hat": 1}, NOT), hue=Pick({"green": 1}, NOT))) == (
         "not in green, bareheaded"
     )
     with pytest.raises(ValueError, match="`words` must be a text for each of"):

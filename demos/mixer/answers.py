@@ -21,6 +21,7 @@ from .runs import FAILURES, Message, Runs, sentences, understood
 from .state import Request
 from .terms import named, parts, terms
 from .trust import doubts
+from .words import lone, words
 
 THUMB_CHAINS, THUMB_STEPS, THUMB_SHARE = 4, 40, 0.25
 
@@ -124,15 +125,15 @@ class Answers:
         if found is None:
             known = offer.controls(taught, map(str, named(energy) or ()))
             found = mix.read(known, energy, names)
-        if found is not None and (lone := mix.lone(known, found)):
-            said.append(lone)
+        if found is not None and (alone := lone(known, found)):
+            said.append(alone)
         family = found.family if found else _family(energy)
         return {
             **{key: value for key, value in numbers.items() if key != "recipe"},
             "recipe": recipe,
             "family": family,
             "mix": found and found.as_json(),
-            "words": mix.words(known, found) if found else recipe,
+            "words": words(known, found) if found else recipe,
             "said": " ".join(said),
             "parts": self._weighable(energy),
             "steps": min(offer.steps(family), self.runs.limits.max_steps),

@@ -1,4 +1,4 @@
-"""The mix: which experts are on, at which values and how strongly; as a recipe, and in plain words.
+"""The mix: which experts are on, at which values and how strongly; as a recipe.
 
 It is what the page's controls show. A recipe becomes a mix by its composition, so that order, spaces and
 the way it is written do not matter; a mix becomes a recipe in which p(x) is counted once.
@@ -27,13 +27,26 @@ ROLES = (AND, NOT, OR)
 ANY = "any"
 MAX_WEIGHT = 12.0
 
-_PLACE = re.compile(r"r(\d+)c(\d+)")
+PLACE = re.compile(r"r(\d+)c(\d+)")
 _PROMPT = re.compile(r"(\w+)\[(\".*\")\]", re.DOTALL)
 LONGEST_PROMPT = 400  # letters
 _PLAIN = {"yes", "true", "1", "on"}  # values that say nothing without their attribute
 _CLOSE = 1e-5  # of weights, which recipes write with six digits
 
-__all__ = ["AND", "ANY", "MAX_WEIGHT", "NOT", "OR", "Control", "Mix", "Pick", "clamp", "controls", "shown"]
+__all__ = [
+    "AND",
+    "ANY",
+    "MAX_WEIGHT",
+    "NOT",
+    "OR",
+    "PLACE",
+    "Control",
+    "Mix",
+    "Pick",
+    "clamp",
+    "controls",
+    "shown",
+]
 
 
 class Control(NamedTuple):
@@ -69,6 +82,10 @@ class Control(NamedTuple):
     def many(self) -> bool:
         """Whether a value is to be chosen: of two, AND is the second and NOT the first."""
         return len(self.values) > 2
+
+    def place(self, value: str) -> int:
+        """Where a value stands among the others; before them where it is none of them."""
+        return self.values.index(value) if value in self.values else -1
 
 
 @dataclass
@@ -159,7 +176,7 @@ def _usual(card: Card) -> str:
 
 def _grid(values: Sequence[str]) -> tuple[int, int] | None:
     """(rows, columns), where values are named r0c0, r0c1, ... row after row."""
-    places = [_PLACE.fullmatch(value) for value in values]
+    places = [PLACE.fullmatch(value) for value in values]
     if len(values) < 4 or not all(places):
         return None
     rows, columns = (1 + max(int(place[i]) for place in places if place) for i in (1, 2))
@@ -271,7 +288,7 @@ def _groups(known: Mapping[str, Control], mix: Mix) -> list[list[_Asked]]:
             continue
         asked = [
             _Asked(control, value, weight, pick.role == NOT, on and bool(control.against))
-            for value, weight in sorted(pick.values.items(), key=lambda item: _place(control, item[0]))
+            for value, weight in sorted(pick.values.items(), key=lambda item: control.place(item[0]))
             if weight and not (on and control.against.endswith("[any]") and value == ANY)
         ]
         if pick.role == OR:
@@ -281,10 +298,6 @@ def _groups(known: Mapping[str, Control], mix: Mix) -> list[list[_Asked]]:
         else:
             groups += [[each] for each in asked]
     return [group for group in [*groups, either] if group]
-
-
-def _place(control: Control, value: str) -> int:
-    return control.values.index(value) if value in control.values else -1
 
 
 # -- from a composition -------------------------------------------------------------------------------------
@@ -406,63 +419,6 @@ def _key(term: Energy) -> Any:
     if isinstance(term, Mixture):
         return frozenset(frozenset((t.key, round(w, 5)) for t, w in _pairs(each)) for each in term.operands)
     return term.key
-
-
-# -- in words -----------------------------------------------------------------------------------------------
-
-
-def words(known: Mapping[str, Control], mix: Mix) -> str:
-    """A mix in plain words, what is not wanted last: "glasses, smiling, no beard"."""
-    said, unwanted, either = [], [], []
-    for control in known.values():
-        pick = mix.picks.get(control.name)
-        if pick is None or not (values := [value for value, weight in pick.values.items() if weight]):
-            continue
-        values.sort(key=lambda value: _place(control, value))
-        phrase = _phrase(control, values, pick)
-        if phrase:
-            {AND: said, NOT: unwanted, OR: either}[pick.role].append(phrase)
-    if either:
-        said.append(" or ".join(either))
-    return ", ".join(said + unwanted) or f"any of {mix.family.replace('_', ' ')}"
-
-
-def _phrase(control: Control, values: list[str], pick: Pick) -> str:
-    if not control.many:
-        if pick.role == NOT:
-            return control.words[0] if len(control.words) > 1 else f"no {control.label}"
-        return control.words[-1] if control.words else control.label
-    if values == [ANY]:
-        return f"any {control.label}"
-    if control.grid is not None and len(values) > 2:
-        where = f"{len(values)} places" if pick.together else f"one of {len(values)} places"
-        return f"nothing at {where}" if pick.role == NOT else where
-    head = "" if control.grid or control.words else f"{control.label} "
-    joined = (" and " if pick.together and pick.role == AND else " or ").join(
-        control.words[control.values.index(value)]
-        if control.words
-        else place_name(value)
-        if control.grid
-        else value.replace("_", " ")
-        for value in values
-    )
-    return f"{'not ' if pick.role == NOT else ''}{head}{joined}"
-
-
-def place_name(value: str) -> str:
-    """What people call a place of a grid: "row 1 column 4"."""
-    match = _PLACE.fullmatch(value)
-    assert match is not None
-    return f"row {int(match[1]) + 1} column {int(match[2]) + 1}"
-
-
-def lone(known: Mapping[str, Control], mix: Mix) -> str:
-    """What to say of an OR that has nothing to choose between."""
-    chosen = [(name, len(pick.values)) for name, pick in mix.picks.items() if pick.role == OR]
-    if len(chosen) != 1 or chosen[0][1] != 1:
-        return ""
-    label = known[chosen[0][0]].label
-    return f"{label} is the only one in OR, so it is simply asked for; choose OR for another one too."
 
 
 def clamp(value: Any, low: float, high: float, default: float) -> float:

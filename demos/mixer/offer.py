@@ -17,6 +17,7 @@ from composable_ebm.pipelines import Pipeline
 
 from . import mix, state
 from .mix import AND, NOT, Control, Mix, Pick
+from .words import words
 
 STARTS = Path(__file__).with_name("starts.toml")
 SHOWN = 8  # starts
@@ -162,7 +163,7 @@ def _starts(known: Mapping[str, Control]) -> list[Start]:
     for family in dict.fromkeys(control.family for control in known.values()):
         if family not in declared:
             found = _usual(known, family)
-            made.append(Start(mix.words(known, found).capitalize(), found, mix.compose(known, found)))
+            made.append(Start(words(known, found).capitalize(), found, mix.compose(known, found)))
     return made
 
 
