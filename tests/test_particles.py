@@ -315,3 +315,17 @@ def test_a_calibrated_or_gives_its_components_in_the_proportions_asked_for():
         for seed in range(3):
             out = ceb.sample(calibrated, **options, seed=seed)
             assert float((out.samples[:, 0] > 0.3).float().mean()) == pytest.approx(share, abs=0.006)
+
+
+def test_a_calibrated_or_whose_components_overlap_is_drawn_as_it_is_weighed():
+    """A state may be of both components: who takes it for the likelier one has too many of the one."""
+    base = analytic.GaussianMixture(means(2), SPREAD**2, WEIGHTS)
+    either = [base + ceb.from_classifier(Logistic(0), value) for value in (1, 0)]
+    options = {"sampler": ceb.Particles(ceb.MALA(0.3), LEVELS), "num_steps": 80, "num_chains": 1500}
+    calibrated = ceb.calibrate(ceb.Mixture(either, [0.7, 0.3]), **options, seed=9)
+    shifts = []
+    for seed in range(4):
+        weighted = ceb.sample(calibrated, **options, seed=seed).weighted
+        x, w = weighted.states[:, 0], torch.softmax(weighted.log_weights, 0)
+        shifts.append((float(x[weighted.chosen].mean()) - float(w @ x)) / float(x.std()))
+    assert abs(sum(shifts) / len(shifts)) < 0.03

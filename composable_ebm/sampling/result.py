@@ -18,7 +18,7 @@ from composable_ebm.potential.plan import Plan
 from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling import diagnostics
 from composable_ebm.sampling.block import Block, Sampler
-from composable_ebm.sampling.kernel import Kernel
+from composable_ebm.sampling.kernel import Kernel, Noise
 from composable_ebm.sampling.particles import Particles, Weighted, drawn, error_of, systematic
 from composable_ebm.sampling.settings import to_settings
 from composable_ebm.sampling.trace import Divergence, Trace
@@ -159,16 +159,11 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
                 in_force = certain
                 if sampler.surest:
                     sure = _surest(composition, energies, coefficients, num_chains)
-        of = _component_of(composition, in_force, coefficients)
+        of = _components(composition, in_force, coefficients, block.noise)
     log_probability = population.log_mean + torch.logsumexp(log_weights, 0) - math.log(len(x))
     preferred = log_weights if sure is None else torch.where(sure, log_weights, -torch.inf)
     u = block.noise.number(x)
-    if of is None:
-        index = drawn(preferred, num_chains, u)
-    else:
-        assert isinstance(composition, Mixture)
-        assert composition.proportions is not None
-        index = _in_proportion(preferred, of, composition.proportions, num_chains, u)
+    index = drawn(preferred, num_chains, u) if of is None else _in_proportion(preferred, *of, num_chains, u)
     return Weighted(
         states=x,
         log_weights=log_weights,
@@ -182,13 +177,18 @@ def draw_from(block: Block, x: Tensor, num_chains: int, potential: Potential) ->
     )
 
 
-def _component_of(
-    composition: Energy, energies: Mapping[Hashable, Tensor], coefficients: Tensor
-) -> Tensor | None:
-    """Which component of a calibrated OR each particle is most likely of, (particles,); None elsewhere."""
+def _components(
+    composition: Energy, energies: Mapping[Hashable, Tensor], coefficients: Tensor, noise: Noise
+) -> tuple[Tensor, Sequence[float]] | None:
+    """A component of a calibrated OR for each particle, (particles,), and their shares; None elsewhere.
+
+    Drawn by how likely the particle is of each, since a picture may be of several.
+    """
     if not isinstance(composition, Mixture) or composition.proportions is None:
         return None
-    return composition.responsibilities(energies, coefficients).argmax(1)
+    edges = composition.responsibilities(energies, coefficients).cumsum(1)
+    drawn_at = noise.uniform(edges)[:, None] * edges[:, -1:]
+    return (drawn_at >= edges).sum(1).clamp(max=edges.shape[1] - 1), composition.proportions
 
 
 def _in_proportion(
