@@ -12,6 +12,7 @@ import torch
 from helpers import Counted, Quadratic, Wide, points, variance_error
 
 import composable_ebm as ceb
+from composable_ebm.energy.base import Axes
 from composable_ebm.potential.potential import Potential, Tally
 from composable_ebm.sampling import Noise
 from composable_ebm.sampling.chains import Chain
@@ -157,6 +158,18 @@ def test_longer_steps_along_wide_axes_forget_sooner_and_leave_every_variance_as_
     assert correlation.tolist() == pytest.approx([0.85, 0.7, 0.71], abs=0.05)
     drawn = torch.cat([chain.advance(3).clone() for _ in range(30)])
     assert drawn.var(0).tolist() == pytest.approx(exact.tolist(), rel=0.03)
+
+
+def test_wide_axes_are_found_in_any_order():
+    levels = Schedule(noise_level=constant(10.0), noise_power=2)
+    sampler = ceb.Annealed(ceb.LeimkuhlerMatthews(0.3), levels)
+    energy, start = Wide([900.0, 1.0, 4.0]), points(4, (3,))
+    found = energy.principal_axes(3)
+    energy.principal_axes = lambda size: Axes(found.directions.flip(0), found.variances.flip(0))
+    noise = Noise((torch.Generator().manual_seed(1), 4))
+    chain = Chain(energy, start, sampler, noise, num_steps=10, record=False)
+    steps = chain.block.scheduled().steps
+    assert steps.max().item() == pytest.approx(1.5 * 10.0**2)  # the longest that there is
 
 
 def test_masked_chains_take_no_steps_along_axes_of_whole_states():

@@ -52,7 +52,10 @@ class Algebra(Protocol):
 
 
 class Axes(NamedTuple):
-    """Orthonormal directions, (axes, size), and the variance of the data along each, (axes,), least first."""
+    """Orthonormal directions, (axes, size), and the variance of the data along each, (axes,).
+
+    Least first, but for axes that were kept when variances were taken from other data.
+    """
 
     directions: Tensor
     variances: Tensor

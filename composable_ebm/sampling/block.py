@@ -289,10 +289,14 @@ class Block:
         if not (whole and kernel.along_axes and self.sigmas):
             return
         found = self.energy.principal_axes(math.prod(like.shape[1:]))
-        wide = 0 if found is None else int((found.variances > WIDE * self.sigmas[0] ** 2).sum())
-        if found is not None and wide:
-            self._variances = found.variances[-wide:].to(like)
-            self.dynamics = self.dynamics._replace(axes=found.directions[-wide:].to(like))
+        if found is None:
+            return
+        wide = (found.variances > WIDE * self.sigmas[0] ** 2).nonzero()
+        if len(wide):
+            # From the first of them on, so that runs of one base share one tensor, and a batch.
+            start = int(wide[0])
+            self._variances = found.variances[start:].to(like)
+            self.dynamics = self.dynamics._replace(axes=found.directions[start:].to(like))
 
     # -- the place in the schedule ------------------------------------------------------------------
 

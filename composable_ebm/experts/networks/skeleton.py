@@ -135,7 +135,7 @@ class GaussianSkeleton(nn.Module):
         return tuple((name, str(value)) for name, value in options.items() if name != "num_values")
 
     def levels_of_floor(self) -> Tensor:
-        """The noise levels of values of F, between which lines are right to ten nats, (levels,)."""
+        """The noise levels of values of F, (levels,); lines between lie low, most of all at the lowest."""
         low, high = self.noise_range
         return torch.linspace(math.log(low), math.log(high), self.floor_levels).exp()
 
