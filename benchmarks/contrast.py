@@ -6,7 +6,11 @@ are of pictures drawn from noise by one sampler, and how they stay under an exac
 held-out ones. The gap is mean E(samples) - mean E(held-out pictures with the noise of the level), after those
 exact steps: 0 where energies are right at T = 1.
 
-    python benchmarks/contrast.py --seconds 150      # 15 minutes of one core
+    python benchmarks/contrast.py --seconds 150               # 15 minutes of one core
+    python benchmarks/contrast.py --seconds 50 --seeds 0 1 2  # score matching beside contrast, over seeds
+
+With several seeds only those two run, the second with two ways of giving chains that begin again their
+labels: those of the batch, as shipped, or evenly at random.
 """
 
 from __future__ import annotations
@@ -14,26 +18,28 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from common import RESULTS, write_results
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import composable_ebm as ceb
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.evaluation.judge import Judge
+from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
+from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.plotting import save_grid
 from composable_ebm.sampling.chains import Chain
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.train.config import AnyObjective, ConfinedEnergy, DataConfig, TrainConfig
 from composable_ebm.train.export import held_out_metrics, sample_values
-from composable_ebm.train.objectives.base import Setting
+from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
-from composable_ebm.train.objectives.over_levels import AtLevels, ContrastiveOverLevels
+from composable_ebm.train.objectives.over_levels import AtLevels, ContrastiveOverLevels, OverLevels
 from composable_ebm.train.objectives.recovery import RecoveryLikelihood
 from composable_ebm.train.preparation import build, card_of
 
@@ -42,6 +48,21 @@ SIZES = ConfinedEnergy(hidden=320, noise_range=(LOW, HIGH), level=LOW)
 RATES = {"denoising": 2e-3, "recovery": 5e-4, "contrastive": 5e-4}
 LATER = 0.5  # of these rates after a first stage
 MORE = 100  # exact steps that samples are watched for
+
+
+class AnyLabels(OverLevels):
+    """Chains that begin again take any label, where the objective gives them those of the batch."""
+
+    def draw(self, network: GaussianSkeleton, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Figures]:
+        return super().draw(network, self._any(self.setting.num_values, len(y)))
+
+
+@dataclass(frozen=True)
+class ContrastOfAnyLabels(ContrastiveOverLevels):
+    """Contrast over levels with `AnyLabels`."""
+
+    def begin(self, setting: Setting) -> Phase:
+        return AnyLabels(self, setting)
 
 
 OBJECTIVES: dict[str, AnyObjective] = {
@@ -75,11 +96,19 @@ def trained_judge(data: LabelledImages) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-def train(network: nn.Module, kind: str, seconds: float, data: LabelledImages, later: bool) -> tuple:
+def train(
+    network: nn.Module,
+    kind: str,
+    seconds: float,
+    data: LabelledImages,
+    later: bool = False,
+    seed: int = 0,
+    objective: Objective | None = None,
+) -> tuple[nn.Module, int, float]:
     """The averaged network, its iterations, and the last mean gap, after so many seconds of one core."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     setting = Setting(data.event_shape, 10, (-1.0, 1.0), 128, ceb.Langevin(0.01), generator)
-    phase = OBJECTIVES[kind].begin(setting)
+    phase = (objective or OBJECTIVES[kind]).begin(setting)
     average = copy.deepcopy(network)
     rate = RATES[kind] * (LATER if later else 1)
     optimiser = torch.optim.Adam(network.parameters(), rate, betas=(0.9, 0.99))
@@ -101,10 +130,12 @@ def train(network: nn.Module, kind: str, seconds: float, data: LabelledImages, l
     return average, count, sum(gaps) / len(gaps)
 
 
-def measure(expert: Expert, judge: Judge, data: LabelledImages, per_value: int) -> dict[str, float]:
+def measure(
+    expert: Expert, judge: Judge, data: LabelledImages, per_value: int, seed: int = 0
+) -> dict[str, float]:
     """Held-out figures, and those of samples from noise."""
     held_out = held_out_metrics(expert, data)
-    drawn = torch.cat(list(sample_values(expert, per_value).values()))
+    drawn = torch.cat(list(sample_values(expert, per_value, seed=100 * seed).values()))
     labels = torch.arange(10).repeat_interleave(per_value)
     levels = torch.full((len(labels),), LOW)
     noise = Noise((torch.Generator().manual_seed(1), len(labels)))
@@ -123,72 +154,105 @@ def measure(expert: Expert, judge: Judge, data: LabelledImages, per_value: int) 
     }
 
 
+class Bench:
+    """What all cells share: the data, the judge and the network they begin with."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.data, self.held_out = (
+            small(load_data("digits", "train")),
+            small(load_data("digits", "validation")),
+        )
+        self.judge = trained_judge(self.data)
+        config = TrainConfig(
+            family="contrast",
+            name="digit",
+            network=SIZES,
+            objective=OBJECTIVES["denoising"],
+            data=DataConfig(name="digits", attribute="digit"),
+        )
+        self.card = card_of(config, self.data, self.data.values["digit"])
+        self.rows: list[dict[str, object]] = []
+
+    def on_real(self) -> float:
+        """Share of held-out pictures that the judge reads right."""
+        x = self.held_out.batch(torch.arange(len(self.held_out)))
+        return float((self.judge.labels(x)["digit"] == self.held_out.labels["digit"]).float().mean())
+
+    def fresh(self, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        network = build(self.card)
+        network.fit(self.data.batch(torch.arange(10_000)))
+        return network
+
+    def report(
+        self, start: str, kind: str, seconds: float, trained: tuple[nn.Module, int, float], seed: int = 0
+    ) -> None:
+        network, count, gap = trained
+        expert = Expert.standing(network.eval().requires_grad_(False), self.card)
+        row: dict[str, object] = {"start": start, "objective": kind, "seed": seed, "seconds": seconds}
+        row["iterations"] = count
+        row["training_gap"] = None if gap != gap else round(gap, 3)  # denoising has none
+        figures = measure(expert, self.judge, self.held_out, self.options.samples, seed)
+        row |= {name: round(value, 4) for name, value in figures.items()}
+        self.rows.append(row)
+        print(row, flush=True)
+        if self.options.sheets:
+            self.options.sheets.mkdir(parents=True, exist_ok=True)
+            drawn = torch.stack(list(sample_values(expert, 8, seed=9).values()), dim=1)
+            name = f"{start}-{kind}.png".replace(" ", "_")
+            save_grid(drawn.flatten(0, 1), self.options.sheets / name, columns=10)
+
+    def objectives(self) -> None:
+        """Each objective from scratch and after a first stage."""
+        seconds, data = self.options.seconds, self.data
+        first = train(self.fresh(), "denoising", seconds / 2, data)
+        self.report("first stage alone", "denoising", seconds / 2, first)
+        for kind in OBJECTIVES:
+            self.report("scratch", kind, seconds, train(self.fresh(), kind, seconds, data))
+            warm = copy.deepcopy(first[0]).requires_grad_(True)
+            self.report("first stage", kind, seconds, train(warm, kind, seconds / 2, data, later=True))
+
+    def labels(self, seed: int) -> None:
+        """Score matching alone, and contrast after a first stage with both ways of labels."""
+        seconds, data = self.options.seconds, self.data
+        plain = train(self.fresh(seed), "denoising", seconds, data, seed=seed)
+        self.report("scratch", "denoising", seconds, plain, seed)
+        first = train(self.fresh(seed), "denoising", seconds / 2, data, seed=seed)[0]
+        for name, own in (
+            ("labels of the batch", ContrastiveOverLevels()),
+            ("any labels", ContrastOfAnyLabels()),
+        ):
+            warm = copy.deepcopy(first).requires_grad_(True)
+            done = train(warm, "contrastive", seconds / 2, data, later=True, seed=seed, objective=own)
+            self.report("first stage", f"contrastive, {name}", seconds, done, seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=150, help="of one core, a cell")
     parser.add_argument("--samples", type=int, default=40, help="of each digit")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="several: labels of chains over them"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--sheets", type=Path, help="folder for pictures of samples")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
-    data, held_out = small(load_data("digits", "train")), small(load_data("digits", "validation"))
-    judge = trained_judge(data)
-    x = held_out.batch(torch.arange(len(held_out)))
-    real = float((judge.labels(x)["digit"] == held_out.labels["digit"]).float().mean())
-    config = TrainConfig(
-        family="contrast",
-        name="digit",
-        network=SIZES,
-        objective=OBJECTIVES["denoising"],
-        data=DataConfig(name="digits", attribute="digit"),
-    )
-    card = card_of(config, data, data.values["digit"])
-
-    def fresh() -> nn.Module:
-        torch.manual_seed(0)
-        network = build(card)
-        network.fit(data.batch(torch.arange(10_000)))
-        return network
-
-    first, count, _ = train(fresh(), "denoising", options.seconds / 2, data, later=False)
-    cells = [("first stage alone", "denoising", options.seconds / 2, first, count, float("nan"))]
-    rows = []
-
-    def report(start: str, kind: str, seconds: float, network: nn.Module, count: int, gap: float) -> None:
-        expert = Expert.standing(network.eval().requires_grad_(False), card)
-        row = {
-            "start": start,
-            "objective": kind,
-            "seconds": seconds,
-            "iterations": count,
-            "training_gap": gap,
-        }
-        row["training_gap"] = None if gap != gap else round(gap, 3)  # denoising has none
-        row |= {k: round(v, 4) for k, v in measure(expert, judge, held_out, options.samples).items()}
-        rows.append(row)
-        print(row, flush=True)
-        if options.sheets:
-            options.sheets.mkdir(parents=True, exist_ok=True)
-            drawn = torch.stack(list(sample_values(expert, 8, seed=9).values()), dim=1)
-            save_grid(
-                drawn.flatten(0, 1), options.sheets / f"{start}-{kind}.png".replace(" ", "_"), columns=10
-            )
-
-    for cell in cells:
-        report(*cell)
-    for kind in OBJECTIVES:
-        report("scratch", kind, options.seconds, *train(fresh(), kind, options.seconds, data, later=False))
-        warm = train(copy.deepcopy(first).requires_grad_(True), kind, options.seconds / 2, data, later=True)
-        report("first stage", kind, options.seconds, *warm)
+    bench = Bench(options)
+    if len(options.seeds) == 1:
+        bench.objectives()
+    for seed in options.seeds if len(options.seeds) > 1 else ():
+        bench.labels(seed)
     content = {
-        "judge_on_real": round(real, 4),
+        "judge_on_real": round(bench.on_real(), 4),
         "network": asdict(SIZES),
         "objectives": {name: asdict(objective) for name, objective in OBJECTIVES.items()},
         "samples": 10 * options.samples,
-        "rows": rows,
+        "rows": bench.rows,
     }
-    write_results("contrast", content, options.out)
+    write_results("contrast" if len(options.seeds) == 1 else "contrast_labels", content, options.out)
 
 
 if __name__ == "__main__":
