@@ -29,7 +29,6 @@ from torch.nn import functional as F
 import composable_ebm as ceb
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.evaluation.judge import Judge
-from composable_ebm.experts.card import Card
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.plotting import save_grid
