@@ -174,6 +174,20 @@ def test_of_particles_to_spare_those_are_drawn_that_experts_are_sure_of():
     assert few.log_probability == all_of_them.log_probability  # of the request, sure or not
 
 
+def test_a_chain_that_is_asked_for_is_drawn_from_as_many_particles_as_are_wanted():
+    mix = analytic.GaussianMixture(means(2), SPREAD**2, WEIGHTS) + ceb.from_classifier(Logistic(0), 1)
+    counts = []
+    for chains, per_chain in ((4, 3), (50, 1.35), (50, 3)):
+        sampler = ceb.Particles(ceb.MALA(0.5), LEVELS, per_chain=per_chain)
+        out = ceb.sample(mix, num_chains=chains, num_steps=40, sampler=sampler, seed=0)
+        assert len(out.samples) == chains
+        counts.append(len(out.weighted.states))
+    assert counts == [32, 68, 150]  # never fewer than 32
+    for wrong in (0.5, math.nan):
+        with pytest.raises(ValueError, match="`per_chain` must be at least 1"):
+            ceb.Particles(ceb.MALA(0.5), LEVELS, per_chain=wrong)
+
+
 def test_stored_particles_are_the_default_where_something_carries_them():
     """An expert may ask not to go by the verdict; a plain sum, which nothing carries, runs as chains."""
     stored = ceb.Particles(ceb.LeimkuhlerMatthews(0.3), LEVELS, verdict=False)

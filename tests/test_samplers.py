@@ -490,7 +490,9 @@ def test_stored_settings_give_the_sampler_back_scaled_to_the_composition():
 
 def test_stored_particles_are_particles_again():
     levels = ceb.Schedule(noise_level=ceb.schedules.karras(10.0, 0.02), predict=True, num_levels=20)
-    stored = ceb.Particles(ceb.MALA(0.1), levels, num_particles=500, threshold=0.5, verdict=True)
+    stored = ceb.Particles(
+        ceb.MALA(0.1), levels, num_particles=500, per_chain=3.0, threshold=0.5, verdict=True
+    )
     settings = json.loads(json.dumps({**ceb.sampling.to_settings(stored), "num_steps": 40}))
     assert ceb.sampling.from_settings(settings) == (stored, 40)
     carried = ceb.Particles(ceb.MALA(0.1), levels, carrier=Quadratic())

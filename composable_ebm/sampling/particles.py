@@ -41,8 +41,6 @@ from composable_ebm.sampling.annealed import Annealed
 
 FEWEST = 32
 """Particles that a request has at least; the chains that were asked for are drawn from them."""
-SPARE = 1.35
-"""Particles for each chain that was asked for, so that a draw seldom takes one of them twice."""
 CANDIDATES = 4
 """States at the first noise level for each particle, of which the particles are chosen."""
 
@@ -62,7 +60,10 @@ class Particles(Annealed):
     Args:
         kernel: Moves particles at each level; MALA and HMC leave it exact.
         schedule: Must move the noise level, and `predict`.
-        num_particles: How many; 1.35 times the chains asked for, and at least 32, unless given.
+        num_particles: How many; `per_chain` times the chains asked for, and at least 32, unless given.
+        per_chain: Particles for each chain that is asked for. 1.35 let a draw seldom take one twice where
+            most meet the request in the end. Where few do, more of them find it, and there is more to
+            choose from: letters that are bold or italic as asked, see `docs/latents.md`.
         threshold: Resamples where the effective sample size is below this share of the particles. Early
             copies still become pictures of their own; of faces with four attributes
             asked for, one in six had a twin at 0.5, one in four hundred at 0.7.
@@ -86,6 +87,7 @@ class Particles(Annealed):
     """
 
     num_particles: int | None = None
+    per_chain: float = 1.35
     threshold: float = 0.7
     verdict: bool = False
     surest: bool = False
@@ -99,6 +101,8 @@ class Particles(Annealed):
             )
         if self.num_particles is not None and self.num_particles < 1:
             raise ValueError(f"`num_particles` must be at least 1, got {self.num_particles}.")
+        if not 1 <= self.per_chain < math.inf:
+            raise ValueError(f"`per_chain` must be at least 1, got {self.per_chain}.")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"`threshold` must be between 0 and 1, got {self.threshold}.")
 
@@ -111,7 +115,7 @@ class Particles(Annealed):
         """How many particles there are where `num_chains` are asked for."""
         if self.num_particles is not None:
             return max(self.num_particles, num_chains)
-        return max(FEWEST, math.ceil(SPARE * num_chains))
+        return max(FEWEST, math.ceil(self.per_chain * num_chains))
 
     def __str__(self) -> str:
         count = "" if self.num_particles is None else f"{self.num_particles} "

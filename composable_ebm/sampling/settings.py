@@ -31,7 +31,7 @@ KERNELS: tuple[type[Kernel], ...] = (
 )
 
 CURVES = ("temperature", "noise_level", "step_scale")
-WEIGHING = ("num_particles", "threshold", "verdict", "surest")
+WEIGHING = ("num_particles", "per_chain", "threshold", "verdict", "surest")
 
 __all__ = ["from_settings", "to_settings"]
 
