@@ -245,6 +245,15 @@ def test_validation_is_the_end_of_the_training_images(tmp_path, monkeypatch):
     assert train.attribute("digit") == tuple("0123456789")
 
 
+def test_digits_of_excluded_combinations_are_gone(tmp_path):
+    write_mnist(tmp_path)
+    kept = digits.load("train", root=tmp_path, exclude=("digit[3]+~thick", "digit[7]+thick"))
+    assert (kept.labels["digit"] != 3).all()  # single pixels are thin
+    assert len(kept) == 90
+    with pytest.raises(ValueError, match="unknown attribute of the digits 'thik'; did you mean 'thick'"):
+        digits.load("train", root=tmp_path, exclude=("digit[3]+thik",))
+
+
 @pytest.fixture(scope="module")
 def train(data_root):
     return digits.load("train", root=data_root)

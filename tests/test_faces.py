@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from composable_ebm.data import faces, load_data, rendered
+from composable_ebm.data.combinations import parse_combination
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE
 
 BINARY = ("smile", "glasses", "beard", "curly", "grey_hair")
@@ -185,8 +186,8 @@ def test_excluded_combinations_are_gone_and_all_else_stays(tmp_path, counted):
 
 def test_combinations_read_like_recipes():
     expected = {"smile": 1, "beard": 0, "skin": 1}
-    assert faces.parse_combination("smile+~beard+skin[tan]") == expected
-    assert faces.parse_combination("curly[straight]") == {"curly": 0}
+    assert parse_combination("smile+~beard+skin[tan]", faces.VALUES, "faces") == expected
+    assert parse_combination("curly[straight]", faces.VALUES, "faces") == {"curly": 0}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ Reference:
     width come from skeletons and bounding boxes, which are slower and not batched).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import MNIST
 
+from composable_ebm.data.combinations import parse_combinations, without
 from composable_ebm.data.dataset import UNLABELLED, LabelledImages, unknown_name
 from composable_ebm.data.root import ENVIRONMENT_VARIABLE, download_root, find_root, search_path
 
@@ -48,7 +49,12 @@ _FILE = "MNIST/raw/train-images-idx3-ubyte"
 _CHUNK = 4096  # images measured at a time, so that the floats of all are never in memory
 
 
-def load(split: str = "train", root: str | Path | None = None, download: bool = False) -> LabelledImages:
+def load(
+    split: str = "train",
+    root: str | Path | None = None,
+    download: bool = False,
+    exclude: Iterable[str] = (),
+) -> LabelledImages:
     """MNIST as 28x28 images with the attributes `digit`, `thick`, `slanted` and `wide`.
 
     Args:
@@ -59,14 +65,19 @@ def load(split: str = "train", root: str | Path | None = None, download: bool = 
             `../shared/data`, `~/.cache/composable_ebm`.
         download: Whether to fetch what is missing, into `root`, COMPOSABLE_EBM_DATA or
             `~/.cache/composable_ebm`.
+        exclude: Combinations to hold out, such as "digit[3]+thick+slanted". An image is dropped if it
+            has all the attributes of any of them; a measured attribute is `thick` or `~thick`.
     Raises:
-        ValueError: If there is no such split.
+        TypeError: If `exclude` is a single text.
+        ValueError: If there is no such split or combination.
         FileNotFoundError: If MNIST is absent and not to be downloaded.
     Example:
         >>> load("train").where("slanted")
     """
     if split not in SPLITS:
         raise ValueError(unknown_name("split of the digits", split, SPLITS))
+    values = {"digit": DIGITS, **{name: m.values for name, m in MEASURED.items()}}
+    held_out = parse_combinations(exclude, values, "digits")
     found = _root(root, download)
     mnist = MNIST(str(found), train=split != "test", download=download)
     images, digit = mnist.data[:, None], mnist.targets
@@ -76,12 +87,8 @@ def load(split: str = "train", root: str | Path | None = None, download: bool = 
         images, digit = images[-VALIDATION_SIZE:], digit[-VALIDATION_SIZE:]
     chunks = [handwriting(chunk.float() / 127.5 - 1) for chunk in images.split(_CHUNK)]
     measured = {name: torch.cat([chunk[name] for chunk in chunks]) for name in MEASURED}
-    return LabelledImages(
-        images=images,
-        labels={"digit": digit, **measured},
-        values={"digit": DIGITS, **{name: m.values for name, m in MEASURED.items()}},
-        name=f"digits/{split}",
-    )
+    labels = {"digit": digit, **measured}
+    return without(LabelledImages(images, labels, values, name=f"digits/{split}"), held_out)
 
 
 def _root(root: str | Path | None, download: bool) -> Path:

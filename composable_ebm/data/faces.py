@@ -19,16 +19,15 @@ import functools
 import importlib.resources
 import io
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from composable_ebm.data.dataset import LabelledImages, unknown_name
+from composable_ebm.data.combinations import parse_combinations, without
+from composable_ebm.data.dataset import LabelledImages
 from composable_ebm.data.rendered import load_rendered
 
 SIZES = {"train": 20_000, "validation": 2_000, "test": 5_000}
@@ -113,50 +112,8 @@ def load(
     Example:
         >>> train = load("train", exclude=("smile+glasses+beard",))
     """
-    if isinstance(exclude, str):
-        raise TypeError(f"`exclude` must be a list of combinations: exclude=({exclude!r},).")
-    held_out = [parse_combination(combination) for combination in exclude]
-    faces = load_rendered("faces", split, root, size, num_images, processes)
-    for combination in held_out:
-        has_all = torch.ones(len(faces), dtype=torch.bool)
-        for attribute, value in combination.items():
-            has_all &= faces.labels[attribute] == value
-        faces = faces.select(~has_all)
-    return faces
-
-
-def parse_combination(text: str) -> dict[str, int]:
-    """The labels that a combination such as "smile+~beard+skin[tan]" asks for.
-
-    Raises:
-        ValueError: If an attribute or value is unknown, or named twice.
-    Example:
-        >>> parse_combination("smile+~beard+skin[tan]")
-        {'smile': 1, 'beard': 0, 'skin': 1}
-    """
-    labels: dict[str, int] = {}
-    for term in text.split("+"):
-        match = re.fullmatch(r"(~?)\s*(\w+)(?:\[(\w+)\])?", term.strip())
-        if match is None or (match[1] and match[3]):
-            raise ValueError(
-                f"each attribute of a combination must read `smile`, `~smile` or `skin[tan]`, "
-                f"got {term.strip()!r} in {text!r}."
-            )
-        negated, attribute, value = match.groups()
-        if attribute not in VALUES:
-            raise ValueError(unknown_name("attribute of the faces", attribute, VALUES))
-        values = VALUES[attribute]
-        if value is None and len(values) > 2:
-            raise ValueError(
-                f"{attribute!r} has {len(values)} values: write one of "
-                f"{', '.join(f'{attribute}[{v}]' for v in values)} in {text!r}."
-            )
-        if value is not None and value not in values:
-            raise ValueError(unknown_name(f"value of {attribute!r}", value, values))
-        if attribute in labels:
-            raise ValueError(f"{attribute!r} is named twice in {text!r}.")
-        labels[attribute] = int(not negated) if value is None else values.index(value)
-    return labels
+    held_out = parse_combinations(exclude, VALUES, "faces")
+    return without(load_rendered("faces", split, root, size, num_images, processes), held_out)
 
 
 def draw(split: str, index: int) -> tuple[dict[str, int], dict[str, Any]]:

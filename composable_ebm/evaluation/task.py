@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data import LabelledImages, load_data
+from composable_ebm.data.combinations import parse_combinations, without
 from composable_ebm.data.dataset import BETWEEN
 from composable_ebm.experts.card import Card
 from composable_ebm.experts.catalogue import cards, load_expert
@@ -85,10 +86,7 @@ class Task:
 
     def seen_in_training(self, train: LabelledImages) -> LabelledImages:
         """The training images without the held-out combinations."""
-        kept = torch.ones(len(train), dtype=torch.bool)
-        for combination in self.held_out:
-            kept &= ~satisfying(combination, train)
-        return train.select(kept)
+        return without(train, self.held_out)
 
     def reference(self, root: str | None) -> LabelledImages:
         """Real images that neither experts nor judges learnt from."""
@@ -121,7 +119,8 @@ def task_of(family: str, combinations: Sequence[str] = ()) -> Task:
             else:
                 terms.setdefault(name, {})[position] = expert[value]
     known = combinations or held_out_combinations([e.card for e in experts.values()])
-    held_out = [import_module(f"composable_ebm.data.{family}").parse_combination(c) for c in known]
+    values = {name: [v for v in e.card.values if v != BETWEEN] for name, e in experts.items()}
+    held_out = parse_combinations(known, values, f"experts of {family!r}")
     return Task(family, experts, terms, base, held_out, SIZES.get(family, tuple(range(1, len(experts) + 1))))
 
 
