@@ -30,7 +30,7 @@ from composable_ebm.sampling.schedule import constant
 
 EACH = 64
 LOWEST = 0.001  # of data, whose energy counts as the lowest
-HELD_OUT = 1000
+HELD_OUT = 1024
 FAR = 30.0  # in units of the data's range
 OTHERS = {"digits": "faces"}  # a family's wrong pictures; faces have digits
 DATA = {"contrastive_digits": "digits", "contrastive_faces": "faces"}

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from helpers import card
 
 import composable_ebm as ceb
+from composable_ebm.data import LabelledImages
+from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks import ConfinedEnergy, DiffusedEnergy, DiffusedPatches, DiffusedWindows
 from composable_ebm.experts.networks.skeleton import principal_axes
 from composable_ebm.sampling.schedule import karras
+from composable_ebm.train.export import floored
 
 
 def of_rank(rank, n, size, seed=0):
@@ -121,7 +125,7 @@ def kind(request):
     return request.param
 
 
-def falling(kind, values):
+def falling(kind, values, shaken=0.2):
     """A network whose energies fall without end, and data."""
     torch.manual_seed(0)
     network = KINDS[kind](values)
@@ -129,7 +133,7 @@ def falling(kind, values):
     network.fit(x)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
+            parameter.add_(shaken * torch.randn(parameter.shape))
         network.quadratic_head.weight.mul_(3)
     return network.requires_grad_(False), x
 
@@ -168,6 +172,27 @@ def test_descent_comes_back_from_far_away_and_ends_on_the_floor(kind, values):
         far = far - 3 * 0.01 ** (i / 300) * gradient / length
     assert (lowest >= network.floor[0] - 1e-3 * abs(network.floor[0])).all()
     assert far.flatten(1).norm(dim=1).max() < 30 * x.flatten(1).norm(dim=1).max()
+
+
+def test_a_floor_that_training_sets_leaves_data_alone_and_is_near_them_between_its_levels(kind):
+    network, x = falling(kind, 2, shaken=0.05)
+    pictures = (127.5 + 30 * x).round().clamp(0, 255).byte()
+    data = LabelledImages(pictures, {}, {}, "blots")
+    network.fit(data.batch(torch.arange(len(data))))
+    described = card("blots", ("a", "b"), event_shape=(1, 8, 8), network={"type": "DiffusedEnergy"})
+    network = floored(Expert.standing(network, described), data).network
+    levels = network.levels_of_floor()
+    x = data.batch(torch.arange(len(data)))
+    for i in (0, 3, 150, 383):  # the first interval, two between and the last
+        between = (levels[i] * levels[i + 1]).sqrt()
+        kept, floor = network.floor, float(network.floor_at(between[None]))
+        with_floor = network(x, between)
+        network.set_floor(())
+        without = network(x, between)
+        network.set_floor(kept)
+        assert torch.equal(with_floor, without)
+        lowest = float(-(-without).logsumexp(1).max())
+        assert lowest - floor == pytest.approx(network.floor_below, abs=0.3)
 
 
 def test_a_floor_rises_quadratically_where_the_network_falls(kind):

@@ -95,7 +95,7 @@ def test_a_base_has_a_floor_below_its_data(family):
         energies = base.network(z, sigma)[:, 0]
         pit = base.network(base.network.mean.reshape(1, *base.event_shape), sigma).item()
         assert pit > energies.min() - 51
-    assert len(base.network.floor) == 20
+    assert len(base.network.floor) == 81
 
 
 def test_what_is_asked_for_is_what_comes(family):

@@ -24,6 +24,8 @@ HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)
 METRICS = "metrics.jsonl"
 FLOOR_DATA, FLOOR_SHARE = 1024, 0.001
+FLOOR_STRIDE, FLOOR_CANDIDATES = 8, 32
+"""Every so many levels all pictures are looked at; between them so many of the lowest at either end."""
 
 __all__ = [
     "METRICS",
@@ -169,14 +171,26 @@ def floored(expert: Expert, data: LabelledImages) -> Expert:
     network = expert.network
     assert isinstance(network, GaussianSkeleton)
     network.set_floor(())
-    device = next(network.parameters()).device
     count = min(len(data), FLOOR_DATA)
-    parts = [data.batch(index).to(device) for index in torch.arange(count).split(256)]
+    place = max(1, round(FLOOR_SHARE * count))
+    levels = network.levels_of_floor()
+
+    def energies(level: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        parts = [data.batch(part).to(level.device) for part in index.split(256)]
+        return torch.cat([-(-network(x, level)).logsumexp(1) for x in parts]).cpu()
+
+    levels = levels.to(next(network.parameters()).device)
+    of_all = {i: energies(levels[i], torch.arange(count)) for i in range(0, len(levels), FLOOR_STRIDE)}
     floor = []
-    for level in network.levels_of_floor():
-        energies = torch.cat([-(-network(x, level.to(device))).logsumexp(1) for x in parts])
-        lowest = energies.kthvalue(max(1, round(FLOOR_SHARE * len(energies)))).values
-        floor.append(round(max(float(lowest) - network.floor_below, network.lowest), 2))
+    for i, level in enumerate(levels):
+        before = i - i % FLOOR_STRIDE
+        found = of_all[before]
+        if i != before:  # what is lowest here is low at both ends
+            ends = found, of_all[before + FLOOR_STRIDE]
+            low = torch.cat([end.argsort()[: FLOOR_CANDIDATES + place] for end in ends]).unique()
+            found = energies(level, low)
+        lowest = float(found.kthvalue(place).values)
+        floor.append(round(max(lowest - network.floor_below, network.lowest), 2))
     network.set_floor(floor)
     card = replace(expert.card, network={**expert.card.network, "floor": floor})
     return Expert.standing(network, card, expert.codec, expert.base)

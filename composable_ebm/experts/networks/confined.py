@@ -70,7 +70,7 @@ class ConfinedEnergy(GaussianSkeleton):
     """
 
     least_variance = 1e-4
-    floor_levels, floor_below, lowest = 20, 50.0, 0.0
+    floor_levels, floor_below, lowest = 81, 50.0, 0.0
 
     def __init__(
         self,

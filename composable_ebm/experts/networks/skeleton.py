@@ -89,10 +89,14 @@ class GaussianSkeleton(nn.Module):
 
     least_variance: ClassVar[float] = 1e-8
     """A background that never changes has no variance; a pixel's grain has 1e-5."""
-    floor_levels: ClassVar[int] = 96
+    floor_levels: ClassVar[int] = 385
     floor_below: ClassVar[float] = 40.0
     lowest: ClassVar[float] = -math.inf
-    """Values of F, nats below data at which it is set, and what energies are above without one."""
+    """Values of F, nats below data at which it is set, and what energies are above without one.
+
+    Energies of data bend with log σ, most of all at the lowest level: lines between 96 values lay up to
+    90 nats below what they stand for, between four times as many 5.
+    """
 
     def __init__(self, event_shape: Sequence[int], components: int, noise_range: Sequence[float]) -> None:
         super().__init__()
@@ -135,7 +139,7 @@ class GaussianSkeleton(nn.Module):
         return tuple((name, str(value)) for name, value in options.items() if name != "num_values")
 
     def levels_of_floor(self) -> Tensor:
-        """The noise levels of values of F, (levels,); lines between lie low, most of all at the lowest."""
+        """The noise levels of values of F, (levels,)."""
         low, high = self.noise_range
         return torch.linspace(math.log(low), math.log(high), self.floor_levels).exp()
 
