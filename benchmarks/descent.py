@@ -3,7 +3,8 @@
 256 starts of each expert: noise, pictures of another family, pictures upside down, and points far away.
 Each takes 1,000 steps against the gradient's direction, of lengths that fall from 1 to 0.01, at each noise
 level; what counts is the lowest energy that any of them meets on the way, below the lowest 0.1 % of held-out
-data. The energy of an expert with values is its marginal.
+data. The energy of an expert with values is its marginal. Compositions `given(base, attributes)` come last:
+they lie above their base everywhere, for -log p(a | x) is positive.
 
 A density of n effective dimensions has its mode about n/2 nats below what it draws, so that the figure of a
 Gaussian with the data's covariance stands beside: what its mean lies below the same data. With `--chains`,
@@ -14,6 +15,7 @@ chains at temperature 1 start from the lowest states: what has no volume is left
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,7 +36,15 @@ HELD_OUT = 1024
 FAR = 30.0  # in units of the data's range
 OTHERS = {"digits": "faces"}  # a family's wrong pictures; faces have digits
 DATA = {"contrastive_digits": "digits", "contrastive_faces": "faces"}
-LEVELS = {"latents": (0.1, 0.4, 1.6), "pixels": (0.02, 0.1, 0.4, 1.6)}
+COMPOSED = {
+    "digits": {"digit": "3", "thick": "thick", "slanted": "slanted"},
+    "faces": dict.fromkeys(("smile", "glasses", "beard", "curly", "grey_hair"), 1),
+    "letters": {"letter": "R", "bold": "bold", "italic": "italic", "serif": "serif"},
+    "portraits": dict.fromkeys(("smile", "glasses", "beard", "curly", "grey_hair"), 1),
+    "shapes": {"position": 0},
+}
+# The lowest of pixels lies between two levels of floors, where energies bend most.
+LEVELS = {"latents": (0.1, 0.4, 1.6), "pixels": (0.0207, 0.1, 0.4)}
 
 
 def shipped() -> list[str]:
@@ -78,18 +88,30 @@ def starts(expert: ceb.Expert, family: str, pictures: Tensor) -> dict[str, Tenso
     }
 
 
-def marginal(network: nn.Module, x: Tensor, level: Tensor | None) -> Tensor:
-    """-log Σ_y exp(-E(x, y)), (batch,)."""
-    return -(-(network(x) if level is None else network(x, level))).logsumexp(1)
+Energy = Callable[[Tensor, Tensor | None], Tensor]
+"""States and a level to energies, (batch,)."""
 
 
-def descend(network: nn.Module, x: Tensor, level: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
+def energy_of(expert: ceb.Expert) -> Energy:
+    """-log Σ_y exp(-E(x, y))."""
+    network = expert.network
+    return lambda x, level: -(-(network(x) if level is None else network(x, level))).logsumexp(1)
+
+
+def composed(family: str) -> Energy:
+    """base + Σ -log p(a | x) of every attribute of a family."""
+    attributes = [ceb.load_expert(f"{family}/{name}")[value] for name, value in COMPOSED[family].items()]
+    mix = ceb.given(ceb.load_expert(f"{family}/base"), *attributes, weight=1)
+    return lambda x, level: mix(x, noise_level=level)
+
+
+def descend(energy_at: Energy, x: Tensor, level: Tensor | None, steps: int) -> tuple[Tensor, Tensor]:
     """Lowest energy that each start meets, (batch,), and where."""
     low, where = torch.full((len(x),), float("inf")), x.clone()
     moving = torch.arange(len(x))  # what has come to rest on a floor stays there
     for i in range(steps):
         x = x.detach().requires_grad_()
-        energy = marginal(network, x, level)
+        energy = energy_at(x, level)
         (gradient,) = torch.autograd.grad(energy.sum(), x)
         lower = energy.detach() < low[moving]
         low[moving[lower]], where[moving[lower]] = energy.detach()[lower], x.detach()[lower]
@@ -135,9 +157,11 @@ def states(expert: ceb.Expert, pictures: Tensor) -> Tensor:
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
-    """One row for a noise level."""
-    expert = ceb.load_expert(name)
-    network, family = expert.network, name.split("/")[0]
+    """One row for a noise level, of an expert or, named by its family alone, of a composition."""
+    family, _, alone = name.partition("/")
+    expert = ceb.load_expert(name if alone else f"{family}/base")
+    network = expert.network
+    energy_at = energy_of(expert) if alone else composed(family)
     data = held_out(family)
     pictures = data.batch(torch.arange(min(len(data), HELD_OUT)))
     z = states(expert, pictures)
@@ -151,14 +175,19 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     for value in levels:
         level = None if value is None else torch.tensor(value)
         with torch.no_grad():
-            lowest = lowest_of(torch.cat([marginal(network, part, level) for part in z.split(250)]))
-        row: dict[str, object] = {"expert": name, "level": value, "lowest_of_data": round(float(lowest), 1)}
+            lowest = lowest_of(torch.cat([energy_at(part, level) for part in z.split(250)]))
+        given = "" if alone else f"given {', '.join(COMPOSED[family])}"
+        row: dict[str, object] = {
+            "expert": name if alone else f"{family}/base {given}",
+            "level": value,
+            "lowest_of_data": round(float(lowest), 1),
+        }
         row["floor"] = bool(getattr(network, "floor", ()))
-        row |= {} if value is None else gaussian(network, z, value)
-        low, where = descend(network, torch.cat(list(begun.values())), level, options.steps)
+        row |= {} if value is None or not alone else gaussian(network, z, value)
+        low, where = descend(energy_at, torch.cat(list(begun.values())), level, options.steps)
         for kind, part in zip(begun, low.split(EACH), strict=True):
             row[kind] = round(float(lowest - part.min()), 1)
-        if options.chains and value is not None:
+        if options.chains and value is not None and alone:
             row["after_chains"] = round(float(lowest - left(expert, where, value, options.chains).min()), 1)
         row["below"] = round(float(lowest - low.min()), 1)
         rows.append(row)
@@ -170,7 +199,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experts", nargs="*", help="all that are shipped unless given")
+    parser.add_argument(
+        "experts", nargs="*", help="or families, for compositions; all that are shipped unless given"
+    )
     parser.add_argument("--levels", type=float, nargs="+")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--chains", type=int, default=0, help="steps of chains from the lowest states")
@@ -179,7 +210,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name in options.experts or shipped():
+    for name in options.experts or [*shipped(), *COMPOSED]:
         rows += measure(name, options)
         content = {"steps": options.steps, "starts": 4 * EACH, "held_out": HELD_OUT, "rows": rows}
         write_results("descent", content, options.out)  # as it goes: all of them take an hour
