@@ -95,7 +95,7 @@ class GaussianSkeleton(nn.Module):
     """Values of F, nats below data at which it is set, and what energies are above without one.
 
     Energies of data bend with log σ, most of all at the lowest level: lines between 96 values lay up to
-    90 nats below what they stand for, between four times as many 3.
+    90 nats below what they stand for, between four times as many 8.
     """
 
     def __init__(self, event_shape: Sequence[int], components: int, noise_range: Sequence[float]) -> None:
