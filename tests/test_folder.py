@@ -327,7 +327,8 @@ def test_metadata_of_hugging_face_is_read_with_tags_truths_and_numbers(tmp_path)
     assert set(height.values()) >= {"low", "middle", "high"}
     assert max(i for i, v in height.items() if v == "low") < min(i for i, v in height.items() if v == "high")
     notes = " ".join(folder.load(root=tmp_path, size=4).notes)
-    assert "height has numbers: low and middle and high are cut at" in notes
+    assert "height has numbers: low, middle and high are cut at" in notes
+    assert folder.load(root=tmp_path, size=4).values["height"] == ("low", "middle", "high")
     assert "tags has lists: each of 2 tags" in notes
 
     (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]) + "\n{cut")
@@ -374,7 +375,7 @@ def test_what_is_skipped_is_counted_and_hidden_folders_are_no_classes(tmp_path):
     said = "\n".join(data.notes)
     assert "3 pictures in hidden folders" in said
     assert "2 of .heic, 1 of .txt" in said
-    assert f"1 files cannot be read and were skipped: {broken} (cannot identify" in said
+    assert f"a file cannot be read and was skipped: {broken} (cannot identify" in said
 
 
 def test_a_value_that_no_picture_for_training_has_is_no_value(tmp_path):
@@ -441,9 +442,10 @@ def test_tables_mean_the_files_that_are_there(tmp_path, write):
     assert all(value == ("red" if i % 2 else "blue") for i, value in found.items())
 
 
-@pytest.mark.parametrize("table", ["labels.csv", "train/metadata.csv"])
+@pytest.mark.parametrize("table", ["labels.csv", "more/metadata.csv"])
 def test_a_table_that_is_not_read_is_named_where_an_attribute_is_missing(tmp_path, table):
     names = numbered(tmp_path / "train")
+    (tmp_path / "more").mkdir()
     table_of(tmp_path, names, table=table)
     with pytest.raises(ValueError, match=rf"'colour'.*{table} is not read: attributes come from the first"):
         folder.load(root=tmp_path, attributes=["colour"])
@@ -494,6 +496,24 @@ def test_train_and_test_are_no_classes(tmp_path):
     assert data.values == {"class": ("cat", "dog")}
     for said in (both.notes, data.notes):
         assert "test, train are parts of one set, no classes" in " ".join(said)
+
+
+def test_parts_of_a_set_may_have_a_table_each(tmp_path):
+    for part, numbers in (("train", range(0, N, 2)), ("test", range(1, N, 2))):
+        for i in numbers:
+            picture(tmp_path / part / f"{i}.png", colour(i))
+        rows = [f"{i}.png,{'cat' if i % 3 else 'dog'},{i / 7}" for i in numbers]
+        (tmp_path / part / "metadata.csv").write_text("\n".join(["file_name,kind,height", *rows]))
+    data = folder.load(root=tmp_path, size=4)
+    assert data.values == {"kind": ("cat", "dog"), "height": ("low", "middle", "high")}
+    found = labels(tmp_path, "kind")
+    assert all(found[i] == ("cat" if i % 3 else "dog") for i in found)
+    assert "test, train are parts of one set, no classes" in " ".join(data.notes)
+    cuts = f"{N // 3 / 7:.4g} and {2 * N // 3 / 7:.4g}"  # thirds of both together
+    assert f"are cut at {cuts}" in " ".join(data.notes)
+    assert "no pictures" not in " ".join(data.notes)
+    bare = folder.load(root=tmp_path, size=4, attributes=())
+    assert "attributes that can be learned, too: kind, height" in bare.notes
 
 
 def test_links_are_followed_once_and_pipes_are_not_waited_for(tmp_path):

@@ -25,13 +25,14 @@ import torch
 
 from composable_ebm.data.dataset import UNLABELLED, LabelledImages, unknown_name
 from composable_ebm.data.pictures import channels_of, check_options, cut_off, read_what_can_be
-from composable_ebm.data.tables import Listing, list_folder
+from composable_ebm.data.tables import THIRDS, Listing, list_folder
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 MAX_VALUES = 200
 FEW_VALUES = 10
 MUCH = 0.2  # of a picture, cut off
 NAMED = 3  # unreadable files that are named
+MOST_NAMED = 30  # attributes that are
 
 __all__ = ["MAX_VALUES", "SHARES", "load", "split_of"]
 
@@ -77,11 +78,17 @@ def load(
     for attribute in listing.columns if attributes is None else (attributes := list(attributes)):
         if attribute not in listing.columns:
             unknown = unknown_name(f"attribute of {root}", attribute, listing.columns)
-            why = f" {'; '.join(listing.notes[:2])}." if not listing.columns and listing.notes else ""
+            why = (
+                f" In {root}, {'; '.join(listing.notes[:2])}."
+                if not listing.columns and listing.notes
+                else ""
+            )
             lists = [s for told in listing.about.values() for s in told if s.startswith(f"{attribute} has")]
             raise ValueError(unknown + why + "".join(f" {s}." for s in lists[:1]) + listing.hint)
     splits = [split_of(file) for file in listing.files]
     notes = list(listing.notes)
+    if listing.columns and attributes is not None and not attributes:
+        notes.append(f"attributes that can be learned, too: {', '.join(list(listing.columns)[:MOST_NAMED])}")
     wanted = listing.columns if attributes is None else attributes
     for name in wanted:
         notes += listing.about.get(name, ())
@@ -127,9 +134,14 @@ def _read(
     if unreadable:
         shown = [f"{listing.files[chosen[i]]} ({reason})" for i, reason in unreadable.items()]
         more = f" and {len(shown) - NAMED} more" if len(shown) > NAMED else ""
-        notes.append(f"{len(shown)} files cannot be read and were skipped: {', '.join(shown[:NAMED])}{more}")
+        files = (
+            f"{len(shown)} files cannot be read and were"
+            if len(shown) > 1
+            else "a file cannot be read and was"
+        )
+        notes.append(f"{files} skipped: {', '.join(shown[:NAMED])}{more}")
     how = "the middle square of each" if fit == "crop" else "each in a square of its border's colour"
-    lost = cut_off([root / listing.files[i] for i in chosen]) if fit == "crop" else 0.0
+    lost = cut_off([root / file for file in listing.files]) if fit == "crop" else 0.0  # as for other splits
     if lost > MUCH:
         how += f", which cuts off {lost:.0%} of them (--data.fit pad keeps all)"
     notes.append(f"{'grey' if channels == 1 else 'colour'}, {size}x{size} pixels, {how}")
@@ -171,4 +183,6 @@ def _values(attribute: str, entries: list[str], splits: list[str], notes: list[s
             f"attribute {attribute!r} has no value for training: its {sum(every.values())} pictures all fall "
             "outside the training split. Label more pictures."
         )
+    if set(seen) <= set(THIRDS):
+        return tuple(value for value in THIRDS if value in seen)
     return tuple(sorted(seen, key=lambda v: (0, int(v), v) if v.isdecimal() else (1, 0, v)))

@@ -5,6 +5,7 @@
     metadata.jsonl                  the same, an object a line
     cat/001.jpg, dog/002.jpg        one attribute, `class`
     train/cat/001.jpg, test/...     the same: train, val and test are parts of one set
+    train/metadata.csv, test/...    a table in each part
     001.jpg, 002.jpg                none
 
 Columns become attributes of a few named values:
@@ -41,12 +42,13 @@ FEW = 10  # pictures of a value, in the mean, below which many whole numbers are
 NO_NUMBER = ("", "nan", "none", "null", "n/a", "na")
 OTHER_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".xls", ".ods", ".parquet")
 PARTS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+THIRDS = ("low", "middle", "high")
 SHOWN = 5  # renamed values that are listed
 _TAGS = re.compile(r"\s*[,;|]\s*")
 
 Row = tuple[int, dict[str, object]]
 
-__all__ = ["TABLES", "Listing", "list_folder"]
+__all__ = ["TABLES", "THIRDS", "Listing", "list_folder"]
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Listing:
             return ""
         return (
             f" {', '.join(self.unread[:SHOWN])} is not read: attributes come from the first of "
-            f"{', '.join(TABLES)} in the folder itself."
+            f"{', '.join(TABLES)} in the folder itself; call yours so, with a column `file`."
         )
 
 
@@ -88,16 +90,21 @@ def list_folder(root: Path) -> Listing:
     found = _look_through(root)
     here = {name.lower(): name for name in found.tables if "/" not in name}
     table = next((here.pop(name) for name in TABLES if name in here), None)
-    if table is not None:
-        listing = _of_table(root / table, found.pictures)
+    tables = _tables_of_parts(found) if table is None else [table]
+    if tables:
+        listing = _of_tables(root, tables, found.pictures)
         others = set(found.pictures) - set(listing.files)
         if others:
-            listing.notes.append(f"{len(others)} pictures that {table} does not name were skipped")
+            named = " and ".join(tables) + (" do" if len(tables) > 1 else " does")
+            listing.notes.append(f"{len(others)} pictures that {named} not name were skipped")
+        if table is None:
+            found.others.subtract(Path(name).suffix.lower() for name in tables)
+            listing.notes.append(_one_set([name.partition("/")[0] for name in tables]))
     else:
         listing = _of_subfolders(root, found.pictures)
-    listing.unread = [name for name in found.tables if name != table]
+    listing.unread = [name for name in found.tables if name not in tables]
     listing.notes += found.notes()
-    if table is None and listing.hint:
+    if not tables and listing.hint:
         listing.notes.append(listing.hint.strip().removesuffix("."))
     return listing
 
@@ -120,8 +127,8 @@ class _Found:
         notes = []
         if self.hidden:
             notes.append(f"{self.hidden} pictures in hidden folders or files were skipped")
-        if self.others:
-            kinds = ", ".join(f"{count} of {kind}" for kind, count in self.others.most_common(8))
+        if others := +self.others:
+            kinds = ", ".join(f"{count} of {kind}" for kind, count in others.most_common(8))
             notes.append(f"files that are no pictures were skipped: {kinds}")
         if self.closed:
             notes.append(f"folders that cannot be opened were skipped: {', '.join(self.closed[:SHOWN])}")
@@ -189,7 +196,7 @@ def _of_subfolders(root: Path, pictures: list[str]) -> Listing:
     parts = [path.split("/")[:-1] for path in pictures]
     tops = sorted({part[0] for part in parts if part})
     if all(parts) and all(top.lower() in PARTS for top in tops):
-        notes.append(f"{', '.join(tops)} are parts of one set, no classes: it is divided anew by file names")
+        notes.append(_one_set(tops))
         parts = [part[1:] for part in parts]
     if not all(parts):
         notes.append("there is no table, so there are no attributes: only p(x) can be learned")
@@ -202,16 +209,58 @@ def _of_subfolders(root: Path, pictures: list[str]) -> Listing:
     return Listing(pictures, {"class": classes}, notes, {"class": about})
 
 
+def _tables_of_parts(found: _Found) -> list[str]:
+    """The tables of a set whose parts have one each, `train/metadata.csv` and `test/metadata.csv`."""
+    tops = {picture.partition("/")[0] for picture in found.pictures}
+    if not all(top.lower() in PARTS for top in tops):
+        return []
+    tables = [f"{top}/{name}" for top in sorted(tops) for name in TABLES if f"{top}/{name}" in found.tables]
+    return tables if len({name.partition("/")[0] for name in tables}) == len(tables) else []
+
+
+def _one_set(parts: Sequence[str]) -> str:
+    are = "are parts" if len(parts) > 1 else "is a part"
+    return f"{', '.join(parts)} {are} of one set, no classes: it is divided anew by file names"
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _of_table(table: Path, pictures: Sequence[str]) -> Listing:
+def _of_tables(root: Path, tables: Sequence[str], pictures: Sequence[str]) -> Listing:
+    """What tables say, each of files beside it."""
+    entries: list[dict[str, object]] = []
+    files: list[str] = []
+    left: dict[str, None] = {}
+    for name in tables:
+        folder = name.rpartition("/")[0]
+        before = f"{folder}/" if folder else ""
+        own = [picture.removeprefix(before) for picture in pictures if picture.startswith(before)]
+        rows, column = _rows_of(root / name)
+        files += [before + file for file in _files_of(root / name, rows, column, own)]
+        left |= dict.fromkeys(key for _, row in rows for key in row if key != column)
+        entries += [row for _, row in rows]
+    columns: dict[str, list[str]] = {}
+    about: dict[str, list[str]] = {}
+    for attribute in left:
+        told: list[str] = []
+        made = _attributes(attribute, [row.get(attribute) for row in entries], told)
+        columns |= made
+        about |= dict.fromkeys(made, told)
+    return Listing(files, columns, [], about)
+
+
+def _rows_of(table: Path) -> tuple[list[Row], str]:
+    """The rows of a table, and the column that names files."""
     rows = list(_lines_of_json(table) if table.suffix.lower() == ".jsonl" else _rows_of_csv(table))
-    notes: list[str] = []
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     column = next((name for known in FILE_COLUMNS for name in names if name.lower() == known), None)
     if column is None:
         raise ValueError(f"{table} must have a column `file` (or `file_name`), got the columns {names}.")
+    return rows, column
+
+
+def _files_of(table: Path, rows: Sequence[Row], column: str, pictures: Sequence[str]) -> list[str]:
+    """The file of each row, beside the table."""
     files: dict[str, int] = {}
     meant = _as_meant(table.parent, pictures)
     for line, row in rows:
@@ -225,15 +274,7 @@ def _of_table(table: Path, pictures: Sequence[str]) -> Listing:
             f"{len(missing)} of the {len(files)} files in {table} are not in {table.parent}, "
             f"the first of them {missing[0]!r} in line {files[missing[0]]}."
         )
-    columns: dict[str, list[str]] = {}
-    about: dict[str, list[str]] = {}
-    for name in names:
-        if name != column:
-            told: list[str] = []
-            made = _attributes(name, [row.get(name) for _, row in rows], told)
-            columns |= made
-            about |= dict.fromkeys(made, told)
-    return Listing(list(files), columns, notes, about)
+    return list(files)
 
 
 def _as_meant(root: Path, pictures: Sequence[str]) -> Callable[[str], str]:
@@ -435,7 +476,7 @@ def _cut(name: str, texts: list[str], notes: list[str]) -> list[str]:
     order = sorted(number for number in numbers if number is not None)
     thirds = [order[len(order) // 3], order[2 * len(order) // 3]]
     ends = sorted({end for end in thirds if end > order[0]}) or [order[-1]]
-    names = ["low", "middle", "high"] if len(ends) == 2 else ["low", "high"]
-    cuts = " and ".join(f"{end:g}" for end in ends)
-    notes.append(f"{name} has numbers: {' and '.join(names)} are cut at {cuts}")
+    names = THIRDS if len(ends) == 2 else THIRDS[::2]
+    cuts = " and ".join(f"{end:.4g}" for end in ends)
+    notes.append(f"{name} has numbers: {', '.join(names[:-1])} and {names[-1]} are cut at {cuts}")
     return ["" if n is None else names[sum(n >= end for end in ends)] for n in numbers]

@@ -48,7 +48,7 @@ def load_split(wanted: DataConfig, split: str, between_is_value: bool = False) -
     if len(values) < 2:
         raise ValueError(
             f"attribute {attribute!r} of {data.name} has only the value {values[0]!r}; an expert needs "
-            "images of two or more. Leave the attribute out to learn p(x)."
+            f"images of two or more{_absent(values[0])}. Leave the attribute out to learn p(x)."
         )
     labelled = data.where(attribute)
     if not len(labelled):
@@ -58,6 +58,12 @@ def load_split(wanted: DataConfig, split: str, between_is_value: bool = False) -
     if wanted.between and between_is_value:
         return data.with_between(attribute)
     return data if wanted.between and split == "train" else labelled
+
+
+def _absent(value: str) -> str:
+    """What to write where an attribute is absent, for those who wrote nothing."""
+    other = {"yes": "no", "true": "false", "1": "0", "y": "n"}.get(value.lower())
+    return f", and an empty entry is no label: write {other!r} where it is absent" if other else ""
 
 
 def card_of(
