@@ -126,6 +126,17 @@ def test_advice_depends_on_whether_it_was_still_getting_better(tmp_path):
     assert "it no longer got better: more pictures may help, more minutes do not" in advice(False)
 
 
+def test_a_value_of_few_pictures_is_named(tmp_path):
+    sides = expert("left")
+    train = images(300)
+    few = train.select(
+        torch.cat([torch.where(train.labels["left"] == 0)[0], torch.where(train.labels["left"] == 1)[0][:3]])
+    )
+    metrics = {"heldout_accuracy": 1.0}
+    said = str(judge(sides, few, images(300, seed=2), metrics, metrics, tmp_path / "sheet.png"))
+    assert re.search(r"of \w+ \(3\) it has seen too few pictures", said)
+
+
 def verdict(train, tmp_path):
     return str(judge(expert("base"), train, images(300, seed=2), {}, {}, tmp_path / "sheet.png"))
 

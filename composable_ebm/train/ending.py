@@ -19,6 +19,8 @@ from composable_ebm.train.export import export, held_out_metrics
 from composable_ebm.train.material import Material
 from composable_ebm.train.verdict import judge
 
+SHARP = 0.01  # of pixels in [-1, 1]; the shipped codecs have 0.004
+
 __all__ = ["finished", "publish", "write", "write_with_verdict"]
 
 
@@ -27,8 +29,20 @@ def write(config: TrainConfig, material: Material, network: nn.Module, facts: di
     expert = material.expert(network)
     if isinstance(network, PictureCodec):
         export_codec(config, network, material.card, facts, material.held_out)
+        tqdm.write(_of_codec(config))
         return expert
     return export(config, expert, facts, material.held_out)
+
+
+def _of_codec(config: TrainConfig) -> str:
+    """How well pictures come back, and where to see it."""
+    card = read_card(config.model_folder)
+    error = card.metrics["heldout_squared_error"]
+    sheet = max(config.run_folder.glob("reconstruction-*.png"), default=config.run_folder)
+    return (
+        f"{card.full_name}: held-out pictures come back with a squared error of {error:.4f} "
+        f"({SHARP:g} and less is sharp)\n  pictures, and what comes back of them: {sheet}"
+    )
 
 
 def write_with_verdict(config: TrainConfig, material: Material, network: nn.Module, facts: dict) -> Expert:

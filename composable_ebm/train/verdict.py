@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data import LabelledImages
+from composable_ebm.data.summary import FEW
 from composable_ebm.experts.expert import Expert
 from composable_ebm.plotting import save_grid
 from composable_ebm.train.export import sample_values
@@ -84,7 +85,7 @@ def judge(
     title = {"expert": expert.card.full_name, "rows": "samples from noise, nearest training pictures"}
     save_grid(beside, sheet, columns=len(pick), metadata=title)
     return Verdict(
-        figures, tuple(_lines(expert, len(train), metrics, on_training, figures, held_out, sheet, better))
+        figures, tuple(_lines(expert, train, metrics, on_training, figures, held_out, sheet, better))
     )
 
 
@@ -106,9 +107,17 @@ def _gaussian_share(metrics: Mapping[str, float]) -> float:
     return metrics.get("heldout_denoising", 0.0) / metrics.get("heldout_gaussian", 1.0)
 
 
+def _rare(attribute: str, train: LabelledImages) -> str:
+    """The values of few pictures, and how many."""
+    if attribute not in train.values:
+        return ""
+    counts = [int((train.labels[attribute] == i).sum()) for i in range(len(train.values[attribute]))]
+    return ", ".join(f"{v} ({n})" for v, n in zip(train.values[attribute], counts, strict=True) if n < FEW)
+
+
 def _lines(
     expert: Expert,
-    count: int,
+    train: LabelledImages,
     metrics: Mapping[str, float],
     on_training: Mapping[str, float],
     figures: Mapping[str, float],
@@ -140,6 +149,8 @@ def _lines(
             problems.append(
                 "it tells values apart badly: give it more minutes or labels, or look for wrong ones"
             )
+    if rare := _rare(expert.card.attribute, train):
+        problems.append(f"of {rare} it has seen too few pictures: give it more of them")
     if expert.base is not None and _gaussian_share(expert.base.card.metrics) > LEARNED:
         problems.append(
             f"{expert.base.card.full_name}, from which its samples come, has learned little more than a "
@@ -152,7 +163,7 @@ def _lines(
     )
     if ratio < COPIES:
         problems.append(
-            f"its samples are copies of the {count:,} pictures it learned from: only more pictures help"
+            f"its samples are copies of the {len(train):,} pictures it learned from: only more pictures help"
         )
     elif ratio > FAR:
         problems.append(
