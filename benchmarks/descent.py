@@ -15,6 +15,7 @@ chains at temperature 1 start from the lowest states: what has no volume is left
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,10 +210,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    path = options.out / "descent.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows: list[dict[str, object]] = []
     for name in options.experts or [*shipped(), *COMPOSED]:
         rows += measure(name, options)
-        content = {"steps": options.steps, "starts": 4 * EACH, "held_out": HELD_OUT, "rows": rows}
+        again = {(row["expert"], row["level"], row["floor"]) for row in rows}
+        kept = [row for row in before if (row["expert"], row["level"], row["floor"]) not in again]
+        content = {"steps": options.steps, "starts": 4 * EACH, "held_out": HELD_OUT, "rows": [*kept, *rows]}
         write_results("descent", content, options.out)  # as it goes: all of them take an hour
 
 
