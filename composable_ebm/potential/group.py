@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from composable_ebm.energy import Energy
-from composable_ebm.potential.evaluating import spell
 from composable_ebm.potential.forms import Evaluate, Form, special_form
 from composable_ebm.potential.forms.stacked import Stacked
 from composable_ebm.potential.forms.traced import TracedForm
 from composable_ebm.potential.packed import Watch
 
 __all__ = ["Group", "Whole", "grouped", "readable"]
-
-PAUSE = 64
-"""How many evaluations go by until a form that refused such states is asked again: to ask takes time."""
 
 Reader = tuple[nn.Module, list[Energy]]
 """A network and the leaves that read it."""
@@ -59,8 +55,6 @@ class Group:
         if special is None and len(readers) == 1:
             self.form = TracedForm(first, first.leaf if isinstance(first, Whole) else None)
         self._by: Form | str | None = None  # the form of the last evaluation, or what stopped it
-        self._asked: tuple[Hashable, int | None, Evaluate | str] = (None, None, "")
-        self._pause = 0
         self._watches = [Watch(network) for network in self.networks]
         self._stacked: Stacked | None = None
         self._stacked_version: tuple = ()
@@ -92,21 +86,9 @@ class Group:
         if self.form is None:
             self._by = ""
             return None
-        level, now = self.heard(noise_level), spell()
-        kind = (x.shape, x.dtype, x.device, None if level is None else level.shape)
-        known, then, found = self._asked
-        refused = isinstance(found, str)
-        settled = self._pause and self.single if refused else now is not None and now == then
-        if kind != known or not settled:
-            found = self.form.ready(x, level)
-            self._asked = kind, now, found
-            self._pause = PAUSE
-        if isinstance(found, str):
-            self._pause -= 1
-            self._by = found
-            return None
-        self._by = self.form
-        return found
+        found = self.form.ready(x, self.heard(noise_level))
+        self._by = found if isinstance(found, str) else self.form
+        return None if isinstance(found, str) else found
 
     def outputs(self, x: Tensor, noise_level: Tensor | None) -> Sequence[Tensor]:
         """Outputs of each network, by calling them."""

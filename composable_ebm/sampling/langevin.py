@@ -102,20 +102,20 @@ class Langevin(Kernel):
         scale = dynamics.noise_scale
         if scale is None:
             scale = (2 * dynamics.step_size * dynamics.temperature).sqrt()
-        # In place where the tensor is this step's own: at 64 images a tensor more is a tenth of a step.
-        kick = noise.normal(state.x).mul_(expand(scale, state.x))
+        # As few passes over the states as may be: at 64 images one more is a tenth of a step.
+        kick = noise.normal(state.x)
         if self.noise_first:
-            y = self._keep_(kick.add_(state.x))
+            y = self._keep_(torch.addcmul(state.x, kick, expand(scale, kick)))
             energy, gradient = potential(y)
-            return State(self._keep_(y - self._drift(gradient, dynamics)), energy, gradient), Info()
-        x = self._keep_((state.x - self._drift(state.gradient, dynamics)).add_(kick))
-        return State(x, *potential(x)), Info()
+            return State(self._keep_(self._down(y, gradient, dynamics)), energy, gradient), Info()
+        x = self._down(state.x, state.gradient, dynamics).addcmul_(kick, expand(scale, kick))
+        return State(x := self._keep_(x), *potential(x)), Info()
 
-    def _drift(self, gradient: Tensor, dynamics: Dynamics) -> Tensor:
-        step_size = expand(dynamics.step_size, gradient)
+    def _down(self, x: Tensor, gradient: Tensor, dynamics: Dynamics) -> Tensor:
+        """x - η g, a new tensor."""
         if self.grad_clip is not None:
-            return gradient.clamp(-self.grad_clip, self.grad_clip).mul_(step_size)
-        return gradient * step_size
+            gradient = gradient.clamp(-self.grad_clip, self.grad_clip)
+        return torch.addcmul(x, gradient, expand(dynamics.step_size, x), value=-1)
 
     def _keep_(self, x: Tensor) -> Tensor:
         if self.clamp is not None:
