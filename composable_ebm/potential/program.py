@@ -16,9 +16,9 @@ from torch import Tensor
 from composable_ebm.potential.forms.mixing import Mixing
 from composable_ebm.potential.forms.native import NativeNetwork, part_for_c
 from composable_ebm.potential.native.layout import Unfit
-from composable_ebm.potential.operations import RULES, Pullback, Step
+from composable_ebm.potential.operations import RULES, Pullback, Step, by_autograd
 from composable_ebm.potential.packed import version_of
-from composable_ebm.potential.trace import Node, Trace, Unreadable, Value
+from composable_ebm.potential.trace import Node, Trace, Value
 
 __all__ = ["Program"]
 
@@ -32,7 +32,7 @@ class Program:
         trace: The network; the program serves states of the shape it was traced at.
         in_c: Whether convolutions may go to the function in C.
     Raises:
-        Unreadable: If an operation is used in a way that its rule does not know.
+        Unreadable: If an operation does more than it gives, as what counts its states.
     """
 
     def __init__(self, trace: Trace, in_c: bool = True) -> None:
@@ -46,7 +46,7 @@ class Program:
             places[node.output] = len(places)
         self.places, self.size = places, len(places)
         before = [node for node in nodes if not node.output.of_states]
-        self.of_level = [(_plain(node), self._inputs(node), places[node.output]) for node in before]
+        self.of_level = [(node, self._inputs(node), places[node.output]) for node in before]
         self.names = [node.operation for node in nodes if node.output.of_states]
         self.result = places[trace.output]
         self.steps = [
@@ -187,38 +187,16 @@ def _instead(native: NativeNetwork, nodes: Sequence[Node]) -> list[Node]:
 
 
 def _step(node: Node) -> Step:
-    """The step of an operation, from its rule; without a gradient where it has none to pull back."""
+    """The step of an operation: from its rule, or by autograd through it alone where its use has none."""
     if node.operation == IN_C:
         return node.function
+    if not node.output.live:
+        return lambda *inputs: (node(*inputs), _nothing)
     try:
         return RULES[node.operation](**node.arguments)
-    except (KeyError, NotImplementedError, TypeError) as reason:
-        if not node.output.live:
-            plain = _plain(node)
-            return lambda *inputs: (plain(*inputs), _nothing)
-        if isinstance(reason, TypeError):
-            raise Unreadable(f"{node.operation} is called in an unusual way ({reason})") from reason
-        said = "" if isinstance(reason, KeyError) else str(reason)
-        raise Unreadable(f"{node.operation} has no gradient by hand {said}".strip()) from reason
+    except (KeyError, NotImplementedError, TypeError):
+        return by_autograd(node)
 
 
 def _nothing(cotangent: Tensor) -> None:
     """What a step without a gradient pulls back."""
-
-
-def _plain(node: Node) -> Callable[..., Tensor]:
-    """The operation as a function of the values among its arguments."""
-
-    def run(*given: Tensor) -> Tensor:
-        tensors = iter(given)
-
-        def filled(thing: object) -> object:
-            if isinstance(thing, Value):
-                return next(tensors)
-            if isinstance(thing, (list, tuple)):
-                return [filled(each) for each in thing]
-            return thing
-
-        return node.function(**{name: filled(thing) for name, thing in node.arguments.items()})
-
-    return run

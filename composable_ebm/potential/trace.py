@@ -8,8 +8,9 @@ left is a straight list of operations on values of three kinds:
     level       depends on the noise level alone
     constant    depends on neither: weights, and whatever was computed from them
 
-What cannot be read so raises `Unreadable` with the operation that stopped it: results that steer Python
-(`.item()`, `if x.sum() > 0`), random numbers, changes of buffers, operations without a rule.
+What PyTorch makes of others is read as those, unless it stays whole. What cannot be read so raises
+`Unreadable` with the operation that stopped it: results that steer Python (`.item()`, `if x.sum() > 0`),
+random numbers, changes of buffers, operations with several results.
 """
 
 from __future__ import annotations
@@ -70,6 +71,19 @@ class Node:
         """The values among the arguments, in order."""
         return list(_of(Value, self.arguments.values()))
 
+    def __call__(self, *given: Tensor) -> Any:
+        """The operation itself, with tensors in place of its values."""
+        tensors = iter(given)
+
+        def filled(thing: object) -> object:
+            if isinstance(thing, Value):
+                return next(tensors)
+            if isinstance(thing, (list, tuple)):
+                return [filled(each) for each in thing]
+            return thing
+
+        return self.function(**{name: filled(thing) for name, thing in self.arguments.items()})
+
 
 @dataclass
 class Trace:
@@ -116,19 +130,11 @@ SHAPE_ONLY = {
 }
 """Operations that look at the shape and type of a tensor, not at its values."""
 RANDOM_AT_TIMES = {"dropout", "feature_dropout", "alpha_dropout", "scaled_dot_product_attention"}
-"""Operations that draw random numbers by an option, which their rules refuse."""
-LIKE = {"view_as", "reshape_as", "expand_as", "type_as"}
-"""Operations that look at the shape or type of a second tensor only."""
-PARTS = {"chunk", "split", "split_with_sizes", "unbind", "tensor_split"}
+"""Operations that draw random numbers by an option."""
+PARTS = {"split", "split_with_sizes", "unbind"}
 """Operations that cut a tensor into views of it: each part is an operation of its own."""
-CHANGES = {"copy", "fill", "zero", "index_put", "masked_fill", "set", "resize", "index_copy", "scatter"}
+CHANGES = {"copy", "fill", "zero", "index_put", "set", "resize", "index_copy", "scatter"}
 """Changes in place that need more than the operation of that name on a whole tensor."""
-CHANGES -= {"masked_fill"}
-
-
-def _for_choice(func) -> bool:
-    """Whether results are no floating point numbers: comparisons, places of maxima."""
-    return func._schema.name in ("aten::gt", "aten::lt", "aten::ge", "aten::le", "aten::eq", "aten::ne")
 
 
 class _Recorder(TorchDispatchMode):
@@ -161,13 +167,15 @@ class _Recorder(TorchDispatchMode):
             return self._in_place(func, name, args, kwargs, dynamic)
         if not dynamic or name in SHAPE_ONLY:
             return func(*args, **kwargs)
-        live = any(self.values[id(tensor)].live for tensor in dynamic)
-        if live and not self.known(name) and name not in (*PARTS, "detach") and not _for_choice(func):
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is NotImplemented:
-                raise Unreadable(f"{name} has no gradient by hand")
-            return result
+        if not self.known(name) and func._can_decompose():
+            count = len(self.nodes)
+            try:
+                with self:
+                    return func.decompose(*args, **kwargs)
+            except Unreadable as reason:
+                if torch.Tag.nondeterministic_seeded in func.tags:
+                    raise Unreadable(f"{name} draws random numbers") from reason
+                del self.nodes[count:]  # it is one operation then
         result = func(*args, **kwargs)
         self._write(func, name, args, kwargs, result)
         return result
@@ -177,6 +185,8 @@ class _Recorder(TorchDispatchMode):
         if name in PARTS:
             self._write_parts(arguments, result)
             return
+        if isinstance(result, (list, tuple)):
+            raise Unreadable(f"{name} has several results")
         if not isinstance(result, Tensor):
             raise Unreadable(f"{name} gives {type(result).__name__}, which steers the network by its states")
         self._append(func, name, arguments, result)
@@ -194,8 +204,6 @@ class _Recorder(TorchDispatchMode):
                 start = end
 
     def _append(self, function, name: str, arguments: dict[str, Any], result: Tensor) -> None:
-        if name in LIKE and isinstance(other := arguments["other"], Value):
-            arguments["other"] = torch.empty((), dtype=other.dtype).expand(other.shape)
         inputs = list(_of(Value, arguments.values()))
         live = result.is_floating_point() and name != "detach" and any(value.live for value in inputs)
         of_states = any(value.of_states for value in inputs)
@@ -213,7 +221,8 @@ class _Recorder(TorchDispatchMode):
         if not dynamic:
             return func(*args, **kwargs)
         plain = name.removesuffix("_")
-        if id(target) not in self.values or plain == name or plain in CHANGES or not self.known(plain):
+        function = getattr(getattr(aten, plain, None), func._overloadname, None)
+        if id(target) not in self.values or plain == name or plain in CHANGES or function is None:
             raise Unreadable(f"{name} changes a tensor in place")
         if id(target) in self.inputs:
             raise Unreadable(f"{name} changes the states in place")
@@ -222,7 +231,7 @@ class _Recorder(TorchDispatchMode):
         for other in self.kept:
             if other is not target and other.untyped_storage().data_ptr() == place:
                 self.stale.add(id(other))
-        self._append(getattr(getattr(aten, plain), func._overloadname), plain, arguments, target)
+        self._append(function, plain, arguments, target)
         return result
 
     def _arguments(self, func, args, kwargs) -> dict[str, Any]:
@@ -255,7 +264,7 @@ def record(
         modules: Whose tensors are constants.
         x: States, (batch, *event).
         noise_level: () or (batch,), or None.
-        known: Whether there is a rule for an operation of that name.
+        known: Whether an operation of that name stays whole.
     Raises:
         Unreadable: If it does what cannot be written down; says which operation.
     """

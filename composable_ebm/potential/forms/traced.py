@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from composable_ebm.energy import with_gradient
 from composable_ebm.potential.forms import Evaluate
 from composable_ebm.potential.native import wanted
-from composable_ebm.potential.operations import RULES
+from composable_ebm.potential.operations import stays_whole
 from composable_ebm.potential.operations.rule import sharing
 from composable_ebm.potential.packed import Watch, hooked
 from composable_ebm.potential.program import Program
@@ -150,7 +150,7 @@ class TracedForm:
 
     def _read(self, x: Tensor, noise_level: Tensor | None) -> Trace:
         try:
-            trace = record(self.network, [self.network], x, noise_level, RULES.__contains__)
+            trace = record(self.network, [self.network], x, noise_level, stays_whole)
         except Unreadable:
             raise
         except Exception as error:  # the module's own, which the plain call will show

@@ -1,9 +1,8 @@
 """Linear layers, matrix products and convolutions, with weights in the layouts that a CPU reads fastest.
 
-linear layers                         the weight kept in oneDNN's own layout, for both directions
-convolution of stride 1               input gradient as a convolution with the flipped kernel
-strided convolution of few channels   as space to depth and a convolution of stride 1, both ways
-other convolutions                    oneDNN's own input gradient, channels last
+linear layers             the weight kept in oneDNN's own layout, for both directions
+convolution of stride 1   input gradient as a convolution with the flipped kernel
+other convolutions        oneDNN's own input gradient, channels last
 """
 
 from __future__ import annotations
@@ -16,22 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from composable_ebm.potential.operations.rule import Pullback, Rule, Step, fitted, once, one, sides
-from composable_ebm.potential.operations.shapes import RULES as SHAPES
 from composable_ebm.potential.packed import PackedLinear
-from composable_ebm.potential.trace import Value
+from composable_ebm.potential.trace import Unreadable, Value
 
 __all__ = ["RULES"]
 
 aten = torch.ops.aten
 WORTH_PACKING = 1 << 19
 """From so many multiplications on a product is worth oneDNN's call, which takes 10 us longer."""
-FEW_CHANNELS = 16
-"""Up to this many channels after space to depth, it is faster than the strided convolution (CPU)."""
 
 
 def _linear(input: Value, weight: Any, bias: Any = None) -> Step:
     if isinstance(weight, Value) or isinstance(bias, Value):
-        raise NotImplementedError("with a weight that depends on the states")
+        raise NotImplementedError
     rows = input.shape.numel() // max(input.shape[-1], 1)
     if rows * weight.numel() >= WORTH_PACKING:
         return once("linear", (weight, bias), lambda: _Linear(weight, bias))
@@ -54,8 +50,10 @@ def _attention(
 ) -> Step:
     """softmax(q kᵀ · scale) v, the three of them from the states."""
     changing = all(isinstance(each, Value) for each in (query, key, value))
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa or not changing:
-        raise NotImplementedError("with a mask or dropout")
+    if dropout_p:
+        raise Unreadable("scaled_dot_product_attention draws random numbers")
+    if attn_mask is not None or is_causal or enable_gqa or not changing:
+        raise NotImplementedError
     factor = query.shape[-1] ** -0.5 if scale is None else scale
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pullback]:
@@ -94,7 +92,7 @@ def _matmul(self: Any, other: Any) -> Step:
     if isinstance(self, Value) and not isinstance(other, Value) and shapes[1] == 1:
         return one(lambda x: x @ other, lambda g, x, y: g[..., None] * other)
     if min(shapes) < 2:
-        raise NotImplementedError("of a vector")
+        raise NotImplementedError
     live = [isinstance(side, Value) and side.live for side in (self, other)]
 
     def product(a: Tensor, b: Tensor) -> tuple[Tensor, Pullback]:
@@ -121,30 +119,12 @@ def _convolution(
     dilation: Sequence[int] = (1,),
     groups: int = 1,
 ) -> Step:
-    if isinstance(weight, Value) or isinstance(bias, Value):
-        raise NotImplementedError("with a kernel that depends on the states")
-    kernel = tuple(weight.shape[2:])
-    if isinstance(padding, str):
-        if padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)):
-            raise NotImplementedError("with padding that differs from side to side")
-        same = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
-        padding = same if padding == "same" else [0] * len(kernel)
-    strides, borders, gaps = (_each(sizes, len(kernel)) for sizes in (stride, padding, dilation))
-    plain = _plain_convolution(weight, bias, strides, borders, gaps, groups)
-    square = all(len({*sizes}) == 1 for sizes in (kernel, strides, borders, gaps))
-    if len(kernel) != 2 or not square or groups != 1 or gaps[0] != 1 or len(input.shape) != 4:
-        return plain
-    size, step, border = kernel[0], strides[0], borders[0]
-    if border >= size:
-        return plain
-    if step == 1:
-        return _unit_convolution(weight, bias, border)
-    return _in_blocks(input, weight, bias, step, border) or plain
-
-
-def _each(sizes: Sequence[int], count: int) -> list[int]:
-    """One for each side of an image, of which one may stand for all."""
-    return list(sizes) * (count if len(sizes) == 1 else 1)
+    if isinstance(weight, Value) or isinstance(bias, Value) or isinstance(padding, str):
+        raise NotImplementedError
+    sides = {*zip(weight.shape[2:], padding, strict=True)}
+    if {*stride, *dilation, groups} == {1} and len(sides) == 1 and padding[0] < weight.shape[2]:
+        return _unit_convolution(weight, bias, padding[0])
+    return _plain_convolution(weight, bias, stride, padding, dilation, groups)
 
 
 def _unit_convolution(weight: Tensor, bias: Tensor | None, padding: int) -> Step:
@@ -179,61 +159,8 @@ def _plain_convolution(
     return step
 
 
-def _in_blocks(input: Value, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Step | None:
-    """A strided convolution of few channels on blocks of stride² pixels, or None where they do not fit.
-
-    s (o + u) + a = s o + t - padding: tap t reads place a of the block u away from the output's.
-    """
-    kernel, channels = weight.shape[-1], weight.shape[1]
-    first, last = -padding // stride, (kernel - 1 - padding) // stride
-    # The two agree where each block of the image gives one output.
-    outputs = [(side + 2 * padding - kernel) // stride + 1 for side in input.shape[2:]]
-    fits = all(side == stride * count for side, count in zip(input.shape[2:], outputs, strict=True))
-    if channels * stride**2 > FEW_CHANNELS or first != -last or not fits:
-        return None
-    size = last - first + 1
-    blocked = weight.new_zeros(len(weight), channels, stride, stride, size, size)
-    for t in range(kernel):
-        for s in range(kernel):
-            (u, a), (v, b) = divmod(t - padding, stride), divmod(s - padding, stride)
-            blocked[:, :, a, b, u - first, v - first] = weight[:, :, t, s]
-    inner = _unit_convolution(blocked.flatten(1, 3), bias, last)
-    unshuffle = SHAPES["pixel_unshuffle"](input, stride)
-
-    def step(x: Tensor) -> tuple[Tensor, Pullback]:
-        blocks, restore = unshuffle(x)
-        y, pull = inner(blocks)
-        return y, lambda g: restore(pull(g))
-
-    return step
-
-
-def _transposed_convolution(
-    input: Value,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1,),
-    padding: Sequence[int] = (0,),
-    output_padding: Sequence[int] = (0,),
-    groups: int = 1,
-    dilation: Sequence[int] = (1,),
-) -> Step:
-    if isinstance(weight, Value) or isinstance(bias, Value):
-        raise NotImplementedError("with a kernel that depends on the states")
-    count = weight.ndim - 2
-    lists = [_each(sizes, count) for sizes in (stride, padding, dilation, output_padding)]
-    sizes = (*lists[:3], True, lists[3], groups)
-
-    def step(x: Tensor) -> tuple[Tensor, Pullback]:
-        mask = [True, False, False]
-        y = aten.convolution(x, weight, bias, *sizes)
-        return y, lambda g: aten.convolution_backward(g, x, weight, None, *sizes, mask)[0]
-
-    return step
-
-
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 RULES: dict[str, Rule] = {
@@ -244,8 +171,5 @@ RULES: dict[str, Rule] = {
     "bmm": lambda self, mat2: _matmul(self, mat2),
     "addmm": _add_product,
     "mv": lambda self, vec: _matmul(self, vec),
-    "conv1d": _convolution,
     "conv2d": _convolution,
-    "conv3d": _convolution,
-    "conv_transpose2d": _transposed_convolution,
 }

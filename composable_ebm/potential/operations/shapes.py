@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from composable_ebm.potential.operations.rule import Pullback, Rule, Step, fitted, one
+from composable_ebm.potential.operations.rule import Pullback, Rule, Step, one
 from composable_ebm.potential.trace import Value
 
 __all__ = ["RULES"]
@@ -64,40 +64,9 @@ def _transpose(self: Value, dim0: int = -1, dim1: int = -2) -> Step:
     return one(lambda x: x.transpose(dim0, dim1), lambda g, x, y: g.transpose(dim0, dim1))
 
 
-def _movedim(self: Value, source: Any, destination: Any) -> Step:
-    return one(lambda x: x.movedim(source, destination), lambda g, x, y: g.movedim(destination, source))
-
-
 def same(self: Value, **options: object) -> Step:
     """Copies and whatever else gives the numbers it gets."""
     return lambda x: (x, lambda g: g)
-
-
-def _dropout(input: Value, p: float, train: bool) -> Step:
-    if train and p:
-        raise NotImplementedError("in training it draws random numbers")
-    return same(input)
-
-
-def _cast(self: Value, dtype: torch.dtype | None = None, **options: object) -> Step:
-    if dtype is None or dtype == self.dtype:
-        return same(self)
-    return one(lambda x: x.to(dtype), lambda g, x, y: g.to(x.dtype))
-
-
-def _expand(self: Value, size: Sequence[int], implicit: bool = False) -> Step:
-    return one(lambda x: x.expand(size), lambda g, x, y: fitted(g, x.shape))
-
-
-def _repeat(self: Value, repeats: Sequence[int]) -> Step:
-    extra = len(repeats) - len(self.shape)
-    sizes = [1] * extra + list(self.shape)
-
-    def backward(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        parts = [number for pair in zip(repeats, sizes, strict=True) for number in pair]
-        return g.reshape(parts).sum(list(range(0, len(parts), 2))).reshape(x.shape)
-
-    return one(lambda x: x.repeat(repeats), backward)
 
 
 def _slice(
@@ -123,10 +92,6 @@ def _select(self: Value, dim: int, index: int) -> Step:
     return _part((slice(None),) * (dim % len(self.shape)) + (index,))
 
 
-def _narrow(self: Value, dim: int, start: int, length: int) -> Step:
-    return _slice(self, dim, start, start + length)
-
-
 def _concatenate(tensors: Sequence[Any], dim: int = 0) -> Step:
     changing = [isinstance(each, Value) for each in tensors]
     sizes = [each.shape[dim] for each in tensors]
@@ -141,23 +106,6 @@ def _concatenate(tensors: Sequence[Any], dim: int = 0) -> Step:
             return kept if len(kept) > 1 else kept[0]
 
         return torch.cat(parts, dim), pull
-
-    return step
-
-
-def _stack(tensors: Sequence[Any], dim: int = 0) -> Step:
-    changing = [isinstance(each, Value) for each in tensors]
-
-    def step(*inputs: Tensor) -> tuple[Tensor, Pullback]:
-        given = iter(inputs)
-        parts = [next(given) if changes else each for each, changes in zip(tensors, changing, strict=True)]
-
-        def pull(g: Tensor) -> Any:
-            pieces = g.unbind(dim)
-            kept = tuple(piece for piece, changes in zip(pieces, changing, strict=True) if changes)
-            return kept if len(kept) > 1 else kept[0]
-
-        return torch.stack(parts, dim), pull
 
     return step
 
@@ -179,24 +127,6 @@ def _pixel_unshuffle(self: Value, downscale_factor: int) -> Step:
         return parts.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
     return one(forward, backward)
-
-
-def _flip(self: Value, dims: Sequence[int]) -> Step:
-    return one(lambda x: x.flip(list(dims)), lambda g, x, y: g.flip(list(dims)))
-
-
-def _pad(self: Value, pad: Sequence[int], value: float | None = 0.0, mode: str = "constant") -> Step:
-    if mode != "constant":
-        raise NotImplementedError
-    ndim = len(self.shape)
-    ends = {ndim - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
-    inside = tuple(
-        slice(max(ends.get(axis, (0, 0))[0], 0), max(ends.get(axis, (0, 0))[0], 0) + self.shape[axis])
-        for axis in range(ndim)
-    )
-    if min(pad) < 0:
-        raise NotImplementedError
-    return one(lambda x: F.pad(x, list(pad), value=value or 0.0), lambda g, x, y: g[inside])
 
 
 def _unfold(
@@ -228,42 +158,16 @@ RULES: dict[str, Rule] = {
     "view": _view,
     "_unsafe_view": _view,
     "reshape": lambda self, shape: _view(self, shape),
-    "view_as": lambda self, other: reshaped(self, other.shape),
-    "reshape_as": lambda self, other: reshaped(self, other.shape),
-    "flatten": _like(lambda x, start_dim, end_dim: x.flatten(start_dim, end_dim)),
-    "unflatten": _like(lambda x, dim, sizes: x.unflatten(dim, sizes)),
     "unsqueeze": _like(lambda x, dim: x.unsqueeze(dim)),
     "squeeze": _squeeze,
     "permute": _permute,
     "transpose": _transpose,
     "t": _transpose,
-    "mT": _transpose,
-    "numpy_T": lambda self: _permute(self, list(range(len(self.shape)))[::-1]),
-    "movedim": _movedim,
-    "contiguous": same,
     "clone": same,
     "alias": same,
-    "dropout": _dropout,
-    "feature_dropout": _dropout,
-    "alpha_dropout": _dropout,
-    "to": _cast,
-    "_to_copy": _cast,
-    "type_as": lambda self, other: _cast(self, other.dtype),
-    "expand": _expand,
-    "expand_as": lambda self, other: _expand(self, other.shape),
-    "repeat": _repeat,
     "slice": _slice,
     "select": _select,
-    "narrow": _narrow,
     "cat": _concatenate,
-    "concat": _concatenate,
-    "stack": _stack,
     "pixel_unshuffle": _pixel_unshuffle,
-    "pixel_shuffle": lambda self, upscale_factor: one(
-        lambda x: F.pixel_shuffle(x, upscale_factor), lambda g, x, y: F.pixel_unshuffle(g, upscale_factor)
-    ),
-    "flip": _flip,
-    "pad": _pad,
-    "constant_pad_nd": _pad,
     "im2col": _unfold,
 }
