@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["slope", "slopes", "with_gradient"]
+__all__ = ["pulled_back", "slope", "slopes", "with_gradient"]
 
 
 def slope(energies: Tensor, x: Tensor, *, learn: bool = False) -> Tensor:
@@ -38,8 +38,13 @@ def slopes(energies: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         energies: (batch,), computed from inputs that require a gradient, and from others perhaps.
         inputs: Tensors whose rows are those of the states.
     """
+    return pulled_back(None, energies.sum(), inputs)
+
+
+def pulled_back(cotangent: Tensor | None, outputs: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """Σ cotangent ∂outputs/∂input of each of several inputs; None for those that nothing depends on."""
     wanted = [each for each in inputs if each.requires_grad]
-    found = iter(torch.autograd.grad(energies.sum(), wanted, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, cotangent, allow_unused=True))
     return [next(found) if each.requires_grad else None for each in inputs]
 
 

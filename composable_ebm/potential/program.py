@@ -190,12 +190,10 @@ def _step(node: Node) -> Step:
     """The step of an operation: from its rule, or by autograd through it alone where its use has none."""
     if node.operation == IN_C:
         return node.function
-    if not node.output.live:
-        return lambda *inputs: (node(*inputs), _nothing)
     try:
         return RULES[node.operation](**node.arguments)
     except (KeyError, NotImplementedError, TypeError):
-        return by_autograd(node)
+        return by_autograd(node) if node.output.live else lambda *inputs: (node(*inputs), _nothing)
 
 
 def _nothing(cotangent: Tensor) -> None:

@@ -20,8 +20,8 @@ from composable_ebm.potential.operations.shapes import RULES as shapes
 __all__ = ["RULES", "Pullback", "Rule", "Step", "by_autograd", "stays_whole"]
 
 WHOLE = {
-    *("group_norm", "layer_norm", "adaptive_avg_pool2d", "upsample_nearest2d", "max_pool2d", "selu", "celu"),
-    *("log_sigmoid", "conv1d", "conv3d", "conv_transpose2d", "einsum"),
+    *("adaptive_avg_pool2d", "upsample_nearest2d", "max_pool2d", "selu", "celu", "log_sigmoid"),
+    *("conv1d", "conv3d", "conv_transpose2d", "einsum"),
 }
 """Operations without a rule that are not taken apart: C knows them, or their parts take longer."""
 

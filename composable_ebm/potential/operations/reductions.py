@@ -1,4 +1,4 @@
-"""Sums, means and their like over axes."""
+"""Sums, means and their like over axes, and pooling."""
 
 from __future__ import annotations
 
@@ -65,10 +65,26 @@ def _log_softmax(self: Value, dim: int, dtype: torch.dtype | None = None) -> Ste
     )
 
 
+def _average_pooling(
+    self: Value,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Step:
+    options = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return one(
+        lambda x: aten.avg_pool2d(x, *options), lambda g, x, y: aten.avg_pool2d_backward(g, x, *options)
+    )
+
+
 RULES: dict[str, Rule] = {
     "sum": _sum,
     "mean": _mean,
     "logsumexp": _logsumexp,
     "softmax": _softmax,
     "log_softmax": _log_softmax,
+    "avg_pool2d": _average_pooling,
 }

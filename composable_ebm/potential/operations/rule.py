@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composable_ebm.energy import slopes
+from composable_ebm.energy.gradient import pulled_back
 from composable_ebm.potential.trace import Node, Value
 
 __all__ = ["Pullback", "Rule", "Step", "axes_of", "by_autograd", "fitted", "once", "one", "sharing", "sides"]
@@ -90,8 +90,7 @@ def by_autograd(node: Node) -> Step:
             y = node(*given)
 
         def pull(g: Tensor) -> Any:
-            with torch.enable_grad():
-                found = slopes(y * g, given) if y.requires_grad else [None] * len(given)
+            found = pulled_back(g, y, given) if y.requires_grad else [None] * len(given)
             parts = [
                 torch.zeros_like(x) if part is None and own else part
                 for x, part, own in zip(given, found, live, strict=True)

@@ -93,19 +93,30 @@ def _select(self: Value, dim: int, index: int) -> Step:
 
 
 def _concatenate(tensors: Sequence[Any], dim: int = 0) -> Step:
-    changing = [isinstance(each, Value) for each in tensors]
     sizes = [each.shape[dim] for each in tensors]
+    return _joined(tensors, lambda parts: torch.cat(parts, dim), lambda g: g.split(sizes, dim))
+
+
+def _stack(tensors: Sequence[Any], dim: int = 0) -> Step:
+    return _joined(tensors, lambda parts: torch.stack(parts, dim), lambda g: g.unbind(dim))
+
+
+def _joined(
+    tensors: Sequence[Any],
+    join: Callable[[list[Tensor]], Tensor],
+    cut: Callable[[Tensor], Sequence[Tensor]],
+) -> Step:
+    changing = [isinstance(each, Value) for each in tensors]
 
     def step(*inputs: Tensor) -> tuple[Tensor, Pullback]:
         given = iter(inputs)
         parts = [next(given) if changes else each for each, changes in zip(tensors, changing, strict=True)]
 
         def pull(g: Tensor) -> Any:
-            pieces = g.split(sizes, dim)
-            kept = tuple(piece for piece, changes in zip(pieces, changing, strict=True) if changes)
+            kept = tuple(piece for piece, changes in zip(cut(g), changing, strict=True) if changes)
             return kept if len(kept) > 1 else kept[0]
 
-        return torch.cat(parts, dim), pull
+        return join(parts), pull
 
     return step
 
@@ -168,6 +179,7 @@ RULES: dict[str, Rule] = {
     "slice": _slice,
     "select": _select,
     "cat": _concatenate,
+    "stack": _stack,
     "pixel_unshuffle": _pixel_unshuffle,
     "im2col": _unfold,
 }
