@@ -33,7 +33,6 @@ SIZES = {
     },
     "Denoiser": {"hidden": 8, "components": 4, "noise_range": NOISE_RANGE},
     "ConfinedEnergy": {"hidden": 8, "layers": 2, "noise_range": NOISE_RANGE},
-    "ConfinedEnergy of places": {"hidden": 8, "layers": 1, "noise_range": NOISE_RANGE, "backbone": "mixer"},
     "NoisyClassifier": {"width": 4, "blocks": 1, "hidden": 8, "noise_range": NOISE_RANGE},
     "RegionClassifier": {"regions": 3, "components": 4, "squares": 2, "noise_range": NOISE_RANGE},
     "RBM": {"hidden": 3},

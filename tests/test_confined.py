@@ -24,34 +24,29 @@ def data(num=500, seed=1):
     return x * torch.linspace(0.1, 3, 4) + 1
 
 
-def confined(num_values=1, seed=0, size=0.5, backbone="perceptron"):
-    network = ConfinedEnergy(SHAPE, num_values, hidden=16, backbone=backbone)
+def confined(num_values=1, seed=0, size=0.5):
+    network = ConfinedEnergy(SHAPE, num_values, hidden=16)
     network.fit(data())
     return shaken(network, seed, size)
 
 
-@pytest.fixture(params=["perceptron", "mixer"])
-def backbone(request):
-    return request.param
-
-
 @pytest.mark.parametrize("num_values", [1, 3])
 @pytest.mark.parametrize("sigma", [0.1, 1.0, 10.0])
-def test_no_state_lies_below_zero(num_values, sigma, backbone):
-    network = confined(num_values, backbone=backbone)
+def test_no_state_lies_below_zero(num_values, sigma):
+    network = confined(num_values)
     x = torch.cat([data(50, 2), 1e-3 * data(50, 3), 1e3 * data(50, 4)])
     assert (network(x, torch.tensor(sigma)) >= 0).all()
 
 
-def test_energy_rises_quadratically_far_away(backbone):
-    network = confined(size=0.1, backbone=backbone)
+def test_energy_rises_quadratically_far_away():
+    network = confined(size=0.1)
     direction = data(8, 5)
     far = [network(scale * direction, torch.tensor(0.5))[:, 0] for scale in (1e6, 2e6)]
     torch.testing.assert_close(far[1] / far[0], torch.full((8,), 4.0), rtol=0.05, atol=0)
 
 
-def test_descent_does_not_leave_for_ever(backbone):
-    network = confined(size=1.0, backbone=backbone)
+def test_descent_does_not_leave_for_ever():
+    network = confined(size=1.0)
     x = 5 * data(32, 6)
     for _ in range(200):
         x = x.detach().requires_grad_()
@@ -62,8 +57,8 @@ def test_descent_does_not_leave_for_ever(backbone):
     assert (x.abs() < 100).all()
 
 
-def test_a_floor_ends_every_descent_and_changes_nothing_above(backbone):
-    network, free = confined(backbone=backbone), confined(backbone=backbone)
+def test_a_floor_ends_every_descent_and_changes_nothing_above():
+    network, free = confined(), confined()
     levels = network.levels_of_floor()
     floor = torch.stack([free(data(), level)[:, 0].median() for level in levels])
     network.set_floor(floor.tolist())
@@ -84,8 +79,8 @@ def test_a_floor_ends_every_descent_and_changes_nothing_above(backbone):
     assert torch.equal(again(x, each), network(x, each))
 
 
-def test_an_untrained_network_is_the_gaussian_of_the_data(backbone):
-    network = ConfinedEnergy(SHAPE, hidden=16, backbone=backbone)
+def test_an_untrained_network_is_the_gaussian_of_the_data():
+    network = ConfinedEnergy(SHAPE, hidden=16)
     x = data(2000)
     network.fit(x)
     flat = x.flatten(1)
@@ -95,8 +90,8 @@ def test_an_untrained_network_is_the_gaussian_of_the_data(backbone):
     torch.testing.assert_close(network(x[:20], torch.tensor(0.5))[:, 0], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_marginal_over_values_does_not_depend_on_the_head(backbone):
-    network = confined(3, backbone=backbone)
+def test_marginal_over_values_does_not_depend_on_the_head():
+    network = confined(3)
     x, level = data(20), torch.tensor(0.5)
     before = -torch.logsumexp(-network(x, level), 1)
     network.backbone.choose.weight.mul_(3)
@@ -104,33 +99,10 @@ def test_marginal_over_values_does_not_depend_on_the_head(backbone):
 
 
 def test_a_level_for_each_row_is_that_level():
-    for network in (confined(2), confined(2, backbone="mixer"), shaken(NoisyClassifier(SHAPE, 3, 8, 1, 8))):
+    for network in (confined(2), shaken(NoisyClassifier(SHAPE, 3, 8, 1, 8))):
         x, levels = data(4), torch.tensor([0.1, 0.5, 2.0, 10.0])
         rows = [network(x[i : i + 1], levels[i])[0] for i in range(4)]
         torch.testing.assert_close(network(x, levels), torch.stack(rows), rtol=1e-4, atol=1e-4)
-
-
-def test_a_mixer_tells_places_apart_and_shares_what_it_learns_of_them():
-    network = confined(backbone="mixer")
-    shared = sum(p.numel() for layer in network.backbone.widen for p in layer.parameters())
-    assert shared == 3 * (16 * 32 + 32)  # for all of the four places
-    x = data(8)
-    before = network(x, torch.tensor(0.5))
-    network.backbone.tell.bias.mul_(-1)  # what each place is told
-    assert not torch.allclose(network(x, torch.tensor(0.5)), before)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"backbone": "convolutional"}, "`backbone` must be one of perceptron, mixer"),
-        ({"backbone": "mixer", "event_shape": (32,), "hidden": 16}, "a mixer needs states of shape"),
-        ({"backbone": "mixer", "hidden": 20}, "by 8, got"),
-    ],
-)
-def test_a_backbone_that_does_not_suit_the_states_is_refused(options, said):
-    with pytest.raises(ValueError, match=said):
-        ConfinedEnergy(**{"event_shape": SHAPE, **options})
 
 
 def test_a_classifier_gives_probabilities():

@@ -117,7 +117,6 @@ class ConfinedEnergy:
     layers: int = 3
     noise_range: tuple[float, ...] = (0.1, 10.0)
     level: float = 0.4
-    backbone: str = "perceptron"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ v = w/√(1 + ‖w‖²/(κ² D)): so h is bounded, and E rises like the Gaussia
 nowhere to fall but to 0, which at low noise lies far below data: smooth pictures that no data has may descend
 there. `set_floor` ends that a little below the lowest energies of data, and changes nothing above.
 
-Preconditioning wraps a network here: `backbone` is any module from (v, σ) to (h, logits), of `backbones`.
+Preconditioning wraps a network here: `backbone` is a module from (v, σ) to (h, logits).
 
 Reference:
     Salimans and Ho (2021), Should EBMs model the energy or the score?, for squared residuals as energies.
@@ -35,7 +35,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from composable_ebm.experts.networks.backbones import BACKBONES
+from composable_ebm.experts.networks.perceptron import Perceptron
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 
 __all__ = ["ConfinedEnergy"]
@@ -57,16 +57,12 @@ class ConfinedEnergy(GaussianSkeleton):
     Args:
         event_shape: Shape of one state.
         num_values: Values of the attribute; 1 for an unconditional energy.
-        hidden: Units of each hidden layer of the perceptron; channels of a token of the mixer.
-        layers: Hidden layers; blocks of the mixer.
+        hidden: Units of each hidden layer.
+        layers: Hidden layers.
         noise_range: Smallest and largest noise level it is trained for, in data units.
         level: The level at which it is evaluated where none is given: the noise of the density that it is
             when asked for one energy. What is finer than that is left to the codec.
         floor: F in nats at levels even in log σ over `noise_range`, lines between them; none unless given.
-        backbone: What learns: "perceptron", or "mixer", which shares weights over the places of a grid. A
-            mixer learns more of the same data, at six times the cost of a step.
-    Raises:
-        ValueError: If there is no such backbone, or the state does not suit it.
     """
 
     least_variance = 1e-4
@@ -81,10 +77,7 @@ class ConfinedEnergy(GaussianSkeleton):
         noise_range: Sequence[float] = (0.1, 10.0),
         level: float = 0.4,
         floor: Sequence[float] = (),
-        backbone: str = "perceptron",
     ) -> None:
-        if backbone not in BACKBONES:
-            raise ValueError(f"`backbone` must be one of {', '.join(BACKBONES)}, got {backbone!r}.")
         size = math.prod(event_shape)
         super().__init__(event_shape, size, noise_range)
         self.options: dict[str, object] = {
@@ -97,9 +90,7 @@ class ConfinedEnergy(GaussianSkeleton):
         }
         self.level = float(level)
         self.set_floor(floor)
-        if backbone != "perceptron":
-            self.options["backbone"] = backbone
-        self.backbone = BACKBONES[backbone](event_shape, num_values, hidden, layers)
+        self.backbone = Perceptron(event_shape, num_values, hidden, layers)
 
     @property
     def architecture(self) -> Hashable:
@@ -130,8 +121,6 @@ class ConfinedEnergy(GaussianSkeleton):
         d = (x.flatten(1) - self.mean) @ self.axes.T
         w = d * (self.variances + noise).rsqrt()
         seen = _in_ball(w), _in_ball(d * (self.spread.square() + noise).rsqrt())
-        if self.backbone.in_places:  # turning changes no length
-            seen = seen[0] @ self.axes, seen[1] @ self.axes
         return w, torch.cat(seen, dim=1), sigma
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
@@ -139,8 +128,6 @@ class ConfinedEnergy(GaussianSkeleton):
         w, v, sigma = self._seen(x, noise_level)
         noise = sigma.square()[:, None]
         h, logits = self.backbone(v, sigma)
-        if self.backbone.in_places:
-            h = h @ self.axes.T
         # Energies are large and their differences small: sums in float32, whatever autocast does.
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
