@@ -32,7 +32,7 @@ from composable_ebm.evaluation.judge import Judge
 from composable_ebm.experts.expert import Expert
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.plotting import save_grid
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.train.config import AnyObjective, ConfinedEnergy, DataConfig, TrainConfig
 from composable_ebm.train.export import held_out_metrics, sample_values

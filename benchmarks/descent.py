@@ -27,7 +27,7 @@ import composable_ebm as ceb
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.schedule import constant
 

@@ -28,7 +28,7 @@ from common import write_results
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.energy.bits import log_pseudo_likelihood
 from composable_ebm.experts.networks.rbm import RBM
-from composable_ebm.partition.annealed import log_z
+from composable_ebm.partition.log_z import log_z
 from composable_ebm.train import ContrastiveDivergence, TrainConfig, train
 from composable_ebm.train.config import RBM as Sizes
 from composable_ebm.train.config import GenerationConfig, OptimiserConfig

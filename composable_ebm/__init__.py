@@ -37,8 +37,8 @@ from composable_ebm.experts import (
 from composable_ebm.experts.catalogue import catalogue
 from composable_ebm.experts.joint import from_joint_classifier
 from composable_ebm.experts.recipe import RecipeError, parse
-from composable_ebm.partition.annealed import exact_log_z, log_z
-from composable_ebm.partition.bennett import calibrate, log_z_difference
+from composable_ebm.partition.calibrate import calibrate, log_z_difference
+from composable_ebm.partition.log_z import exact_log_z, log_z
 from composable_ebm.pipelines import from_pipeline
 from composable_ebm.sampling import (
     DMALA,

@@ -17,7 +17,7 @@ import torch
 import composable_ebm as ceb
 from composable_ebm.data import load_data
 from composable_ebm.experts.networks.rbm import RBM
-from composable_ebm.partition.annealed import log_z
+from composable_ebm.partition.log_z import log_z
 from composable_ebm.plotting import figure, image_grid, save_figure
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

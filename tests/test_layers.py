@@ -38,7 +38,7 @@ MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or p
 
 
 def part_of(name):
-    """composable_ebm.sampling.chains -> sampling."""
+    """composable_ebm.sampling.chain -> sampling."""
     return name.split(".")[1]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import composable_ebm as ceb
-from composable_ebm.partition.bennett import LogZ, calibrate, log_z_difference, log_z_over_noise
+from composable_ebm.partition.calibrate import LogZ, calibrate, log_z_difference, log_z_over_noise
 from composable_ebm.sampling.schedule import Curve, Schedule
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import composable_ebm as ceb
 from composable_ebm.energy.bits import bit_states
 from composable_ebm.experts.networks.rbm import RBM
-from composable_ebm.partition.annealed import exact_log_z, log_z
+from composable_ebm.partition.log_z import exact_log_z, log_z
 
 
 def joint_energy(net, v, h, value=0):

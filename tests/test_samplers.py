@@ -15,7 +15,7 @@ import composable_ebm as ceb
 from composable_ebm.energy.base import Axes
 from composable_ebm.potential.potential import Potential, Tally
 from composable_ebm.sampling import Noise
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Dynamics
 from composable_ebm.sampling.schedule import Schedule, constant, geometric, karras, linear
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.boltzmann.machine import BoltzmannMachine
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.kernel import Noise
 

@@ -14,7 +14,7 @@ from composable_ebm.evaluation.judge import Judge, see
 from composable_ebm.evaluation.rows import proportion, right
 from composable_ebm.evaluation.task import Request, Task
 from composable_ebm.experts.expert import Expert
-from composable_ebm.partition.bennett import calibrate
+from composable_ebm.partition.calibrate import calibrate
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.request import calibrated_sampler
 from composable_ebm.sampling.sample import sample

@@ -1,7 +1,7 @@
 """Sampling: kernels, one engine that runs them, and the results."""
 
 from composable_ebm.sampling.annealed import Annealed
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.dmala import DMALA
 from composable_ebm.sampling.engine import Engine
 from composable_ebm.sampling.gibbs import Gibbs

@@ -15,7 +15,7 @@ from composable_ebm.potential.potential import Potential
 from composable_ebm.potential.rows import Plans
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Rows, joined
-from composable_ebm.sampling.chains import Batch
+from composable_ebm.sampling.chain import Batch
 
 MAX_SUBSETS = 64
 """Sets of blocks whose potential a batch keeps, between changes of its blocks."""

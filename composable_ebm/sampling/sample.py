@@ -13,7 +13,7 @@ from composable_ebm.potential.evaluating import evaluating
 from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling import graphs
 from composable_ebm.sampling.block import Block, Held, Rows, Sampler
-from composable_ebm.sampling.chains import Callback, Chain
+from composable_ebm.sampling.chain import Callback, Chain
 from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.request import Images, Request
 from composable_ebm.sampling.result import SampleResult, check_terms, draw_from

@@ -15,7 +15,7 @@ from composable_ebm.energy.bits import bit_states
 from composable_ebm.energy.conditionals import Conditionals
 from composable_ebm.potential.potential import Potential
 from composable_ebm.sampling import Annealed
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Kernel, Noise, State
 from composable_ebm.testing.rule import broken, rule
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from composable_ebm.energy import Energy
 from composable_ebm.energy.conditionals import Conditionals
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 from composable_ebm.train.replay_buffer import ReplayBuffer

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from composable_ebm.energy import Energy, slope
 from composable_ebm.experts.networks.skeleton import GaussianSkeleton
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Noise, expand
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting

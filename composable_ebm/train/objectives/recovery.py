@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.energy import Energy
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting

@@ -8,7 +8,7 @@ in the symbols of `composable_ebm.energy.conditionals`, with b⁰ the field of t
 RBM it scales the couplings of the joint energy of v and h, and not the free energy of v, so that
 every E_β is again an RBM and `Gibbs` walks it. The works W = Σ_k E_{β_{k+1}}(x_k) - E_{β_k}(x_k)
 then give log Z = log Z_0 + log mean exp(-W), and with walks back from samples of the energy Bennett's
-ratio, as in `composable_ebm.partition.bennett`.
+ratio, as in `composable_ebm.partition.calibrate`.
 
 Reference:
     Neal (2001), Annealed importance sampling, arXiv physics/9803008; Salakhutdinov and Murray (2008),
@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from composable_ebm.energy import Energy, Sum
 from composable_ebm.energy.bits import MAX_BITS, bit_states
 from composable_ebm.energy.conditionals import Conditionals
-from composable_ebm.partition.bennett import from_works
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.partition.calibrate import from_works
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.kernel import Noise
 

@@ -40,7 +40,7 @@ from composable_ebm.energy.log_z import LogZ
 from composable_ebm.energy.weights import coefficient_type
 from composable_ebm.sampling.annealed import Annealed
 from composable_ebm.sampling.block import Sampler
-from composable_ebm.sampling.chains import Chain
+from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Kernel, Noise
 from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.sample import sample
