@@ -43,8 +43,6 @@ Drawn = tuple[Tensor, int, int]
 Estimator = Callable[[Energy, int, int], Drawn]
 """From a composition, a number of samples and a seed."""
 
-SPARE = 1.35
-
 
 def by_sample(choose: Callable[[Energy], object | None]) -> Estimator:
     """An estimator that `sample` is, with the sampler that `choose` gives."""
@@ -72,8 +70,8 @@ def _chains(mix: Energy) -> Annealed:
 
 def best_of_n(mix: Energy, count: int, seed: int) -> Drawn:
     """Chains without weights, of which the experts choose."""
-    number = math.ceil(SPARE * count)
     sampler, num_steps = calibrated_sampler(mix)
+    number = sampler.count(count)
     out = ceb.sample(mix, num_chains=number, sampler=_chains(mix), num_steps=num_steps, seed=seed)
     level = torch.tensor(sampler.schedule.noise_level(1.0))
     energies = leaf_energies(mix, out.samples, level)
@@ -86,9 +84,9 @@ def diffused(weigh: str) -> Estimator:
     """Reverse diffusion with weights: "twisted" or "scores"."""
 
     def estimate(mix: Energy, count: int, seed: int) -> Drawn:
-        number = math.ceil(SPARE * count)
         generator = torch.Generator().manual_seed(seed)
         sampler, num_steps = calibrated_sampler(mix)
+        number = sampler.count(count)
         levels = sorted(set(sampler.schedule.values(sampler.schedule.noise_level, num_steps)), reverse=True)
         # Three gradients a level go into finer steps.
         fine = [a + (b - a) * i / 3 for a, b in pairwise(levels) for i in range(3)]
@@ -146,11 +144,18 @@ ESTIMATORS: dict[str, tuple[float, Estimator]] = {
 
 
 def compare(
-    task: Task, sizes: Sequence[int], number: int, each: int, judges: Sequence, seed: int
+    task: Task,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    number: int,
+    each: int,
+    judges: Sequence,
+    seed: int,
 ) -> list[dict]:
     """A row for each estimator and number of attributes."""
     rows = []
-    for name, (weight, estimate) in ESTIMATORS.items():
+    for name in names:
+        weight, estimate = ESTIMATORS[name]
         for size in sizes:
             generator = torch.Generator().manual_seed(50_000 + seed)
             right, ancestors, gradients, start = [], 0, 0, time.process_time()
@@ -256,6 +261,7 @@ def _follow(run: ceb.Run, seconds: float) -> tuple[dict[str, float], Tensor, ceb
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--family", default="faces")
+    parser.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS), default=list(ESTIMATORS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--each", type=int, default=48, help="samples of each request")
@@ -273,14 +279,15 @@ def main() -> None:
         print("| estimator | attributes | accuracy, two judges | ancestors | gradients a sample |")
         print("|---|---|---|---|---|")
         content["estimators"] = compare(
-            task, options.sizes, options.requests, options.each, judges, options.seed
+            task, options.estimators, options.sizes, options.requests, options.each, judges, options.seed
         )
     if "probability" in options.parts:
         judge = load_judge(options.family, "convolutional")[0]
         content["probability"] = probability(task, options.sizes, options.requests, judge, options.seed)
     if "live" in options.parts:
         content["live"] = live(task, 16, options.seconds, options.changes, options.seed)
-    print(write_results("particles", content, options.out))
+    name = "particles" if options.family == "faces" else f"particles_{options.family}"
+    print(write_results(name, content, options.out))
 
 
 if __name__ == "__main__":
