@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.experts.networks import ConfinedEnergy
+from composable_ebm.experts.networks import ConfinedEnergy, DiffusedEnergy
 from composable_ebm.sampling.diagnostics import fisher_divergence
 from composable_ebm.train.objectives.base import Setting
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
@@ -286,6 +286,36 @@ def test_chains_over_levels_take_the_labels_of_data_and_go_on_where_they_were():
     assert other.loss(network, network, x[:128], y[:128])[0].equal(one)
 
 
+def test_chains_over_levels_begin_where_a_sampler_would_have_brought_them():
+    network, x = of_gaussian_data()
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    y = torch.zeros(len(x), dtype=torch.long)
+    _, at_work = over_levels(network, x, y, 1, rho=3.0)
+    levels = torch.linspace(4.0 ** (1 / 3), 0.2 ** (1 / 3), 8) ** 3
+    below = at_work.place > 3
+    sigma, g = levels[at_work.place[below]], torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        of_chains = network(at_work.chains[below], sigma).mean()
+        of_gaussian = network(
+            torch.stack([network.prior(torch.randn(1, 1, 2, 3, generator=g), float(s))[0] for s in sigma]),
+            sigma,
+        ).mean()
+    assert float(of_chains) < float(of_gaussian) - 0.3
+
+
+def test_levels_whose_part_is_scaled_up_count_by_as_much_less():
+    confined, x = of_gaussian_data()
+    scaled = DiffusedEnergy((1, 2, 3), 1, hidden=8, components=6, noise_range=(0.02, 4.0))
+    scaled.fit(x)
+    y = torch.zeros(len(x), dtype=torch.long)
+    for network, same in ((confined, True), (scaled, False)):
+        figures, _ = over_levels(network, x, y, 5)
+        gaps, losses = (torch.stack([f[name] for f in figures]) for name in ("energy_gap", "loss"))
+        assert torch.allclose(losses, -gaps, atol=1e-4) is same
+
+
 def test_recovery_likelihood_recovers_mean_and_variance():
     network = BlurredGaussian()
     objective = RecoveryLikelihood(langevin_steps=15, step_size=0.3, num_levels=4)
@@ -328,7 +358,7 @@ def test_recovery_energy_is_the_conditional_of_its_docstring():
         (lambda: DenoisingAtOneLevel(noise_level=0), "`noise_level` must be positive"),
         (lambda: RecoveryLikelihood(step_size=3), "`step_size` must be between 0 and 2, got 3"),
         (lambda: ContrastiveOverLevels(num_levels=1), "`num_levels` at least 2, got 5, 2048 and 1"),
-        (lambda: ContrastiveOverLevels(step_size=0.0), "`step_size` must be positive"),
+        (lambda: ContrastiveOverLevels(step_size=0.0), "`step_size` and `rho` must be positive"),
         (lambda: RecoveryLikelihood(langevin_steps=0), "`langevin_steps` and `num_levels`"),
         (lambda: ContrastiveDivergence(cd_steps=0), "`cd_steps` and `buffer_size`"),
     ],

@@ -1,15 +1,18 @@
 """Contrastive divergence of a noise-conditioned energy at temperature 1: chains walk down its levels.
 
-    L = mean E(x + σξ, y, σ) - mean E(x⁻, y⁻, σ) + β mean[-log softmax_y(-E(x + σξ, ·, σ))]_y
+    L    = mean w(σ)[E(x + σξ, y, σ) - E(x⁻, y⁻, σ)] + β mean[-log softmax_y(-E(x + σξ, ·, σ))]_y
+    w(σ) = min(1, 1/r(σ))
 
-x⁻ are persistent chains. One that is drawn takes the step of the probability flow to the next level, as a
-sampler does,
+with r what the network's own part is scaled by: low levels, where energies of pixels scatter by hundreds of
+nats, would drown the others. x⁻ are persistent chains. One that is drawn takes the step of the probability
+flow to the next level, as a sampler does,
 
     x⁻ ← x⁻ + (σ' - σ) σ ∂E/∂x⁻,
 
 and K steps of MALA there, which leave exp(-E(·, σ')) as it is: no bias of a step size enters L. From the last
-level it begins again, with a draw of the network's Gaussian skeleton at the first. So what is contrasted with
-data is what a sampler makes of noise, at each level on its way.
+level it begins again, with a draw of the network's Gaussian skeleton at the first; so do all before the first
+iteration, and walk down to a level each. So what is contrasted with data is what a sampler makes of noise, at
+each level on its way.
 
 Best after a short first stage of score matching (`init`): on digits of 16 pixels, 25 seconds of each, 96.9 %
 of samples were right where 50 seconds of score matching gave 93.9, and after 100 exact steps 96.6 against
@@ -45,7 +48,8 @@ class ContrastiveOverLevels(Objective):
 
     Args:
         cd_steps: K, MALA steps at a level.
-        num_levels: Levels between the ends of the network's range, even in √σ.
+        num_levels: Levels between the ends of the network's range, even in σ^(1/`rho`).
+        rho: The larger, the more of them are at low noise, which a range down to 0.02 needs.
         buffer_size: Chains, on each process.
         step_size: η of MALA in units of s²σ²/(s² + σ²), with s² the data's mean variance.
         classification: β, 0 for a purely generative expert.
@@ -55,6 +59,7 @@ class ContrastiveOverLevels(Objective):
 
     cd_steps: int = 5
     num_levels: int = 24
+    rho: float = 2.0
     buffer_size: int = 2048
     step_size: float = 0.15
     classification: float = 0.5
@@ -65,10 +70,10 @@ class ContrastiveOverLevels(Objective):
                 "`cd_steps` and `buffer_size` must be at least 1 and `num_levels` at least 2, got "
                 f"{self.cd_steps}, {self.buffer_size} and {self.num_levels}."
             )
-        if self.step_size <= 0 or self.classification < 0:
+        if min(self.step_size, self.rho) <= 0 or self.classification < 0:
             raise ValueError(
-                "`step_size` must be positive and `classification` at least 0, got "
-                f"{self.step_size} and {self.classification}."
+                "`step_size` and `rho` must be positive and `classification` at least 0, got "
+                f"{self.step_size}, {self.rho} and {self.classification}."
             )
 
     def begin(self, setting: Setting) -> Phase:
@@ -113,7 +118,7 @@ class OverLevels(Phase):
         of_data, of_chains = outputs.split(len(x))
         e_pos, e_neg = of_data.gather(1, y[:, None])[:, 0], of_chains.gather(1, labels[:, None])[:, 0]
         gap = (e_neg - e_pos).mean()
-        loss = -gap
+        loss = ((e_pos - e_neg) * (1 / network.strength(sigma)).clamp(max=1)).mean()
         figures = {"energy_gap": gap.detach(), **figures}
         if self.objective.classification and outputs.shape[1] > 1:
             cross_entropy = F.cross_entropy(-of_data, y)
@@ -129,25 +134,40 @@ class OverLevels(Phase):
             y: Labels of data, (batch,), which chains that begin again take.
         """
         low, high = network.noise_range
-        levels = torch.linspace(high**0.5, low**0.5, self.objective.num_levels, device=self.device).square()
+        power, count = 1 / self.objective.rho, self.objective.num_levels
+        levels = torch.linspace(high**power, low**power, count, device=self.device) ** self.objective.rho
         if not len(self.chains):
-            self.labels = y[self._any(len(y), len(self.place))]
-            self.chains = self._begun(network, levels[self.place])
+            self._fill(network, levels, y)
         rows = torch.randperm(len(self.place), generator=self.generator, device=self.device)[: len(y)]
         x, before = self.chains[rows], self.place[rows]
         ended = before == len(levels) - 1
         now = torch.where(ended, 0, before + 1)
-        old, new = levels[before], levels[now]
-        with torch.enable_grad():
-            at = x.detach().requires_grad_()
-            gradient = slope(AtLevels(network, self.labels[rows], old)(at), at)
-        x = x + expand((new - old) * old, x) * gradient.detach()
+        labels, new = torch.where(ended, y, self.labels[rows]), levels[now]
+        x = self._flowed(network, self.labels[rows], x, levels[before], new)
         x = torch.where(expand(ended, x), self._begun(network, new), x)
-        labels = torch.where(ended, y, self.labels[rows])
         moved = self._steps(network, labels, x, new)
         self.chains[rows], self.labels[rows], self.place[rows] = moved, labels, now
         stayed = (moved == x).flatten(1).all(1).float().mean()
         return moved, labels, new, {"chains_still": stayed}
+
+    def _fill(self, network: GaussianSkeleton, levels: Tensor, y: Tensor) -> None:
+        """Chains at all levels, each where it comes from the first."""
+        self.labels = y[self._any(len(y), len(self.place))]
+        self.chains = self._begun(network, levels[:1].expand(len(self.place)))
+        for i in range(1, len(levels)):
+            for rows in (self.place >= i).nonzero()[:, 0].split(len(y)):
+                old, new = (level.expand(len(rows)) for level in levels[i - 1 : i + 1])
+                x = self._flowed(network, self.labels[rows], self.chains[rows], old, new)
+                self.chains[rows] = self._steps(network, self.labels[rows], x, new)
+
+    def _flowed(
+        self, network: GaussianSkeleton, labels: Tensor, x: Tensor, old: Tensor, new: Tensor
+    ) -> Tensor:
+        """A step of the probability flow from levels to others, (batch,) each."""
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            gradient = slope(AtLevels(network, labels, old)(at), at)
+        return x + expand((new - old) * old, x) * gradient.detach()
 
     def _steps(self, network: GaussianSkeleton, labels: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         variance = network.spread.square()
