@@ -9,8 +9,7 @@ exact steps: 0 where energies are right at T = 1.
     python benchmarks/contrast.py --seconds 150               # 15 minutes of one core
     python benchmarks/contrast.py --seconds 50 --seeds 0 1 2  # score matching beside contrast, over seeds
 
-With several seeds only those two run, the second with two ways of giving chains that begin again their
-labels: those of the batch, as shipped, or evenly at random.
+With several seeds only those two run, the second without and with the denoising beside it.
 """
 
 from __future__ import annotations
@@ -18,56 +17,41 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from common import RESULTS, write_results
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import composable_ebm as ceb
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.evaluation.judge import Judge
 from composable_ebm.experts.expert import Expert
-from composable_ebm.experts.networks.skeleton import GaussianSkeleton
 from composable_ebm.plotting import save_grid
 from composable_ebm.sampling.chain import Chain
 from composable_ebm.sampling.kernel import Noise
 from composable_ebm.train.config import AnyObjective, ConfinedEnergy, DataConfig, TrainConfig
 from composable_ebm.train.export import held_out_metrics, sample_values
-from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
+from composable_ebm.train.objectives.base import Setting
 from composable_ebm.train.objectives.denoising import DenoisingScoreMatching
-from composable_ebm.train.objectives.over_levels import AtLevels, ContrastiveOverLevels, OverLevels
+from composable_ebm.train.objectives.over_levels import AtLevels, ContrastiveOverLevels
 from composable_ebm.train.objectives.recovery import RecoveryLikelihood
 from composable_ebm.train.preparation import build, card_of
 
 LOW, HIGH = 0.15, 5.0
 SIZES = ConfinedEnergy(hidden=320, noise_range=(LOW, HIGH), level=LOW)
-RATES = {"denoising": 2e-3, "recovery": 5e-4, "contrastive": 5e-4}
+RATES = {"denoising": 2e-3, "recovery": 5e-4, "contrastive": 5e-4, "contrastive, denoising": 5e-4}
 LATER = 0.5  # of these rates after a first stage
 MORE = 100  # exact steps that samples are watched for
-
-
-class AnyLabels(OverLevels):
-    """Chains that begin again take any label, where the objective gives them those of the batch."""
-
-    def draw(self, network: GaussianSkeleton, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Figures]:
-        return super().draw(network, self._any(self.setting.num_values, len(y)))
-
-
-@dataclass(frozen=True)
-class ContrastOfAnyLabels(ContrastiveOverLevels):
-    """Contrast over levels with `AnyLabels`."""
-
-    def begin(self, setting: Setting) -> Phase:
-        return AnyLabels(self, setting)
 
 
 OBJECTIVES: dict[str, AnyObjective] = {
     "denoising": DenoisingScoreMatching(classification=0.5, log_sigma_mean=-0.6, log_sigma_std=1.0),
     "recovery": RecoveryLikelihood(langevin_steps=10, step_size=0.1, classification=0.5),
-    "contrastive": ContrastiveOverLevels(),
+    "contrastive": ContrastiveOverLevels(denoising=0.0),
+    "contrastive, denoising": ContrastiveOverLevels(),
 }
 
 
@@ -102,12 +86,11 @@ def train(
     data: LabelledImages,
     later: bool = False,
     seed: int = 0,
-    objective: Objective | None = None,
 ) -> tuple[nn.Module, int, float]:
     """The averaged network, its iterations, and the last mean gap, after so many seconds of one core."""
     generator = torch.Generator().manual_seed(seed)
     setting = Setting(data.event_shape, 10, (-1.0, 1.0), 128, ceb.Langevin(0.01), generator)
-    phase = (objective or OBJECTIVES[kind]).begin(setting)
+    phase = OBJECTIVES[kind].begin(setting)
     average = copy.deepcopy(network)
     rate = RATES[kind] * (LATER if later else 1)
     optimiser = torch.optim.Adam(network.parameters(), rate, betas=(0.9, 0.99))
@@ -212,19 +195,16 @@ class Bench:
             warm = copy.deepcopy(first[0]).requires_grad_(True)
             self.report("first stage", kind, seconds, train(warm, kind, seconds / 2, data, later=True))
 
-    def labels(self, seed: int) -> None:
-        """Score matching alone, and contrast after a first stage with both ways of labels."""
+    def over_seeds(self, seed: int) -> None:
+        """Score matching alone, and contrast after a first stage, without denoising beside it and with it."""
         seconds, data = self.options.seconds, self.data
         plain = train(self.fresh(seed), "denoising", seconds, data, seed=seed)
         self.report("scratch", "denoising", seconds, plain, seed)
         first = train(self.fresh(seed), "denoising", seconds / 2, data, seed=seed)[0]
-        for name, own in (
-            ("labels of the batch", ContrastiveOverLevels()),
-            ("any labels", ContrastOfAnyLabels()),
-        ):
+        for kind in ("contrastive", "contrastive, denoising"):
             warm = copy.deepcopy(first).requires_grad_(True)
-            done = train(warm, "contrastive", seconds / 2, data, later=True, seed=seed, objective=own)
-            self.report("first stage", f"contrastive, {name}", seconds, done, seed)
+            done = train(warm, kind, seconds / 2, data, later=True, seed=seed)
+            self.report("first stage", kind, seconds, done, seed)
 
 
 def main() -> None:
@@ -232,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150, help="of one core, a cell")
     parser.add_argument("--samples", type=int, default=40, help="of each digit")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="several: labels of chains over them"
+        "--seeds", type=int, nargs="+", default=[0], help="several: contrast alone and with denoising"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--sheets", type=Path, help="folder for pictures of samples")
@@ -243,7 +223,7 @@ def main() -> None:
     if len(options.seeds) == 1:
         bench.objectives()
     for seed in options.seeds if len(options.seeds) > 1 else ():
-        bench.labels(seed)
+        bench.over_seeds(seed)
     content = {
         "judge_on_real": round(bench.on_real(), 4),
         "network": asdict(SIZES),
@@ -251,7 +231,7 @@ def main() -> None:
         "samples": 10 * options.samples,
         "rows": bench.rows,
     }
-    write_results("contrast" if len(options.seeds) == 1 else "contrast_labels", content, options.out)
+    write_results("contrast" if len(options.seeds) == 1 else "contrast_seeds", content, options.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import composable_ebm as ceb
-from composable_ebm.experts.networks import ConfinedEnergy, DiffusedEnergy
+from composable_ebm.experts.networks import ConfinedEnergy
 from composable_ebm.sampling.diagnostics import fisher_divergence
 from composable_ebm.train.objectives.base import Setting
 from composable_ebm.train.objectives.contrastive import ContrastiveDivergence
@@ -267,7 +267,7 @@ def test_chains_over_levels_have_the_energies_of_data_where_the_energy_is_right(
     assert abs(float(gaps.mean())) < 3 * float(gaps.std()) / 60**0.5 + 0.05
     with torch.no_grad():  # half as sharp: data lie where the energy says they need not
         network.variances.mul_(4)
-        wrong = torch.stack([f["energy_gap"] for f in over_levels(network, x, y, 60)[0]])
+    wrong = torch.stack([f["energy_gap"] for f in over_levels(network, x, y, 60)[0]])
     assert float(wrong.mean()) > 0.3
 
 
@@ -305,15 +305,28 @@ def test_chains_over_levels_begin_where_a_sampler_would_have_brought_them():
     assert float(of_chains) < float(of_gaussian) - 0.3
 
 
-def test_levels_whose_part_is_scaled_up_count_by_as_much_less():
-    confined, x = of_gaussian_data()
-    scaled = DiffusedEnergy((1, 2, 3), 1, hidden=8, components=6, noise_range=(0.02, 4.0))
-    scaled.fit(x)
+def test_low_levels_count_for_less_in_contrast():
+    """Far below the width of data an energy counts by σ over that width, and nowhere by more than 1."""
+    network, x = of_gaussian_data()
     y = torch.zeros(len(x), dtype=torch.long)
-    for network, same in ((confined, True), (scaled, False)):
-        figures, _ = over_levels(network, x, y, 5)
-        gaps, losses = (torch.stack([f[name] for f in figures]) for name in ("energy_gap", "loss"))
-        assert torch.allclose(losses, -gaps, atol=1e-4) is same
+    with torch.no_grad():
+        network.variances.mul_(4)
+    figures, _ = over_levels(network, x, y, 40, denoising=0.0)
+    loss, gap = (float(torch.stack([f[name] for f in figures]).mean()) for name in ("loss", "energy_gap"))
+    assert 0.1 * gap < -loss < 0.9 * gap
+
+
+def test_denoising_beside_contrast_is_that_of_score_matching():
+    """Where the Gaussian skeleton is the truth, its error is what is left: a loss of γ."""
+    network, x = of_gaussian_data()
+    y = torch.zeros(len(x), dtype=torch.long)
+    both, alone = (over_levels(network, x, y, 40, denoising=rate)[0] for rate in (10.0, 0.0))
+    assert float(torch.stack([f["denoising"] for f in both]).mean()) == pytest.approx(1.0, abs=0.1)
+    losses = [float(torch.stack([f["loss"] for f in each]).mean()) for each in (both, alone)]
+    assert losses[0] - losses[1] == pytest.approx(10.0, abs=1.0)
+    network.mean += 0.5
+    wrong, _ = over_levels(network, x, y, 40, denoising=10.0)
+    assert float(torch.stack([f["denoising"] for f in wrong]).mean()) > 1.1
 
 
 def test_recovery_likelihood_recovers_mean_and_variance():
@@ -358,7 +371,8 @@ def test_recovery_energy_is_the_conditional_of_its_docstring():
         (lambda: DenoisingAtOneLevel(noise_level=0), "`noise_level` must be positive"),
         (lambda: RecoveryLikelihood(step_size=3), "`step_size` must be between 0 and 2, got 3"),
         (lambda: ContrastiveOverLevels(num_levels=1), "`num_levels` at least 2, got 5, 2048 and 1"),
-        (lambda: ContrastiveOverLevels(step_size=0.0), "`step_size` and `rho` must be positive"),
+        (lambda: ContrastiveOverLevels(step_size=0.0), "`step_size` and `rho` must be positive, `class"),
+        (lambda: ContrastiveOverLevels(denoising=-1.0), "`denoising` at least 0, got 0.15, 2.0, 0.5 and -1"),
         (lambda: RecoveryLikelihood(langevin_steps=0), "`langevin_steps` and `num_levels`"),
         (lambda: ContrastiveDivergence(cd_steps=0), "`cd_steps` and `buffer_size`"),
     ],

@@ -101,9 +101,6 @@ class ConfinedEnergy(GaussianSkeleton):
         noise = sigma.square()[..., None]
         return (self.variances * noise / (self.variances + noise)).mean(-1)
 
-    def strength(self, sigma: Tensor) -> Tensor:
-        return torch.ones_like(sigma)
-
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
         x = images.flatten(1).double()

@@ -1,10 +1,13 @@
 """Contrastive divergence of a noise-conditioned energy at temperature 1: chains walk down its levels.
 
     L    = mean w(σ)[E(x + σξ, y, σ) - E(x⁻, y⁻, σ)] + β mean[-log softmax_y(-E(x + σξ, ·, σ))]_y
+           + γ mean ‖x̃ - σ² ∂E(x̃, y, σ)/∂x̃ - x‖²/m(σ),    x̃ = x + σξ
     w(σ) = min(1, 1/r(σ))
 
-with r what the network's own part is scaled by: low levels, where energies of pixels scatter by hundreds of
-nats, would drown the others. x⁻ are persistent chains. One that is drawn takes the step of the probability
+with r as in `GaussianSkeleton.strength`: low levels, where energies of pixels scatter by hundreds of nats,
+would drown the others, and m the error of that skeleton. The third term holds energies where score matching
+had them: alone, contrast of a larger network swings, since what chains have left is pushed up until they
+come back. x⁻ are persistent chains. One that is drawn takes the step of the probability
 flow to the next level, as a sampler does,
 
     x⁻ ← x⁻ + (σ' - σ) σ ∂E/∂x⁻,
@@ -53,6 +56,7 @@ class ContrastiveOverLevels(Objective):
         buffer_size: Chains, on each process.
         step_size: η of MALA in units of s²σ²/(s² + σ²), with s² the data's mean variance.
         classification: β, 0 for a purely generative expert.
+        denoising: γ, 0 for contrast alone.
     """
 
     noise_conditioned: ClassVar[bool] = True
@@ -63,6 +67,7 @@ class ContrastiveOverLevels(Objective):
     buffer_size: int = 2048
     step_size: float = 0.15
     classification: float = 0.5
+    denoising: float = 100.0
 
     def __post_init__(self) -> None:
         if min(self.cd_steps, self.buffer_size) < 1 or self.num_levels < 2:
@@ -70,10 +75,10 @@ class ContrastiveOverLevels(Objective):
                 "`cd_steps` and `buffer_size` must be at least 1 and `num_levels` at least 2, got "
                 f"{self.cd_steps}, {self.buffer_size} and {self.num_levels}."
             )
-        if min(self.step_size, self.rho) <= 0 or self.classification < 0:
+        if min(self.step_size, self.rho) <= 0 or min(self.classification, self.denoising) < 0:
             raise ValueError(
-                "`step_size` and `rho` must be positive and `classification` at least 0, got "
-                f"{self.step_size}, {self.rho} and {self.classification}."
+                "`step_size` and `rho` must be positive, `classification` and `denoising` at least 0, got "
+                f"{self.step_size}, {self.rho}, {self.classification} and {self.denoising}."
             )
 
     def begin(self, setting: Setting) -> Phase:
@@ -114,12 +119,18 @@ class OverLevels(Phase):
             )
         negatives, labels, sigma, figures = self.draw(network, y)
         positives = x + expand(sigma, x) * self._normal(x.shape)
+        positives.requires_grad_(bool(self.objective.denoising))
         outputs = model(torch.cat([positives, negatives]), torch.cat([sigma, sigma])).float()
         of_data, of_chains = outputs.split(len(x))
         e_pos, e_neg = of_data.gather(1, y[:, None])[:, 0], of_chains.gather(1, labels[:, None])[:, 0]
         gap = (e_neg - e_pos).mean()
         loss = ((e_pos - e_neg) * (1 / network.strength(sigma)).clamp(max=1)).mean()
         figures = {"energy_gap": gap.detach(), **figures}
+        if self.objective.denoising:
+            denoised = positives - expand(sigma.square(), x) * slope(e_pos, positives, learn=True)
+            error = ((denoised - x).square().flatten(1).mean(1) / network.denoiser_error(sigma)).mean()
+            loss = loss + self.objective.denoising * error
+            figures["denoising"] = error.detach()
         if self.objective.classification and outputs.shape[1] > 1:
             cross_entropy = F.cross_entropy(-of_data, y)
             loss = loss + self.objective.classification * cross_entropy
