@@ -12,18 +12,19 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.experts.networks.sized import Sized
 from composable_ebm.experts.networks.skeleton import frequencies
 
 __all__ = ["NoisyClassifier"]
 
 
-class NoisyClassifier(nn.Module):
+class NoisyClassifier(Sized):
     """A small convolutional network whose gains and biases the noise level gives; (batch, values) in nats.
 
     Args:
@@ -55,15 +56,7 @@ class NoisyClassifier(nn.Module):
         super().__init__()
         if num_values < 2:
             raise ValueError(f"a classifier tells at least two values apart, got num_values = {num_values}.")
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "width": width,
-            "blocks": blocks,
-            "hidden": hidden,
-            "noise_range": list(noise_range),
-            "patch": patch,
-        }
+        self.made_with(locals())
         low, high = noise_range
         self.noise_range = (float(low), float(high))
         channels, height, across = event_shape
@@ -79,11 +72,6 @@ class NoisyClassifier(nn.Module):
         for layer in (self.modulate, *self.convolutions[1::2]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-
-    @property
-    def architecture(self) -> Hashable:
-        """Networks that agree in it may run as one batched pass; the number of values may differ."""
-        return tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """-log p(y | x, σ) of each value, (batch, num_values), of states (batch, *event)."""

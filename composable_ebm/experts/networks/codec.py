@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.energy import Codec
+from composable_ebm.experts.networks.sized import Sized
 
 __all__ = ["CODECS", "PictureCodec"]
 
@@ -42,7 +43,7 @@ class _Block(nn.Module):
         return x + self.second(F.silu(self.first(F.silu(x))))
 
 
-class PictureCodec(Codec):
+class PictureCodec(Sized, Codec):
     """Latents of unit scale on a grid of one cell for 2·`patch` pixels a side.
 
     Args:
@@ -72,14 +73,7 @@ class PictureCodec(Codec):
                 f"pictures of {height}x{width} do not divide into cells of {2 * patch} pixels: crop or "
                 f"resize them, for instance to {max(1, height // (2 * patch)) * 2 * patch} pixels."
             )
-        self.options: dict[str, object] = {
-            "image_shape": list(image_shape),
-            "channels": channels,
-            "widths": list(widths),
-            "encoder_blocks": list(encoder_blocks),
-            "decoder_blocks": list(decoder_blocks),
-            "patch": patch,
-        }
+        self.made_with(locals())
         self.image_shape = tuple(image_shape)
         self.event_shape = (channels, height // (2 * patch), width // (2 * patch))
         fine, coarse = widths

@@ -30,7 +30,7 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,22 +80,10 @@ class ConfinedEnergy(GaussianSkeleton):
     ) -> None:
         size = math.prod(event_shape)
         super().__init__(event_shape, size, noise_range)
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "hidden": hidden,
-            "layers": layers,
-            "noise_range": list(noise_range),
-            "level": level,
-        }
+        self.made_with(locals())
         self.level = float(level)
         self.set_floor(floor)
         self.backbone = Perceptron(event_shape, num_values, hidden, layers)
-
-    @property
-    def architecture(self) -> Hashable:
-        """Networks that agree in it may run as one batched pass."""
-        return self.sizes
 
     def denoiser_error(self, sigma: Tensor) -> Tensor:
         noise = sigma.square()[..., None]

@@ -12,16 +12,18 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from composable_ebm.experts.networks.sized import Sized
+
 __all__ = ["ConvEnergy"]
 
 
-class ConvEnergy(nn.Module):
+class ConvEnergy(Sized):
     """A convolutional energy: E(x, y) for every value y, shape (batch, num_values), in float32.
 
     The first layer sees patches (space to depth) at stride 1 instead of a strided convolution,
@@ -49,13 +51,7 @@ class ConvEnergy(nn.Module):
         channels, height, width = event_shape
         if height % patch or width % patch:
             raise ValueError(f"images of {height}x{width} do not divide into patches of side {patch}.")
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "widths": list(widths),
-            "patch": patch,
-            "hidden": hidden,
-        }
+        self.made_with(locals())
         self.patch = patch
         depth, height, width = channels * patch**2, height // patch, width // patch
         layers: list[nn.Module] = []
@@ -68,11 +64,6 @@ class ConvEnergy(nn.Module):
         self.features = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.hidden = nn.Linear(depth * height * width, hidden)
         self.head = nn.Linear(hidden, num_values)
-
-    @property
-    def architecture(self) -> Hashable:
-        """Networks that agree in it may run as one batched pass; the number of values may differ."""
-        return tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.features(F.pixel_unshuffle(x, self.patch))

@@ -59,13 +59,7 @@ class Denoiser(ModulatedSkeleton):
         noise_range: Sequence[float] = (0.02, 10.0),
     ) -> None:
         super().__init__(event_shape, hidden, components, noise_range)
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "hidden": hidden,
-            "components": components,
-            "noise_range": list(noise_range),
-        }
+        self.made_with(locals())
         size = len(self.mean)
         self.second = nn.Linear(hidden, hidden)
         self.third = nn.Linear(hidden, hidden)

@@ -20,7 +20,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +59,7 @@ class DiffusedEnergy(ModulatedSkeleton):
         floor: Sequence[float] = (),
     ) -> None:
         super().__init__(event_shape, hidden, components, noise_range)
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "hidden": hidden,
-            "components": components,
-            "noise_range": list(noise_range),
-        }
+        self.made_with(locals())
         self.set_floor(floor)
         self.signs: Tensor
         self.register_buffer("signs", torch.tensor([1.0, -1.0] * 64))
@@ -76,11 +70,6 @@ class DiffusedEnergy(ModulatedSkeleton):
         self.value_head = nn.Linear(hidden, num_values) if num_values > 1 else None
         self.initialise(self.value_head)
         nn.init.normal_(self.quadratic_head.weight, std=0.4 * hidden**-0.5)
-
-    @property
-    def architecture(self) -> Hashable:
-        """Networks that agree in it may run as one batched pass."""
-        return (*self.sizes, self.value_head is None)
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""

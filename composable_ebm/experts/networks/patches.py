@@ -17,7 +17,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,15 +62,7 @@ class DiffusedPatches(ModulatedSkeleton):
         if height % patch or width % patch:
             raise ValueError(f"images of {height}x{width} do not divide into patches of side {patch}.")
         super().__init__((channels, patch, patch), hidden, components, noise_range)
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "patch": patch,
-            "hidden": hidden,
-            "components": components,
-            "context": context,
-            "noise_range": list(noise_range),
-        }
+        self.made_with(locals())
         self.set_floor(floor)
         self.patch = patch
         places = (height // patch) * (width // patch)
@@ -97,11 +89,6 @@ class DiffusedPatches(ModulatedSkeleton):
         patches = self.patches(images[:FIT_IMAGES])
         image = torch.arange(len(patches), device=patches.device)
         return patches[image, image % patches.shape[1]].float()
-
-    @property
-    def architecture(self) -> Hashable:
-        """Networks that agree in it may run as one batched pass."""
-        return (*self.sizes, self.value_head is None)
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Energies (batch, num_values) of images (batch, *event) at noise levels () or (batch,)."""

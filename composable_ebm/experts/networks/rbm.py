@@ -31,13 +31,14 @@ from torch.nn import functional as F
 
 from composable_ebm.energy import Energy
 from composable_ebm.energy.conditionals import Conditionals
+from composable_ebm.experts.networks.sized import Sized
 
 VISIBLE = ("bits", "reals")
 
 __all__ = ["RBM"]
 
 
-class RBM(nn.Module):
+class RBM(Sized):
     """A restricted Boltzmann machine: free energies F(v, y), shape (batch, num_values).
 
     Args:
@@ -73,14 +74,7 @@ class RBM(nn.Module):
                 "`hidden` and `num_values` must be at least 1 and `scale` positive, got "
                 f"{hidden}, {num_values} and {scale}."
             )
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "hidden": hidden,
-            "visible": visible,
-            "scale": scale,
-            **({"learn_scale": True} if learn_scale else {}),
-        }
+        self.made_with(locals())
         if learn_scale and visible == "bits":
             raise ValueError('bits have no scale to learn: leave `learn_scale` out, or take visible="reals".')
         size = math.prod(event_shape)

@@ -19,18 +19,20 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from composable_ebm.experts.networks.sized import Sized
 
 __all__ = ["RegionClassifier"]
 
 BALL = 3.0  # lengths of z, in units of typical ones, within which it stays
 
 
-class RegionClassifier(nn.Module):
+class RegionClassifier(Sized):
     """Quadratic discriminants of a few regions, added up; (batch, values) in nats. See `experts.teach`.
 
     Args:
@@ -55,14 +57,7 @@ class RegionClassifier(nn.Module):
         noise_range: Sequence[float] = (0.02, 10.0),
     ) -> None:
         super().__init__()
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "regions": regions,
-            "components": components,
-            "squares": squares,
-            "noise_range": list(noise_range),
-        }
+        self.made_with(locals())
         low, high = noise_range
         self.noise_range = (float(low), float(high))
         self.sides = (regions, components)
@@ -74,11 +69,6 @@ class RegionClassifier(nn.Module):
         self.register_buffer("spread", torch.ones(regions, components))  # √e
         self.look = nn.Linear(size, regions * components, bias=False)  # U, zero beside the region
         self.weight = nn.Parameter(torch.zeros(num_values, regions, components + products + 1))  # w, Q, b
-
-    @property
-    def architecture(self) -> Hashable:
-        """Networks that agree in it may run as one batched pass."""
-        return tuple((name, str(value)) for name, value in self.options.items() if name != "num_values")
 
     def features(self, x: Tensor, noise_level: Tensor) -> Tensor:
         """z, its products and ē of each region, (batch, regions, features), at levels () or (batch,)."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composable_ebm.energy.base import Axes
+from composable_ebm.experts.networks.sized import Sized
 
 __all__ = [
     *("GaussianSkeleton", "LevelledSkeleton", "ModulatedSkeleton"),
@@ -78,7 +79,7 @@ def frequencies() -> Tensor:
     return torch.tensor([0.3 + 0.38 * i for i in range(16)])
 
 
-class GaussianSkeleton(nn.Module):
+class GaussianSkeleton(Sized):
     """The Gaussian part of a network over noise levels, as buffers that `fit` takes from images.
 
     Args:
@@ -135,8 +136,7 @@ class GaussianSkeleton(nn.Module):
     @property
     def sizes(self) -> tuple[tuple[str, str], ...]:
         """What networks of one architecture have in common; the number of values and floors may differ."""
-        options = {**self.options, "floor": len(self.floor)}
-        return tuple((name, str(value)) for name, value in options.items() if name != "num_values")
+        return *(pair for pair in super().sizes if pair[0] != "floor"), ("floor", str(len(self.floor)))
 
     def levels_of_floor(self) -> Tensor:
         """The noise levels of values of F, (levels,)."""

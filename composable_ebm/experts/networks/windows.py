@@ -21,7 +21,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,16 +71,7 @@ class DiffusedWindows(LevelledSkeleton):
         if hidden % GROUPS:
             raise ValueError(f"`hidden` must be divisible by {GROUPS}, got {hidden}.")
         super().__init__(event_shape, components, noise_range, modulations=(1 + 2 * blocks) * 2 * hidden)
-        self.options: dict[str, object] = {
-            "event_shape": list(event_shape),
-            "num_values": num_values,
-            "hidden": hidden,
-            "blocks": blocks,
-            "stride": stride,
-            "overlap": overlap,
-            "components": components,
-            "noise_range": list(noise_range),
-        }
+        self.made_with(locals())
         self.set_floor(floor)
         self.stride, self.overlap, self.layers = stride, overlap, 1 + 2 * blocks
         self.sides = (2 * channels, height, width)
@@ -99,11 +90,6 @@ class DiffusedWindows(LevelledSkeleton):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
                 nn.init.zeros_(layer.bias)
-
-    @property
-    def architecture(self) -> Hashable:
-        """Networks that agree in it may run as one batched pass."""
-        return (*self.sizes, self.value_head is None)
 
     def windows(self, image: Tensor) -> Tensor:
         """The windows of images (batch, channels, height, width): (batch, places, pixels), zero outside."""
