@@ -13,7 +13,7 @@ from test_forms import ZOO, Tokens, assert_equal, plain
 from composable_ebm.experts.networks import ConvEnergy
 from composable_ebm.potential import native
 from composable_ebm.potential.forms.native import NativeNetwork, part_for_c
-from composable_ebm.potential.operations import RULES
+from composable_ebm.potential.operations import stays_whole
 from composable_ebm.potential.program import Program
 from composable_ebm.potential.trace import Trace, record
 
@@ -39,7 +39,7 @@ def elsewhere(request, tmp_path_factory):
 
 
 def part_of(network, x):
-    return part_for_c(record(network, [network], x, None, RULES.__contains__).needed())
+    return part_for_c(record(network, [network], x, None, stays_whole).needed())
 
 
 def there(elsewhere, part, x, cotangents):
