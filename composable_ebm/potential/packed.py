@@ -111,13 +111,12 @@ class PackedLinear:
     Args:
         weight: W, (outputs, inputs).
         bias: b, (outputs,).
-        packed: Whether to copy at all; small products are faster without.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, packed: bool = True) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
-        self.packed = packed and _HAS_PACKED and weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.packed = _HAS_PACKED and weight.device.type == "cpu" and weight.dtype == torch.float32
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), ROWS)
 

@@ -31,7 +31,7 @@ from composable_ebm.potential.trace import Node, Value
 
 __all__ = ["NativeNetwork", "part_for_c"]
 
-SILENT = {"flatten", "view", "reshape", "_unsafe_view", "squeeze", "contiguous", "clone", "dropout", "to"}
+SILENT = {"view", "reshape", "_unsafe_view", "squeeze", "clone"}
 MOST_OUTPUTS, MOST_PIXELS, MOST_STRIDE = 64, 4096, 4
 MOST_WEIGHTS = 1 << 16
 """Of a linear layer."""

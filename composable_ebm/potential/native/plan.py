@@ -39,7 +39,6 @@ ACTIVATIONS = {
     "sigmoid": 4,
     "elu": 5,
     "gelu": 6,
-    "square": 8,
     "pow": 8,
 }
 MOST_CHANNELS = 1024
