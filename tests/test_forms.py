@@ -542,6 +542,17 @@ def test_a_module_that_counts_its_calls_is_really_called():
     assert not torch.equal(first, second)
 
 
+def test_a_module_that_makes_something_at_its_first_call_is_read():
+    def lazily(self, x):
+        if self.scale is None:
+            self.scale = 2.0
+        return (self.scale * x).square().sum((1, 2, 3))
+
+    network, x = Net(lazily), points(4, (CHANNELS, 8, 8))
+    network.scale = None
+    assert STEPS in describe(network, x)
+
+
 def test_a_module_that_checks_its_states_is_left_to_autograd():
     def of_bits(self, x):
         assert not bool(((x != 0) & (x != 1)).any()) if not torch.is_inference_mode_enabled() else True

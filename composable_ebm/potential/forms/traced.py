@@ -31,6 +31,7 @@ SHAPES_KEPT = 16
 """For how many shapes of states programs are kept; they share what they copy of the weights."""
 MOST_PARAMETERS = 1 << 25
 """Larger networks are not read: copies of their weights would take more memory than time is gained."""
+RESTLESS = "it changes its own attributes when it is called"
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest distance from autograd, relative to its size, that rounding explains; 0.1 for narrower types."""
 
@@ -47,6 +48,7 @@ class _Known:
         traces: Those that hold while only weights change.
         copies: Of weights, in the layouts of their operations.
         checked: Lists of operations that were held against autograd.
+        restless: Whether each call changes its own attributes, so that it must really be called.
     """
 
     version: tuple[object, ...] = ()
@@ -56,6 +58,7 @@ class _Known:
     traces: dict[Hashable, Trace] = field(default_factory=dict)
     copies: dict[Hashable, object] = field(default_factory=dict)
     checked: set[Hashable] = field(default_factory=set)
+    restless: bool = False
 
 
 class _Store(threading.local):
@@ -96,7 +99,10 @@ class TracedForm:
             return "autocast is on"
         if self._compiled is not None:
             return self._compiled
-        version, known = self._watch(), self._known()
+        known = self._known()
+        if known.restless:
+            return RESTLESS
+        version = self._watch()
         if version != known.version:
             known.version = version
             known.programs.clear()
@@ -149,15 +155,20 @@ class TracedForm:
         return program
 
     def _read(self, x: Tensor, noise_level: Tensor | None) -> Trace:
-        try:
-            trace = record(self.network, [self.network], x, noise_level, stays_whole)
-        except Unreadable:
-            raise
-        except Exception as error:  # the module's own, which the plain call will show
-            raise Unreadable(f"reading it failed with {type(error).__name__}: {error}") from error
-        if self._watch.again() != self._known().version:
-            raise Unreadable("it changes its own attributes when it is called")
-        return trace
+        known = self._known()
+        for _ in range(2):  # the first call may make what others find
+            try:
+                trace = record(self.network, [self.network], x, noise_level, stays_whole)
+            except Unreadable:
+                raise
+            except Exception as error:  # the module's own, which the plain call will show
+                raise Unreadable(f"reading it failed with {type(error).__name__}: {error}") from error
+            before, known.version = known.version, self._watch.again()
+            if known.version == before:
+                return trace
+            known.structure = self._watch.structure
+        known.restless = True
+        raise Unreadable(RESTLESS)
 
     def _check(self, program: Program, x: Tensor, noise_level: Tensor | None) -> None:
         """Raises Unreadable unless the program equals autograd, on the states turned around and shrunk."""
