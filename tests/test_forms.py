@@ -545,7 +545,7 @@ def test_a_module_that_counts_its_calls_is_really_called():
 def test_a_module_that_makes_something_at_its_first_call_is_read():
     def lazily(self, x):
         if self.scale is None:
-            self.scale = 2.0
+            self.scale = 2 * torch.ones(3, 8, 8)
         return (self.scale * x).square().sum((1, 2, 3))
 
     network, x = Net(lazily), points(4, (CHANNELS, 8, 8))

@@ -166,6 +166,8 @@ class TracedForm:
             before, known.version = known.version, self._watch.again()
             if known.version == before:
                 return trace
+            _make_ordinary(self._owner)
+            known.version = self._watch.again()
             known.structure = self._watch.structure
         known.restless = True
         raise Unreadable(RESTLESS)
@@ -189,6 +191,14 @@ class TracedForm:
             mine, theirs = mine[finite].double(), theirs[finite].double()
             if float((mine - theirs).norm()) > tolerance * float(theirs.norm()) + 1e-6:
                 raise Unreadable("its result or its gradient is not that of its operations")
+
+
+def _make_ordinary(module: nn.Module) -> None:
+    """Tensors that a module keeps from being read, as tensors that its own gradients can pass."""
+    for part in module.modules():
+        for held in (vars(part), part._buffers):
+            kept = {name: each for name, each in held.items() if isinstance(each, Tensor)}
+            held.update({name: each.clone() for name, each in kept.items() if each.is_inference()})
 
 
 def _unreadable(network: nn.Module) -> str | None:
