@@ -50,8 +50,8 @@ MORE = 100  # exact steps that samples are watched for
 OBJECTIVES: dict[str, AnyObjective] = {
     "denoising": DenoisingScoreMatching(classification=0.5, log_sigma_mean=-0.6, log_sigma_std=1.0),
     "recovery": RecoveryLikelihood(langevin_steps=10, step_size=0.1, classification=0.5),
-    "contrastive": ContrastiveOverLevels(denoising=0.0),
-    "contrastive, denoising": ContrastiveOverLevels(),
+    "contrastive": ContrastiveOverLevels(buffer_size=512, denoising=0.0),
+    "contrastive, denoising": ContrastiveOverLevels(buffer_size=512),
 }
 
 

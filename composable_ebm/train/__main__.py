@@ -20,7 +20,7 @@ USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optim
        composable-ebm train FOLDER [ATTRIBUTE] [--minutes M] ...   your own images at 64 pixels, by a codec
        composable-ebm train FOLDER [ATTRIBUTE] --no-latents ...    at 32, without one
        composable-ebm train FOLDER --latents --name NAME --init FOLDER/base objective:contrastive-over-levels
-                                                                   a contrastive stage, from p(x) as it is"""
+           --optimiser.learning-rate 5e-5 --largest-gap 1000       a contrastive stage, from p(x) as it is"""
 
 PLACES = ("--models", "--runs", "--push-to-hub")
 
