@@ -19,8 +19,8 @@ from composable_ebm.train.trainer import TrainingDivergedError, accelerator_for,
 USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ...
        composable-ebm train FOLDER [ATTRIBUTE] [--minutes M] ...   your own images at 64 pixels, by a codec
        composable-ebm train FOLDER [ATTRIBUTE] --no-latents ...    at 32, without one
-       composable-ebm train FOLDER --latents --name NAME --init FOLDER/base objective:contrastive-over-levels
-           --optimiser.learning-rate 5e-5 --largest-gap 1000       a contrastive stage, from p(x) as it is"""
+       composable-ebm train FOLDER --latents --name NAME --init FOLDER/base --optimiser.learning-rate 5e-5
+           --largest-gap 1000 objective:contrastive-over-levels    a contrastive stage, from p(x) as it is"""
 
 PLACES = ("--models", "--runs", "--push-to-hub")
 
