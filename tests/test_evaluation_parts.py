@@ -9,6 +9,7 @@ import toy_task
 
 import composable_ebm as ceb
 from composable_ebm.data import LabelledImages
+from composable_ebm.data.combinations import satisfying
 from composable_ebm.evaluation import choice, family, rivals
 from composable_ebm.evaluation.agreement import agreement, stability
 from composable_ebm.evaluation.choice import alternatives, negation
@@ -17,7 +18,7 @@ from composable_ebm.evaluation.diversity import diversity, marginals, matched
 from composable_ebm.evaluation.family import Evaluation, Progress, evaluate_family
 from composable_ebm.evaluation.report import curve, table
 from composable_ebm.evaluation.rows import bounds, evaluate_row
-from composable_ebm.evaluation.task import held_out_combinations, requests, satisfying, task_of
+from composable_ebm.evaluation.task import held_out_combinations, requests, task_of
 
 JUDGE = toy_task.Measure()
 

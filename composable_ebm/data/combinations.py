@@ -10,7 +10,7 @@ import torch
 
 from composable_ebm.data.dataset import LabelledImages, unknown_name
 
-__all__ = ["parse_combination", "parse_combinations", "without"]
+__all__ = ["parse_combination", "parse_combinations", "satisfying", "without"]
 
 
 def parse_combination(text: str, values: Mapping[str, Sequence[str]], of: str) -> dict[str, int]:
@@ -65,11 +65,16 @@ def parse_combinations(
     return [parse_combination(text, values, of) for text in exclude]
 
 
+def satisfying(combination: Mapping[str, int], data: LabelledImages) -> torch.Tensor:
+    """Which images have all labels of a combination, (n,)."""
+    has = torch.ones(len(data), dtype=torch.bool)
+    for attribute, value in combination.items():
+        has &= data.labels[attribute] == value
+    return has
+
+
 def without(data: LabelledImages, combinations: Iterable[Mapping[str, int]]) -> LabelledImages:
     """The images that have not all the labels of any of the combinations."""
     for combination in combinations:
-        has_all = torch.ones(len(data), dtype=torch.bool)
-        for attribute, value in combination.items():
-            has_all &= data.labels[attribute] == value
-        data = data.select(~has_all)
+        data = data.select(~satisfying(combination, data))
     return data

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from composable_ebm.data import LabelledImages
+from composable_ebm.data.combinations import satisfying
 from composable_ebm.evaluation.judge import Judge
 from composable_ebm.evaluation.metrics import entropy, frechet_distance, nearest_distance, precision_recall
-from composable_ebm.evaluation.task import Request, satisfying
+from composable_ebm.evaluation.task import Request
 
 FEWEST = 50
 NEIGHBOURS = 256

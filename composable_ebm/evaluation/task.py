@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from composable_ebm.data import LabelledImages, load_data
 from composable_ebm.data.combinations import parse_combinations, without
@@ -46,7 +45,7 @@ REFERENCES: dict[str, tuple[str, dict[str, int]]] = {
 }
 BASE = "image"
 
-__all__ = ["Request", "Task", "requests", "satisfying", "task_of"]
+__all__ = ["Request", "Task", "requests", "task_of"]
 
 
 @dataclass(frozen=True)
@@ -193,14 +192,6 @@ def requests(
         picks = [torch.randperm(len(names), generator=generator)[:size].sort().values for _ in range(count)]
         return [one([names[j] for j in pick.tolist()], {}) for pick in picks]
     return [one(subsets[i * len(subsets) // count], {}) for i in range(count)]
-
-
-def satisfying(request: Request, data: LabelledImages) -> Tensor:
-    """Which images have all that is asked for, (n,)."""
-    has = torch.ones(len(data), dtype=torch.bool)
-    for name, value in request.items():
-        has &= data.labels[name] == value
-    return has
 
 
 def _pick(values: Sequence[int], generator: torch.Generator) -> int:

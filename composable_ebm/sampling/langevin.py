@@ -109,7 +109,8 @@ class Langevin(Kernel):
             energy, gradient = potential(y)
             return State(self._keep_(self._down(y, gradient, dynamics)), energy, gradient), Info()
         x = self._down(state.x, state.gradient, dynamics).addcmul_(kick, expand(scale, kick))
-        return State(x := self._keep_(x), *potential(x)), Info()
+        x = self._keep_(x)
+        return State(x, *potential(x)), Info()
 
     def _down(self, x: Tensor, gradient: Tensor, dynamics: Dynamics) -> Tensor:
         """x - η g, a new tensor."""

@@ -17,9 +17,10 @@ level it begins again, with a draw of the network's Gaussian skeleton at the fir
 iteration, and walk down to a level each. So what is contrasted with data is what a sampler makes of noise, at
 each level on its way.
 
-Best after a short first stage of score matching (`init`): on digits of 16 pixels, 25 seconds of each, 96.9 %
-of samples were right where 50 seconds of score matching gave 93.9, and after 100 exact steps 96.6 against
-91.8 (three seeds of 400 samples, `benchmarks/contrast.py --seeds 0 1 2`).
+Best after a first stage of score matching (`init`). On digits of 16 pixels, 25 seconds of each, 95.3 % of
+samples were right without the third term and 94.7 with it, where 50 seconds of score matching gave 93.2;
+after 100 exact steps 93.9, 91.3 and 90.8 (three seeds of 400 samples, `benchmarks/contrast.py --seconds 50
+--seeds 0 1 2`). What it makes of larger networks stands in `docs/objectives.md`.
 
 Reference:
     Tieleman (2008) for persistent chains; Gao et al. (2021), arXiv 2012.08125, for energies over levels;
