@@ -20,7 +20,11 @@ from composable_ebm.experts.catalogue import cards
 from composable_ebm.experts.networks.codec import PictureCodec
 from composable_ebm.experts.networks.confined import ConfinedEnergy
 from composable_ebm.train import __main__ as training
-from composable_ebm.train.folder import folder_config, folder_digest, stages_before
+from composable_ebm.train import trainer
+from composable_ebm.train.config import DataConfig, Denoiser, DiffusedPatches, GenerationConfig
+from composable_ebm.train.folder import folder_config, folder_digest
+from composable_ebm.train.objectives import RecoveryLikelihood
+from composable_ebm.train.stages import CONTRAST, stages
 from composable_ebm.train.start import start_from
 from demos.mixer import mix
 
@@ -241,9 +245,9 @@ def test_neither_configuration_nor_folder_is_said(photos, capsys):
 def test_minutes_are_for_what_a_command_trains_itself(photos):
     command = ["my photos", "sky", "--minutes", "10"]
     config = replace(folder_config("my photos", "sky", latents=True), minutes=10)
-    before, own = stages_before(config, command)
-    assert [stage.name for stage in before] == ["codec", "base"]
-    assert [stage.minutes for stage in (*before, own)] == [2, 6, 2]
+    found = stages(config, command)
+    assert [stage.name for stage in found] == ["codec", "base", "base", "sky"]
+    assert [stage.minutes for stage in found] == [2, 3, 3, 2]
     codec = PictureCodec((3, 16, 16), widths=(8, 8), encoder_blocks=(1, 1), decoder_blocks=(1, 1), channels=2)
     base = ConfinedEnergy((2, 2, 2), hidden=8)
     facts = {"folder": folder_digest("my photos"), "command": "composable-ebm train " + shlex.join(command)}
@@ -253,6 +257,67 @@ def test_minutes_are_for_what_a_command_trains_itself(photos):
             "my_photos", name, name, ("image",), (2, 2, 2), None, options, codec=latents, training=facts
         )
         ceb.save_expert(Path("models/my_photos") / name, network, card)
-    assert stages_before(config, command)[1].minutes == 2  # given again, it finds what it trained as it was
+    assert [stage.minutes for stage in stages(config, command)] == [2]  # given again: as long as then
     other = replace(folder_config("my photos", "taken by", latents=True), minutes=10)
-    assert stages_before(other, ["my photos", "taken by", "--minutes", "10"])[1].minutes == 10
+    assert [stage.minutes for stage in stages(other, ["my photos", "taken by", "--minutes", "10"])] == [10]
+
+
+def test_a_base_ends_with_contrast_and_its_card_says_so(photos, capsys):
+    command = [photos.name, "--no-latents", "--contrast", "0.5", "--largest-gap", "1e6"]
+    assert train(*command, num_iterations=4) == 0
+    base = ceb.load_expert("my_photos/base")
+    training = base.card.training
+    assert "unfinished" not in training
+    assert training["objective"] == "ContrastiveOverLevels"
+    assert training["first_stage"]["objective"] == "DenoisingScoreMatching"
+    assert (training["first_stage"]["iterations"], training["iterations"]) == (2, 2)
+    assert (Path("runs/contrast/my_photos/base") / "verdict.txt").exists()
+    capsys.readouterr()
+    assert train(*command, num_iterations=4) == 0
+    assert "this training is finished, after 2 iterations: nothing was done" in capsys.readouterr().out
+    assert ceb.load_expert("my_photos/base").card == base.card
+
+
+def two_stages():
+    config = replace(folder_config("my photos"), num_iterations=4, batch_size=8, contrast=0.5, cpu=True)
+    config = replace(config, generation=GenerationConfig(num_steps=10, noise_levels=5))
+    return replace(config, network=DiffusedPatches(hidden=16, components=8))
+
+
+def test_contrast_that_diverges_leaves_what_the_first_stage_has_learned(photos, capsys):
+    first, last = stages(two_stages())
+    scored = trainer.train(first, to_come=CONTRAST)
+    left = trainer.train(replace(last, largest_gap=1e-6))  # every gap is one too many
+    printed = capsys.readouterr().out
+    assert "it ends here; what its first stage learned stays" in printed
+    assert "verdict:" in printed
+    training = left.card.training
+    assert (training["first_stage"]["iterations"], training["iterations"]) == (2, 0)
+    assert "unfinished" not in training
+    for before, after in zip(scored.network.parameters(), left.network.parameters(), strict=True):
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)  # they were stored in 16 bits
+
+
+def test_a_training_stopped_between_its_stages_goes_on_with_the_second(photos):
+    config = two_stages()
+    first, last = stages(config)
+    trainer.train(first, to_come=CONTRAST)
+    assert ceb.load_expert("my_photos/base").card.training["unfinished"] == CONTRAST
+    assert stages(config) == [last]
+    assert stages(replace(config, fresh=True)) == [replace(s, fresh=True) for s in (first, last)]
+    with pytest.raises(ValueError, match="has two stages"):
+        trainer.train(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contrast": 1.0}, "`contrast` must be at least 0 and less than 1, got 1.0"),
+        ({"contrast": 0.5, "network": Denoiser()}, r"leave it out \(--contrast 0\)"),
+        ({"contrast": 0.5, "objective": RecoveryLikelihood()}, "leave it out"),
+        ({"contrast": 0.5, "data": DataConfig()}, "a configuration of its own"),
+    ],
+)
+def test_a_contrastive_end_is_refused_where_there_can_be_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(folder_config("my photos"), **changes)

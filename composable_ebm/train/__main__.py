@@ -7,20 +7,22 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from composable_ebm.processes import check_launch, is_first, leave
 from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.folder import folder_config, stages_before
+from composable_ebm.train.folder import folder_config
 from composable_ebm.train.reading import read_config
+from composable_ebm.train.stages import CONTRAST, stages
 from composable_ebm.train.stopping import TrainingStoppedError
 from composable_ebm.train.trainer import TrainingDivergedError, accelerator_for, train
 
 USAGE = """usage: composable-ebm train CONFIG.toml [--num-iterations N] [--optimiser.learning-rate R] ...
        composable-ebm train FOLDER [ATTRIBUTE] [--minutes M] ...   your own images at 64 pixels, by a codec
        composable-ebm train FOLDER [ATTRIBUTE] --no-latents ...    at 32, without one
-       composable-ebm train FOLDER --latents --name NAME --init FOLDER/base --optimiser.learning-rate 5e-5
-           --largest-gap 1000 objective:contrastive-over-levels    a contrastive stage, from p(x) as it is"""
+       composable-ebm train FOLDER --contrast 0 ...                score matching alone, no contrast"""
 
 PLACES = ("--models", "--runs", "--push-to-hub")
 
@@ -51,11 +53,11 @@ def _train(arguments: list[str]) -> int:
     if flags:
         config = _override(config, flags)
     try:
-        before: list[TrainConfig] = []
-        if config.latents and config.data.name == "folder":
-            before, config = stages_before(config, _what_is_trained(arguments))
-            _train_before(before, _what_is_trained(arguments))
-        expert = train(config, arguments=_what_is_trained(arguments), told=bool(before))
+        command = _what_is_trained(arguments)
+        *before, config = stages(config, command)
+        for i, (stage, following) in enumerate(pairwise((*before, config))):
+            _train_before(stage, following, command, told=i > 0)
+        expert = train(config, arguments=command, told=bool(before))
     except TrainingStoppedError as stopped:
         if is_first():
             print(stopped, file=sys.stderr)
@@ -73,12 +75,12 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _train_before(stages: Sequence[TrainConfig], arguments: Sequence[str]) -> None:
-    """Trains one part of a family after the other, in one group of processes, which the last stage ends."""
-    for i, stage in enumerate(stages):
-        accelerator = accelerator_for(stage)
-        train(stage, accelerator, arguments=arguments, told=i > 0)
-        accelerator.free_memory()
+def _train_before(stage: TrainConfig, following: TrainConfig, arguments: Sequence[str], told: bool) -> None:
+    """Trains one stage in the group of processes which the last ends."""
+    accelerator = accelerator_for(stage)
+    to_come = CONTRAST if stage.model_folder == following.model_folder else ""
+    train(stage, accelerator, arguments=arguments, told=told, to_come=to_come)
+    accelerator.free_memory()
 
 
 def _complain(error: Exception, status: int) -> int:
@@ -97,7 +99,9 @@ def _described(arguments: list[str]) -> tuple[TrainConfig, list[str]]:
         return read_config(arguments[0]), arguments[1:]
     attribute = arguments[1] if arguments[1:] and not arguments[1].startswith("-") else ""
     flags = arguments[2 if attribute else 1 :]
-    return folder_config(arguments[0], attribute, latents=_on_latents(flags)), flags
+    config = folder_config(arguments[0], attribute, latents=_on_latents(flags))
+    own = any(flag.startswith("objective:") for flag in flags)
+    return replace(config, contrast=0.0) if own else config, flags
 
 
 def _on_latents(flags: Sequence[str]) -> bool:

@@ -295,6 +295,8 @@ class TrainConfig:
         fresh: Throws away what an earlier training left in the run's folder, and may replace an expert
             that was trained on other pictures.
         minutes: Ends after so many, whatever `num_iterations` says, with the rate at zero; 0 for no limit.
+        contrast: Share of a folder's training, at its end, that goes to contrastive divergence down the noise
+            levels, from where score matching ended, see `train.stages`; 0 for none.
         keep_best: Ends with the weights that did best on held-out pictures, and writes the expert each time
             they do better.
     """
@@ -332,6 +334,7 @@ class TrainConfig:
     push_to_hub: str = ""
     fresh: bool = False
     minutes: float = 0.0
+    contrast: float = 0.0
     keep_best: bool = False
 
     def __post_init__(self) -> None:
@@ -341,6 +344,14 @@ class TrainConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.minutes < 0:
             raise ValueError(f"`minutes` must be at least 0, got {self.minutes}.")
+        if not 0 <= self.contrast < 1:
+            raise ValueError(f"`contrast` must be at least 0 and less than 1, got {self.contrast}.")
+        if self.contrast and not self._can_end_with_contrast():
+            raise ValueError(
+                "`contrast` is for a density of a folder's pictures that learns by DenoisingScoreMatching: "
+                "leave it out (--contrast 0), or give its stage a configuration of its own, with "
+                'objective.type = "ContrastiveOverLevels" and `init`.'
+            )
         if not self._is_trainable():
             raise ValueError(
                 f"{type(self.objective).__name__} does not train a {type(self.network).__name__}: "
@@ -384,6 +395,10 @@ class TrainConfig:
         if isinstance(self.network, Denoiser):
             return isinstance(self.objective, DenoisingScoreMatching)
         return isinstance(self.network, NOISE_CONDITIONED) == self.objective.noise_conditioned
+
+    def _can_end_with_contrast(self) -> bool:
+        scored = isinstance(self.objective, DenoisingScoreMatching) and not isinstance(self.network, Denoiser)
+        return scored and self.data.name == "folder"
 
     @property
     def model_folder(self) -> Path:

@@ -15,7 +15,7 @@ from composable_ebm.experts.store import check_folder, load_folder, read_card
 from composable_ebm.files import write_atomic
 from composable_ebm.train.codec import export_codec
 from composable_ebm.train.config import TrainConfig
-from composable_ebm.train.export import export, held_out_metrics
+from composable_ebm.train.export import UNFINISHED, export, held_out_metrics
 from composable_ebm.train.material import Material
 from composable_ebm.train.verdict import judge
 
@@ -53,7 +53,8 @@ def write_with_verdict(config: TrainConfig, material: Material, network: nn.Modu
         tqdm.write(f"{expert.card.full_name}: drawing samples for the verdict")
         both = material.held_out, material.labelled(config.data.attribute)
         held_out, known = (held_out_metrics(expert, data) for data in both)
-        sheet, better = config.run_folder / "verdict.png", facts["best_iteration"] == facts["iterations"]
+        sheet, judged = config.run_folder / "verdict.png", facts.get("first_stage") or facts
+        better = judged.get("best_iteration") == judged["iterations"]
         verdict = judge(expert, *material.pictures, held_out, known, sheet, better)
         write_atomic(config.run_folder / "verdict.txt", f"{verdict}\n".encode())
     expert = export(config, expert, facts, material.held_out, verdict.figures if verdict else None)
@@ -74,7 +75,7 @@ def finished(config: TrainConfig, material: Material, network: nn.Module, facts:
     folder = config.model_folder
     try:
         training = read_card(folder).training
-        same = training.get("run") == facts["run"] and "unfinished" not in training
+        same = training.get("run") == facts["run"] and UNFINISHED not in training
         if not same or training.get("iterations") != facts["iterations"]:
             return None
         # A codec is no expert, but is what a training of one ends with.

@@ -23,12 +23,15 @@ from composable_ebm.train.config import TrainConfig
 HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)
 METRICS = "metrics.jsonl"
+UNFINISHED = "unfinished"
+"""On a card whose training goes on: True, or the name of the stage to come."""
 FLOOR_DATA, FLOOR_SHARE = 1024, 0.001
 FLOOR_STRIDE, FLOOR_CANDIDATES = 8, 32
 """Every so many levels all pictures are looked at; between them so many of the lowest at either end."""
 
 __all__ = [
     "METRICS",
+    "UNFINISHED",
     "calibrated",
     "export",
     "export_unfinished",
@@ -196,10 +199,21 @@ def floored(expert: Expert, data: LabelledImages) -> Expert:
     return Expert.standing(network, card, expert.codec, expert.base)
 
 
-def export_unfinished(config: TrainConfig, expert: Expert, facts: Mapping, metrics: Mapping) -> None:
-    """Writes the expert as it is in the middle of a training: it can be sampled, and is not calibrated."""
+def export_unfinished(
+    config: TrainConfig, expert: Expert, facts: Mapping, metrics: Mapping, to_come: str = ""
+) -> Expert:
+    """Writes the expert as it is in the middle of a training: it can be sampled, and is not calibrated.
+
+    Args:
+        config: Says where.
+        expert: What is written.
+        facts: How the training went until now.
+        metrics: Its `held_out_metrics`.
+        to_come: Name of the stage that follows, where one has ended.
+    """
     rounded = {name: round(value, 4) for name, value in metrics.items()}
-    _write(config, expert, replace(expert.card, metrics=rounded), {**facts, "unfinished": True})
+    card = replace(expert.card, metrics=rounded)
+    return _write(config, expert, card, {**facts, UNFINISHED: to_come or True})
 
 
 def _write(config: TrainConfig, expert: Expert, card: Card, facts: Mapping) -> Expert:

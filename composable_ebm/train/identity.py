@@ -18,7 +18,16 @@ from composable_ebm.experts.catalogue import find_folder
 from composable_ebm.experts.store import CONFIG, read_card
 from composable_ebm.train.config import TrainConfig
 
-__all__ = ["PICTURES", "check_expert", "check_identity", "identity", "run_digest"]
+__all__ = [
+    "PICTURES",
+    "START",
+    "STARTED_FROM",
+    "check_expert",
+    "check_identity",
+    "first_stage",
+    "identity",
+    "run_digest",
+]
 
 UNSHAPING = {
     *(
@@ -35,12 +44,16 @@ UNSHAPING = {
         "cpu",
     ),
     *("num_iterations", "minutes", "log_every", "evaluate_every", "save_every", "largest_gap"),
-    "keep_best",
+    *("contrast", "keep_best"),
     *("generation", "init", "data"),
 }
 """Settings that say where things go, how long or how often, which may change between two starts of a run."""
 
 PICTURES = "digest of the pictures and their labels"
+STARTED_FROM = "started_from"
+STAGE = ("objective", "iterations", "best_iteration", "minutes")
+"""What a card keeps of an earlier stage."""
+START = "digest of the expert it starts from"
 SHOWN = 12  # digits of a digest, in messages
 
 
@@ -75,7 +88,7 @@ def identity(
         "pictures": len(learned),
         "held-out pictures": len(held_out),
         PICTURES: _data_digest(data, config.data.attribute),
-        "digest of the expert it starts from": _digest_of_init(config.init),
+        START: _digest_of_init(config),
     }
 
 
@@ -89,12 +102,27 @@ def _data_digest(data: tuple[LabelledImages, LabelledImages], attribute: str) ->
     return digest.hexdigest()
 
 
-def _digest_of_init(init: str) -> str:
+def _digest_of_init(config: TrainConfig) -> str:
     """Of its weights; "" where a training starts from none."""
+    init = config.init
     if not init:
         return ""
     folder = Path(init) if (Path(init) / CONFIG).exists() else find_folder(init)
-    return str(read_card(folder).weights.get("sha256", ""))
+    card = read_card(folder)
+    digest = str(card.weights.get("sha256", ""))
+    if folder.resolve() != config.model_folder.resolve():
+        return digest
+    return str(card.training.get(STARTED_FROM, digest))  # it went on from what it has replaced since
+
+
+def first_stage(config: TrainConfig) -> dict[str, object]:
+    """What the card says of the stage that this one goes on from, in the same expert, if any."""
+    if not config.init or Path(config.init).resolve() != config.model_folder.resolve():
+        return {}
+    training = read_card(config.model_folder).training
+    if STARTED_FROM in training:  # it has gone on before
+        return training.get("first_stage", {})
+    return {name: training[name] for name in STAGE if name in training}
 
 
 def check_identity(where: Path, stored: Mapping, wanted: Mapping) -> None:

@@ -35,9 +35,16 @@ from composable_ebm.train.checkpoint import (
 from composable_ebm.train.config import TrainConfig
 from composable_ebm.train.divergence import TrainingDivergedError, advice, finite
 from composable_ebm.train.ending import finished, publish, write, write_with_verdict
-from composable_ebm.train.export import export_unfinished
+from composable_ebm.train.export import export_unfinished, held_out_metrics
 from composable_ebm.train.folder import folder_digest
-from composable_ebm.train.identity import PICTURES, identity, run_digest
+from composable_ebm.train.identity import (
+    PICTURES,
+    START,
+    STARTED_FROM,
+    first_stage,
+    identity,
+    run_digest,
+)
 from composable_ebm.train.journal import Journal
 from composable_ebm.train.material import Split, gather
 from composable_ebm.train.objectives.base import Figures, Setting
@@ -58,6 +65,7 @@ def train(
     data: Split | None = None,
     arguments: Sequence[str] = (),
     told: bool = False,
+    to_come: str = "",
 ) -> Expert:
     """Trains one expert, from its last checkpoint if there is one, and writes it.
 
@@ -67,13 +75,15 @@ def train(
         data: Images to learn from and held-out ones, in place of those that `config` names.
         arguments: Arguments of `composable-ebm train` that ask for this training, for the card.
         told: Whether a training before it has said what is in the folder.
+        to_come: Name of the stage that goes on from this one into the same expert, which is written as
+            unfinished.
     Raises:
         TrainingDivergedError: If it diverged more than three times; the last good expert is written.
         TrainingStoppedError: If it was interrupted; what it had is saved.
         ValueError: If the run's folder belongs to another training, or another works in it.
         OSError: If the disk is full; the message says where it goes on.
     """
-    trainer = Trainer(config, accelerator, data, arguments, told)
+    trainer = Trainer(config, accelerator, data, arguments, told, to_come)
     try:
         return trainer.run()
     finally:
@@ -106,6 +116,7 @@ class Trainer:
         data: Images to learn from and held-out ones, in place of those that `config` names.
         arguments: Arguments of `composable-ebm train` that ask for this training, for the card.
         told: Whether a training before it has said what is in the folder.
+        to_come: Name of the stage that goes on from this one, "" for none.
     """
 
     def __init__(
@@ -115,8 +126,12 @@ class Trainer:
         data: Split | None = None,
         arguments: Sequence[str] = (),
         told: bool = False,
+        to_come: str = "",
     ) -> None:
+        if config.contrast:
+            raise ValueError("a training with `contrast` has two stages: train each of `train.stages`.")
         self.config = config
+        self.to_come = to_come
         self.arguments = arguments
         if config.push_to_hub:  # before the training: what would fail at its end
             check_repository(config.push_to_hub)
@@ -130,6 +145,7 @@ class Trainer:
         start_from(network, config.init, self.data, len(values), self.card.codec)
         config.objective.prepare(network)
         self.identity = identity(config, (self.data, self.held_out), values, self.accelerator.num_processes)
+        self.first_stage = first_stage(config)
         self.folder = RunFolder(config, self.identity)
         network = network.to(self.device)
         self.average = AveragedModel(network, multi_avg_fn=self._average)
@@ -240,8 +256,10 @@ class Trainer:
             if saving or self.step % config.log_every == 0:
                 metrics = self._read_pending()
                 if not self._healthy(metrics):
-                    self._roll_back(good, metrics)
+                    goes_on = self._roll_back(good, metrics)
                     progress.update(self.step - progress.n)
+                    if not goes_on:
+                        break
                     continue
                 journal.write(self.step, {**metrics, "seconds": self.seconds, "learning_rate": self._rate()})
                 progress.set_postfix(loss=f"{metrics['loss']:.3f}", left=budget.left(self.step))
@@ -262,11 +280,16 @@ class Trainer:
 
     def _ending(self) -> Expert:
         """Writes what was trained, and says what it is worth where the best is kept."""
-        network = self.average.module
-        if not self.config.keep_best or isinstance(network, PictureCodec):
-            return write(self.config, self.material, network, self.facts())
-        facts = {**self.facts(), "best_iteration": self.best.step or self.step}
-        return write_with_verdict(self.config, self.material, self.best.network(network), facts)
+        config, network, facts = self.config, self.average.module, self.facts()
+        if config.keep_best:
+            network, facts["best_iteration"] = self.best.network(network), self.best.step or self.step
+        if self.to_come:
+            expert = self.material.expert(network)
+            metrics = held_out_metrics(expert, self.held_out)
+            return export_unfinished(config, expert, facts, metrics, self.to_come)
+        if isinstance(network, PictureCodec) or not (config.keep_best or config.data.name == "folder"):
+            return write(config, self.material, network, facts)
+        return write_with_verdict(config, self.material, network, facts)
 
     def _stop(self, signal_number: int) -> None:
         """Ends a training that was asked to, after saving what it has."""
@@ -353,8 +376,8 @@ class Trainer:
         gap = abs(metrics.get("energy_gap", 0))
         return all(map(math.isfinite, metrics.values())) and gap < self.config.largest_gap
 
-    def _roll_back(self, good: dict, metrics: Mapping[str, float]) -> None:
-        """Back to the last good state, at half the learning rate and with other chains."""
+    def _roll_back(self, good: dict, metrics: Mapping[str, float]) -> bool:
+        """Back to the last good state, at half the rate and with other chains; whether it goes on."""
         config = self.config
         step, figure = self.step, "energy_gap" if "energy_gap" in metrics else "loss"
         self._restore(good)
@@ -364,6 +387,9 @@ class Trainer:
             generator.manual_seed(generator.initial_seed() + 7919 * self.rollbacks + i)
         what = f"{figure.replace('_', ' ')} {metrics[figure]:.3g}"
         message = f"diverged at iteration {step} ({what}); back to {self.step}"
+        if self.rollbacks > MAX_ROLLBACKS and self.first_stage:
+            tqdm.write(f"{message} for the last time: it ends here; what its first stage learned stays")
+            return False
         if self.rollbacks > MAX_ROLLBACKS:
             written = "No expert was written, since there is none that is finite."
             if finite(self.average.module) and self.step:
@@ -376,6 +402,7 @@ class Trainer:
             )
         if self.accelerator.is_main_process:
             tqdm.write(f"{message}, at half the learning rate ({self.rollbacks} of {MAX_ROLLBACKS})")
+        return True
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -407,6 +434,7 @@ class Trainer:
         data = self.config.data
         return {
             **({"command": self._command()} if self.arguments else {}),
+            "objective": type(self.config.objective).__name__,
             "iterations": self.step,
             "minutes": round(self.seconds / 60, 1),
             "processes": self.accelerator.num_processes,
@@ -414,6 +442,8 @@ class Trainer:
             "rollbacks": self.rollbacks,
             "pictures": self.identity[PICTURES],
             "run": run_digest(self.identity),
+            **({STARTED_FROM: self.identity[START]} if self.config.init else {}),
+            **({"first_stage": self.first_stage} if self.first_stage else {}),
             **({"folder": folder_digest(data.root)} if data.name == "folder" and data.root else {}),
             **({"exclude": list(data.exclude)} if data.exclude else {}),
         }

@@ -43,6 +43,9 @@ from composable_ebm.sampling.kernel import Noise, expand
 from composable_ebm.sampling.mala import MALA
 from composable_ebm.train.objectives.base import Figures, Objective, Phase, Setting
 
+AT_ONCE = 256
+"""Chains that walk down together before the first iteration, whatever the batch."""
+
 __all__ = ["ContrastiveOverLevels"]
 
 
@@ -167,7 +170,7 @@ class OverLevels(Phase):
         self.labels = y[self._any(len(y), len(self.place))]
         self.chains = self._begun(network, levels[:1].expand(len(self.place)))
         for i in range(1, len(levels)):
-            for rows in (self.place >= i).nonzero()[:, 0].split(len(y)):
+            for rows in (self.place >= i).nonzero()[:, 0].split(max(len(y), AT_ONCE)):
                 old, new = (level.expand(len(rows)) for level in levels[i - 1 : i + 1])
                 x = self._flowed(network, self.labels[rows], self.chains[rows], old, new)
                 self.chains[rows] = self._steps(network, self.labels[rows], x, new)
