@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import composable_ebm as ceb
@@ -31,6 +32,7 @@ from composable_ebm.train.config import (
 from composable_ebm.train.objectives.base import Setting
 from composable_ebm.train.objectives.denoising import DenoisingAtOneLevel
 from composable_ebm.train.objectives.score_matching import ScoreMatching, SlicedScoreMatching
+from composable_ebm.train.readings import Readings
 from composable_ebm.train.replay_buffer import ReplayBuffer
 
 ROOT = Path(__file__).parents[1]
@@ -191,13 +193,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(tiny_data, config, tmp_path
     assert weights(expert).equal(weights(whole))
 
 
-def test_figures_of_which_nothing_was_seen_are_left_out_and_others_are_means(tiny_data, config):
-    trainer = Trainer(config)
-    trainer._pending = [
-        {"loss": torch.tensor(1.0), "rare": torch.tensor([0.0, 0.0]), "never": torch.tensor([0.0, 0.0])},
-        {"loss": torch.tensor(3.0), "rare": torch.tensor([6.0, 3.0]), "never": torch.tensor([0.0, 0.0])},
-    ]
-    assert trainer._read_pending() == {"loss": 2.0, "rare": 2.0}
+def test_figures_of_which_nothing_was_seen_are_left_out_and_others_are_means():
+    readings = Readings(Accelerator(cpu=True))
+    assert readings.read() == {}
+    for loss, rare in ((1.0, [0.0, 0.0]), (3.0, [6.0, 3.0])):
+        never = torch.tensor([0.0, 0.0])
+        readings.add({"loss": torch.tensor(loss), "rare": torch.tensor(rare), "never": never})
+    assert readings.read() == {"loss": 2.0, "rare": 2.0}
+    assert readings.read() == {}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ for the device: metrics are read every `log_every` iterations.
 from __future__ import annotations
 
 import errno
-import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -49,6 +48,7 @@ from composable_ebm.train.journal import Journal
 from composable_ebm.train.material import Split, gather
 from composable_ebm.train.objectives.base import Figures, Setting
 from composable_ebm.train.preparation import build
+from composable_ebm.train.readings import Readings, is_healthy
 from composable_ebm.train.run_folder import RunFolder
 from composable_ebm.train.start import start_from
 from composable_ebm.train.stopping import StopSignals, TrainingStoppedError
@@ -99,12 +99,6 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulate,
     )
-
-
-def _counted(figure: Tensor) -> Tensor:
-    """(total, count) of a figure, (2,)."""
-    figure = figure.float()
-    return figure if figure.ndim else torch.stack([figure, torch.ones_like(figure)])
 
 
 class Trainer:
@@ -184,7 +178,7 @@ class Trainer:
         self.rate_factor = 1.0
         self.budget = Budget(config)
         self.best = Best()
-        self._pending: list[Figures] = []
+        self.readings = Readings(self.accelerator)
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -244,7 +238,7 @@ class Trainer:
         while not budget.done(self.step):
             if stop.requested:
                 self._stop(stop.requested)
-            self._pending.append(self._iteration())
+            self.readings.add(self._iteration())
             self.step += 1
             progress.update()
             self.seconds = time.perf_counter() - start
@@ -254,8 +248,8 @@ class Trainer:
             last = budget.done(self.step)
             saving = last or budget.due(self.step, config.save_every)
             if saving or self.step % config.log_every == 0:
-                metrics = self._read_pending()
-                if not self._healthy(metrics):
+                metrics = self.readings.read()
+                if not is_healthy(metrics, config.largest_gap):
                     goes_on = self._roll_back(good, metrics)
                     progress.update(self.step - progress.n)
                     if not goes_on:
@@ -295,7 +289,7 @@ class Trainer:
         """Ends a training that was asked to, after saving what it has."""
         # Several processes are asked at different iterations, and have no common state to save.
         alone = self.accelerator.num_processes == 1
-        if alone and self.step and (not self._pending or self._healthy(self._read_pending())):
+        if alone and self.step and is_healthy(self.readings.read(), self.config.largest_gap):
             self._save(self._snapshot())
         raise TrainingStoppedError(
             f"{self.config.family}/{self.config.name} stopped at iteration {self.step} of "
@@ -360,21 +354,6 @@ class Trainer:
         return optimiser.learning_rate * self.rate_factor * fall
 
     # -- health ---------------------------------------------------------------------------------
-
-    def _read_pending(self) -> dict[str, float]:
-        """Means over the iterations since last time, over all ranks: the loop's only synchronisation.
-
-        Figures of which nothing was seen are left out.
-        """
-        names = list(self._pending[0])
-        table = torch.stack([torch.stack([_counted(figures[n]) for n in names]) for figures in self._pending])
-        totals = self.accelerator.reduce(table.sum(dim=0), reduction="sum").tolist()
-        self._pending = []
-        return {n: total / count for n, (total, count) in zip(names, totals, strict=True) if count}
-
-    def _healthy(self, metrics: Mapping[str, float]) -> bool:
-        gap = abs(metrics.get("energy_gap", 0))
-        return all(map(math.isfinite, metrics.values())) and gap < self.config.largest_gap
 
     def _roll_back(self, good: dict, metrics: Mapping[str, float]) -> bool:
         """Back to the last good state, at half the rate and with other chains; whether it goes on."""
@@ -486,7 +465,7 @@ class Trainer:
             self.generators[name].set_state(state.cpu())
         restore_optimiser(self.optimiser, tensors)
         self.step, self.seconds = int(snapshot["step"]), float(facts["seconds"])
-        self._pending = []
+        self.readings.clear()
 
     def _save(self, snapshot: dict) -> None:
         best = {"best_loss": self.best.loss, "best_step": self.best.step} if self.best.weights else {}
