@@ -14,7 +14,7 @@ flow to the next level, as a sampler does,
 
 and K steps of MALA there, which leave exp(-E(·, σ')) as it is: no bias of a step size enters L. From the last
 level it begins again, with a draw of the network's Gaussian skeleton at the first; so do all before the first
-iteration, and walk down to a level each. So what is contrasted with data is what a sampler makes of noise, at
+iteration, and flow down to a level each. So what is contrasted with data is what a sampler makes of noise, at
 each level on its way.
 
 Best after a first stage of score matching (`init`). On digits of 16 pixels, 25 seconds of each, 95.3 % of
@@ -166,14 +166,16 @@ class OverLevels(Phase):
         return moved, labels, new, {"chains_still": stayed}
 
     def _fill(self, network: GaussianSkeleton, levels: Tensor, y: Tensor) -> None:
-        """Chains at all levels, each where it comes from the first."""
+        """Chains at all levels: each flows there from the first, and takes steps where it stays."""
         self.labels = y[self._any(len(y), len(self.place))]
         self.chains = self._begun(network, levels[:1].expand(len(self.place)))
         for i in range(1, len(levels)):
             for rows in (self.place >= i).nonzero()[:, 0].split(max(len(y), AT_ONCE)):
                 old, new = (level.expand(len(rows)) for level in levels[i - 1 : i + 1])
-                x = self._flowed(network, self.labels[rows], self.chains[rows], old, new)
-                self.chains[rows] = self._steps(network, self.labels[rows], x, new)
+                self.chains[rows] = self._flowed(network, self.labels[rows], self.chains[rows], old, new)
+            if len(rows := (self.place == i).nonzero()[:, 0]):
+                sigma = levels[i].expand(len(rows))
+                self.chains[rows] = self._steps(network, self.labels[rows], self.chains[rows], sigma)
 
     def _flowed(
         self, network: GaussianSkeleton, labels: Tensor, x: Tensor, old: Tensor, new: Tensor
