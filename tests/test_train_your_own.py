@@ -321,3 +321,10 @@ def test_a_training_stopped_between_its_stages_goes_on_with_the_second(photos):
 def test_a_contrastive_end_is_refused_where_there_can_be_none(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(folder_config("my photos"), **changes)
+
+
+def test_experts_of_a_folder_on_latents_choose_from_three_particles_a_chain():
+    for attribute in ("", "sky"):
+        stored = folder_config("my photos", attribute, latents=True).sampler_settings["particles"]
+        assert (stored["per_chain"], stored["surest"], stored["verdict"]) == (3.0, True, True)
+    assert "particles" not in folder_config("my photos").sampler_settings

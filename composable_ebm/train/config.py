@@ -12,6 +12,7 @@ from composable_ebm.sampling.gibbs import Gibbs
 from composable_ebm.sampling.kernel import Kernel
 from composable_ebm.sampling.langevin import Langevin
 from composable_ebm.sampling.leimkuhler_matthews import LeimkuhlerMatthews
+from composable_ebm.sampling.particles import Particles
 from composable_ebm.sampling.schedule import Curve, Schedule, cosine, hold_then
 from composable_ebm.sampling.settings import to_settings
 from composable_ebm.train.objectives.classification import NoisyClassification
@@ -223,12 +224,17 @@ class GenerationConfig:
         noise_levels: For noise-conditioned experts: levels from the network's largest to its
             smallest, a predictor step between them, and `LeimkuhlerMatthews` steps at each.
         step_size: Of those steps, in units of the squared noise level.
+        per_chain: Of noise-conditioned experts: particles for each chain that a composition is asked for,
+            see `Particles`.
+        surest: Draws first what all experts of a composition are sure of, see `Particles`.
     """
 
     num_steps: int = 300
     cooldown: float = 0.25
     noise_levels: int = 40
     step_size: float = 0.3
+    per_chain: float = Particles.per_chain
+    surest: bool = False
 
 
 Network = (
@@ -438,8 +444,13 @@ class TrainConfig:
             schedule = Schedule(
                 noise_level=levels, noise_power=2.0, predict=True, num_levels=self.generation.noise_levels
             )
-            diffusing = Annealed(LeimkuhlerMatthews(self.generation.step_size), schedule)
-            return {**to_settings(diffusing), "num_steps": self.generation.num_steps}
+            kernel, generation = LeimkuhlerMatthews(self.generation.step_size), self.generation
+            diffusing = Annealed(kernel, schedule)
+            if generation.surest or generation.per_chain != Particles.per_chain:
+                diffusing = Particles(
+                    kernel, schedule, verdict=True, per_chain=generation.per_chain, surest=generation.surest
+                )
+            return {**to_settings(diffusing), "num_steps": generation.num_steps}
         cooling = Schedule(step_scale=hold_then(cosine(1.0, 0.02), 1 - self.generation.cooldown))
         annealed = Annealed(self.sampler, cooling)
         sampler = annealed if self.generation.cooldown else self.sampler

@@ -65,9 +65,12 @@ def folder_config(
     if not latents:
         started = attribute and _learned_from(base, root)
         return replace(common, init=str(base) if started else "")
+    # Of bases that a stranger's minutes pay for many a sample is poor: there is more to choose from.
+    weighed = replace(common.generation, per_chain=3.0, surest=True)
     if attribute:
         return replace(
             common,
+            generation=weighed,
             network=NoisyClassifier(),
             objective=NoisyClassification(),
             batch_size=128,
@@ -76,6 +79,7 @@ def folder_config(
         )
     return replace(
         common,
+        generation=weighed,
         network=ConfinedEnergy(),
         objective=DenoisingScoreMatching(classification=0, log_sigma_mean=-0.6, log_sigma_std=1.0),
         batch_size=256,
