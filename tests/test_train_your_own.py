@@ -298,6 +298,15 @@ def test_contrast_that_diverges_leaves_what_the_first_stage_has_learned(photos, 
         torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)  # they were stored in 16 bits
 
 
+def test_a_first_stage_that_started_from_the_base_is_the_first_stage_all_the_same(photos):
+    assert train(photos.name, "--no-latents", num_iterations=2) == 0
+    command = [photos.name, "sky", "--no-latents", "--contrast", "0.5", "--largest-gap", "1e6"]
+    assert train(*command, num_iterations=4) == 0
+    base, sky = (ceb.load_expert(f"my_photos/{name}").card for name in ("base", "sky"))
+    assert sky.training["first_stage"]["objective"] == "DenoisingScoreMatching"
+    assert sky.training["started_from"] != base.weights["sha256"]  # but the weights of its first stage
+
+
 def test_a_training_stopped_between_its_stages_goes_on_with_the_second(photos):
     config = two_stages()
     first, last = stages(config)

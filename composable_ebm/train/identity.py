@@ -17,6 +17,7 @@ from composable_ebm.experts.card import CheckpointError
 from composable_ebm.experts.catalogue import find_folder
 from composable_ebm.experts.store import CONFIG, read_card
 from composable_ebm.train.config import TrainConfig
+from composable_ebm.train.export import UNFINISHED
 
 __all__ = [
     "PICTURES",
@@ -112,6 +113,8 @@ def _digest_of_init(config: TrainConfig) -> str:
     digest = str(card.weights.get("sha256", ""))
     if folder.resolve() != config.model_folder.resolve():
         return digest
+    if UNFINISHED in card.training:  # a first stage, wherever that started
+        return digest
     return str(card.training.get(STARTED_FROM, digest))  # it went on from what it has replaced since
 
 
@@ -120,9 +123,7 @@ def first_stage(config: TrainConfig) -> dict[str, object]:
     if not config.init or Path(config.init).resolve() != config.model_folder.resolve():
         return {}
     training = read_card(config.model_folder).training
-    if STARTED_FROM in training:  # it has gone on before
-        return training.get("first_stage", {})
-    return {name: training[name] for name in STAGE if name in training}
+    return training.get("first_stage") or {name: training[name] for name in STAGE if name in training}
 
 
 def check_identity(where: Path, stored: Mapping, wanted: Mapping) -> None:

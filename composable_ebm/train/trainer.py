@@ -273,7 +273,7 @@ class Trainer:
         return float(self.accelerator.reduce(torch.tensor(self.seconds, device=self.device), "mean"))
 
     def _ending(self) -> Expert:
-        """Writes what was trained, and says what it is worth where the best is kept."""
+        """Writes what was trained, and says what experts of a folder, or kept at their best, are worth."""
         config, network, facts = self.config, self.average.module, self.facts()
         if config.keep_best:
             network, facts["best_iteration"] = self.best.network(network), self.best.step or self.step
@@ -367,7 +367,8 @@ class Trainer:
         what = f"{figure.replace('_', ' ')} {metrics[figure]:.3g}"
         message = f"diverged at iteration {step} ({what}); back to {self.step}"
         if self.rollbacks > MAX_ROLLBACKS and self.first_stage:
-            tqdm.write(f"{message} for the last time: it ends here; what its first stage learned stays")
+            if self.accelerator.is_main_process:
+                tqdm.write(f"{message} for the last time: it ends here; what its first stage learned stays")
             return False
         if self.rollbacks > MAX_ROLLBACKS:
             written = "No expert was written, since there is none that is finite."
