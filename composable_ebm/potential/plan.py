@@ -76,9 +76,11 @@ class Plan:
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:
         ready = self._ready(x, noise_level)
-        passes = self._passes(x, noise_level, ready)
+        with torch.no_grad():
+            passes = self._passes(x, noise_level, ready)
         return self._energies(x, noise_level, ready, {each.group: each.outputs for each in passes})
 
+    @torch.no_grad()
     def gradient(
         self, x: Tensor, noise_level: Tensor | None, composition: Energy, coefficients: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -106,11 +108,10 @@ class Plan:
         if self.is_sum and narrow and len(known) == len(ready):
             self._made_for, self._cotangents, self._coefficients = made_for, known, coefficients
             return _pulled(passes, known)  # where weights cancel, before they meet large energies
-        with torch.no_grad():
-            for each, cotangent in zip(passes, cotangents, strict=True):
-                if cotangent is not None:
-                    part = each.pull_back(cotangent)
-                    gradient = part if gradient is None else gradient + part
+        for each, cotangent in zip(passes, cotangents, strict=True):
+            if cotangent is not None:
+                part = each.pull_back(cotangent)
+                gradient = part if gradient is None else gradient + part
         return energy, gradient
 
     def _differentiated(
@@ -159,13 +160,10 @@ class Plan:
     ) -> list[_Pass]:
         """What is evaluated without a graph."""
         passes: list[_Pass] = []
-        if not any(evaluate for _, evaluate in ready):
-            return passes
-        with torch.no_grad():
-            for group, evaluate in ready:
-                if evaluate is not None:
-                    with naming(group.leaf, self.composition):
-                        passes.append(_Pass(group, *evaluate(x, group.heard(noise_level))))
+        for group, evaluate in ready:
+            if evaluate is not None:
+                with naming(group.leaf, self.composition):
+                    passes.append(_Pass(group, *evaluate(x, group.heard(noise_level))))
         return passes
 
     def _energies(
@@ -225,13 +223,12 @@ def _pulled(passes: Sequence[_Pass], cotangents: Sequence[Tensor]) -> tuple[Tens
     """Σ outputs · cotangents over all but the batch, and its gradient by the states."""
     energy: Tensor | None = None
     gradient: Tensor | None = None
-    with torch.no_grad():
-        for (group, outputs, pull_back), cotangent in zip(passes, cotangents, strict=True):
-            part, slope = outputs * cotangent, pull_back(cotangent)
-            if part.ndim > 1:  # networks come first where there are several
-                part = part.sum(1) if group.single else part.sum((0, 2))
-            energy = part if energy is None else energy + part
-            gradient = slope if gradient is None else gradient + slope
+    for (group, outputs, pull_back), cotangent in zip(passes, cotangents, strict=True):
+        part, slope = outputs * cotangent, pull_back(cotangent)
+        if part.ndim > 1:  # networks come first where there are several
+            part = part.sum(1) if group.single else part.sum((0, 2))
+        energy = part if energy is None else energy + part
+        gradient = slope if gradient is None else gradient + slope
     assert energy is not None
     assert gradient is not None
     return energy, gradient

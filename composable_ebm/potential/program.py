@@ -93,7 +93,7 @@ class Program:
 
     def __call__(self, x: Tensor, noise_level: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         if self.native is not None:
-            self._ran_in_c = self.native.allowed(len(x))
+            self._ran_in_c = self.native.allowed(x.shape[0])
             if not self._ran_in_c:
                 return self.without_c(x, noise_level)
         values = self._prepared(x, noise_level)

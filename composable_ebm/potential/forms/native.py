@@ -62,7 +62,7 @@ def part_for_c(nodes: Sequence[Node]) -> Part | None:
         if not 0 < len(shape) <= 3 or not _can(last):
             continue
         tokens = len(shape) == 3
-        ends = last.operation in ("linear", "sum", "mean")
+        ends = last.operation in ("linear", "sum", "mean") or len(shape) == 1
         flattens = last.operation in SILENT and len(last.inputs[0].shape) == 4
         if tokens or (
             (ends or flattens) and shape.numel() <= (MOST_OUTPUTS if ends else MOST_PIXELS) * shape[0]
@@ -160,7 +160,7 @@ def _can(node: Node) -> bool:
         return arguments["scale"] == arguments["input_scale"] == 1
     if name in SILENT:
         to = node.output.shape
-        return to == shape or (to[0] == shape[0] and len(to) == 2 and to.numel() == shape.numel())
+        return to == shape or (to[0] == shape[0] and len(to) <= 2 and to.numel() == shape.numel())
     return name in ACTIVATIONS
 
 
@@ -251,25 +251,24 @@ class NativeNetwork:
                 self.weights[place] = levels[i].reshape(-1)
             self._levels = levels
         x = x.contiguous()
-        outputs = x.new_empty(len(x), self.outputs)
-        shape = (len(x), *self.part.output.shape[1:])
+        outputs = x.new_empty(x.shape[0], *self.part.output.shape[1:])
         if self.outputs == 1:  # cotangents only scale the gradient, so it comes with the outputs
             gradient = torch.empty_like(x)
             self._run("network_outputs", x, outputs, gradient, None)
-            return outputs.reshape(shape), lambda g: self._scaled(gradient, g)
-        size = len(x) * self._network.kept
+            return outputs, lambda g: self._scaled(gradient, g)
+        size = x.shape[0] * self._network.kept
         kept = self._kept.pop() if self._kept else x.new_zeros(size)
         kept = kept if len(kept) >= size else x.new_zeros(size)
         self._run("network_outputs", x, outputs, None, kept)
 
         def pull(g: Tensor) -> Tensor:
             gradient = torch.empty_like(x)
-            self._run("network_gradient", g.reshape(len(x), -1).contiguous(), gradient, kept)
+            self._run("network_gradient", g.contiguous(), gradient, kept)
             if not self._kept:
                 self._kept.append(kept)
             return gradient
 
-        return outputs.reshape(shape), pull
+        return outputs, pull
 
     def _scaled(self, gradient: Tensor, cotangent: Tensor) -> Tensor:
         """`gradient` times a number a state; as it is where all are 1, as for a single energy in a chain."""
@@ -289,4 +288,4 @@ class NativeNetwork:
             memory = ctypes.c_void_p(self._memory[part].data_ptr())
             function(ctypes.byref(self._network), first, rows, *pointers, memory)
 
-        in_parts(len(given), 4, run)
+        in_parts(given.shape[0], 4, run)
