@@ -716,6 +716,25 @@ def test_chains_of_convolutions_equal_autograd(in_c, data, batch):
     assert_equal((outputs, pull_back(cotangent)), plain(network, x, cotangent))
 
 
+@needs_compiler
+@pytest.mark.parametrize("sides", [(4, 4), (7, 5), (8, 3), (13, 10)])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_convolutions_of_3x3_equal_autograd_whatever_the_sides(sides, padding, monkeypatch):
+    """Theirs are products of tiles, which at odd sides go over each other; gradients meet in a sum."""
+    monkeypatch.setattr(native, "PATIENCE", 0.0)
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(2, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=padding)
+    third, head = nn.Conv2d(20, 40, 3, padding=1), nn.Linear(40, 1)
+
+    def energies(self, x):
+        h = second(F.silu(first(x)))
+        h = F.silu(h) + h
+        return head(F.silu(third(h)).mean((2, 3))).squeeze(-1)
+
+    network = Net(energies, first=first, second=second, third=third, head=head)
+    assert "C" in describe(network, points(3, (2, *sides)))
+
+
 class Own(nn.Module):
     """The textbook network as nearly everybody writes it."""
 

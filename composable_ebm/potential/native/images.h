@@ -19,6 +19,7 @@ typedef struct {
     int adds;                        /* 1, 2: the gradient of first, second has parts already */
     int kernel_height, kernel_width, stride, padding;
     int weight, backward_weight, bias; /* places in the array of weights */
+    int by_tiles;                    /* whether its products are those of tiles, see `convolve_tiles` */
     int thin;                        /* whether it reads a thin image, and in which place planes are kept */
     int kept;                        /* place of what the way back needs: slopes, or values of norm 1 */
     int function, groups, real;      /* of an activation; of a normalisation, with its channels unpadded */

@@ -31,7 +31,7 @@ class Operation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("kind", "first", "second", "out", "adds")),
         *((name, ctypes.c_int) for name in ("kernel_height", "kernel_width", "stride", "padding")),
-        *((name, ctypes.c_int) for name in ("weight", "backward_weight", "bias", "thin", "kept")),
+        *((name, ctypes.c_int) for name in ("weight", "backward_weight", "bias", "by_tiles", "thin", "kept")),
         *((name, ctypes.c_int) for name in ("function", "groups", "real")),
         ("number", ctypes.c_float),
     )

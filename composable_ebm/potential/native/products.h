@@ -52,7 +52,7 @@ static void pixels_times_weights(int count, const float **x, int rows, ptrdiff_t
     float *z[8];
     for (int c = 0; c < channels;) {
 #if LANES == 16
-        int vectors = channels - c >= 4 * LANES && count == 1 ? 4 : channels - c >= 2 * LANES ? 2 : 1;
+        int vectors = channels - c >= 4 * LANES && count <= 4 ? 4 : channels - c >= 2 * LANES ? 2 : 1;
 #else
         enum { vectors = BLOCK / LANES }; /* all that registers hold beside four or more pixels */
 #endif
@@ -68,6 +68,8 @@ static void pixels_times_weights(int count, const float **x, int rows, ptrdiff_t
                 TILE(4, BLOCK / LANES);
                 x = all;
             }
+        } else if (vectors == 4) {
+            TILE(4, 4);
         } else if (vectors == 2) {
             if (count > 4) TILE(8, 2); else TILE(4, 2);
         } else {
@@ -77,11 +79,119 @@ static void pixels_times_weights(int count, const float **x, int rows, ptrdiff_t
     }
 }
 
+/* z = x w for `rows` rows that lie one after another. */
+INLINE void rows_tile(const int rows, const int vectors, const float *x, int length, const float *w, float *z, int outputs) {
+    vec sum[8][4];
+#pragma GCC unroll 8
+    for (int p = 0; p < rows; p++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[p][v] = SPLAT(0.0f);
+    for (int j = 0; j < length; j++, w += outputs) {
+        vec column[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            column[v] = LOAD(w + v * LANES);
+            STAY_IN_REGISTER(column[v]);
+        }
+#pragma GCC unroll 8
+        for (int p = 0; p < rows; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sum[p][v] += x[p * length + j] * column[v];
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < rows; p++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) STORE(z + p * outputs + v * LANES, sum[p][v]);
+}
+
+static void rows_times_weights(int rows, const float *x, int length, const float *w, float *z, int outputs) {
+    int c = 0;
+#if LANES == 16
+    for (; rows <= 4 && c + 4 * LANES <= outputs; c += 4 * LANES) rows_tile(4, 4, x, length, w + c, z + c, outputs);
+    for (; c + 2 * LANES <= outputs; c += 2 * LANES)
+        if (rows > 4) rows_tile(8, 2, x, length, w + c, z + c, outputs);
+        else rows_tile(4, 2, x, length, w + c, z + c, outputs);
+    if (c < outputs)
+        if (rows > 4) rows_tile(8, 1, x, length, w + c, z + c, outputs);
+        else rows_tile(4, 1, x, length, w + c, z + c, outputs);
+#else
+    for (; c < outputs; c += BLOCK)
+        for (int p = 0; p < rows; p += 4)
+            rows_tile(4, BLOCK / LANES, x + p * length, length, w + c, z + p * outputs + c, outputs);
+#endif
+}
+
+/* Winograd's F(2x2, 3x3), Lavin and Gray (2016), arXiv 1509.09308: 16 products for four pixels, each of a sum of
+   pixels and one of taps, where taps times pixels are 36. For 3x3 taps at stride 1; `x` is the first pixel that they
+   reach, weights are (16, inputs, outputs). Tiles at the end of odd sides go over pixels that are there already. */
+enum { MOST_IN_TILES = 256 };
+
+static void convolve_tiles(const float *x, ptrdiff_t x_step, int inputs, const float *w, const float *bias, int adds,
+                           float *z, ptrdiff_t z_step, int outputs, int height, int width) {
+    float seen[16 * 8 * MOST_IN_TILES] __attribute__((aligned(64)));
+    float products[16 * 8 * MOST_IN_TILES] __attribute__((aligned(64)));
+    int across = (width + 1) / 2, total = across * ((height + 1) / 2);
+    for (int first = 0; first < total; first += 8) {
+        int count = total - first < 8 ? total - first : 8, rows[8], columns[8];
+        for (int t = 0; t < (count > 4 ? 8 : 4); t++) {
+            int tile = first + t < total ? first + t : total - 1, row = tile / across * 2, column = tile % across * 2;
+            rows[t] = row < height - 1 ? row : height - 2, columns[t] = column < width - 1 ? column : width - 2;
+            const float *corner = x + rows[t] * x_step + (ptrdiff_t)columns[t] * inputs;
+            for (int c = 0; c < inputs; c += LANES) {
+                vec half[4][4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    const float *at = corner + j * inputs + c;
+                    vec a = LOAD(at), b = LOAD(at + x_step), d = LOAD(at + 2 * x_step), e = LOAD(at + 3 * x_step);
+                    half[0][j] = a - d, half[1][j] = b + d, half[2][j] = d - b, half[3][j] = b - e;
+                }
+                float *target = seen + t * inputs + c;
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++, target += 4 * 8 * inputs) {
+                    vec a = half[i][0], b = half[i][1], d = half[i][2], e = half[i][3];
+                    STORE(target, a - d), STORE(target + 8 * inputs, b + d);
+                    STORE(target + 16 * inputs, d - b), STORE(target + 24 * inputs, b - e);
+                }
+            }
+        }
+        for (int p = 0; p < 16; p++) {
+            const float *taps = w + (ptrdiff_t)p * inputs * outputs;
+            rows_times_weights(count, seen + p * 8 * inputs, inputs, taps, products + p * 8 * outputs, outputs);
+        }
+        for (int t = 0; t < count; t++) {
+            int done_y = rows[t] & 1, done_x = columns[t] & 1;
+            for (int c = 0; c < outputs; c += LANES) {
+                const float *at = products + t * outputs + c;
+                float *corner = z + rows[t] * z_step + (ptrdiff_t)columns[t] * outputs + c;
+                vec half[2][4], start = bias ? LOAD(bias + c) : SPLAT(0.0f);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++, at += 8 * outputs) {
+                    vec a = LOAD(at), b = LOAD(at + 32 * outputs), d = LOAD(at + 64 * outputs), e = LOAD(at + 96 * outputs);
+                    half[0][j] = a + b + d, half[1][j] = b - d - e;
+                }
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++, corner += z_step) {
+                    vec left = half[i][0] + half[i][1] + half[i][2] + start;
+                    vec right = half[i][1] - half[i][2] - half[i][3] + start;
+                    if (i < done_y) continue;
+                    if (!done_x) STORE(corner, adds ? left + LOAD(corner) : left);
+                    STORE(corner + outputs, adds ? right + LOAD(corner + outputs) : right);
+                }
+            }
+        }
+    }
+}
+
 static void convolve(const Operation *o, const Image *in, const Image *out, const float *weights, Memory m) {
     int total = out->height * out->width;
     ptrdiff_t step = pitch(in);
     const float *source[8], *x = values(m, in) - o->padding * (step + in->channels);
     float *target[8], *z = values(m, out);
+    if (o->by_tiles) {
+        convolve_tiles(x, step, in->channels, weights + o->weight, weights + o->bias, 0, z, pitch(out), out->channels,
+                       out->height, out->width);
+        return;
+    }
     for (int first = 0, row = 0, column = 0; first < total; first += 8) {
         int count = total - first < 8 ? total - first : 8;
         for (int p = 0; p < 8; p++) {
@@ -113,6 +223,12 @@ static void convolve_back(const Operation *o, const Image *in, const Image *out,
     ptrdiff_t step = gradient_pitch(out), width = gradient_pitch(in);
     const float *w = weights + o->backward_weight, *dz = gradient(m, out), *source[8];
     float *target[8], *dx = gradient(m, in);
+    if (o->by_tiles) {
+        int far = 2 - o->padding;
+        convolve_tiles(dz - far * (step + depth), step, depth, w, NULL, o->adds & 1, dx, width, channels, in->height,
+                       in->width);
+        return;
+    }
     for (int a = 0; a < s; a++)
         for (int b = 0; b < s; b++) {
             int first_y, first_x;
