@@ -376,7 +376,7 @@ class Plan:
 
 
 def _gain_by_tiles(weight: Tensor, sides: Sequence[int]) -> bool:
-    """Whether a convolution of stride 1, with channels as stored, has fewer products by tiles of 2x2 pixels."""
+    """Whether a convolution of stride 1, with channels as stored, has fewer products by tiles."""
     outputs, inputs, *kernel = weight.shape
     return kernel == [3, 3] and max(outputs, inputs) <= MOST_IN_TILES and min(sides) > 2
 
