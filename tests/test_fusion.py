@@ -195,8 +195,9 @@ def test_changes_through_data_are_seen_by_the_next_potential():
 
 
 @pytest.mark.usefixtures("in_c")
-def test_passes_in_c_on_two_threads_and_two_at_a_time_agree():
-    mix, x = diffused(2, 0, half=True) + diffused(3, 1, half=True), points(13, SHAPE)
+@pytest.mark.parametrize("rows", [13, 70], ids=["a network each", "half of the rows each"])
+def test_passes_in_c_on_two_threads_and_two_at_a_time_agree(rows):
+    mix, x = diffused(2, 0, half=True) + diffused(3, 1, half=True), points(rows, SHAPE)
     (group,) = Potential(mix, stack=False).plan.groups
     threads = torch.get_num_threads()
     try:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from composable_ebm.experts.networks.skeleton import REACH
 from composable_ebm.potential.forms import Evaluate
-from composable_ebm.potential.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.native import allowed, in_parts, library, parts_of, wanted
 from composable_ebm.potential.operations import Pullback
 from composable_ebm.potential.packed import Watch, hooked, version_of
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiffusedPass"]
 
+TOGETHER = 32  # rows, as in perceptrons.c
 INPUTS, OUTPUTS = 16, 64  # sizes are rounded up to multiples of these, with zeros
 SKELETON = ("mean", "axes", "variances", "residual", "spread", "frequencies", "signs")
 MODULATED = ("from_components", "second", "third")
@@ -327,28 +328,36 @@ class _InC:
         return level
 
     def __call__(self, x: Tensor, level: Level) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        functions, total = library(), len(x)
-        states = x.contiguous()
+        functions, total = library(), x.shape[0]
+        states, shares = x.contiguous(), _shares(self.networks, total)
         size = functions.perceptron_memory(ctypes.byref(self.product), total)
-        memory = self.memory.pop() if self.memory else states.new_empty(size)
-        if len(memory) < size:
-            memory = states.new_empty(size)
+        memory = self.memory.pop() if self.memory else states.new_empty(shares, size)
+        if memory.shape[0] < shares or memory.shape[1] < size:
+            memory = states.new_empty(shares, size)
         outputs = states.new_empty(self.networks, total, self.values)
 
-        def call(function: Callable[..., None], *tensors: Tensor) -> None:
-            pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, memory)]
+        def call(function: Callable[..., None], given: Tensor, into: Tensor) -> None:
+            """Computes what goes `into` a tensor for each share."""
+            pairs = zip(into, memory, strict=False)
+            places = [[ctypes.c_void_p(t.data_ptr()) for t in (given, *pair)] for pair in pairs]
 
             def run(part: int, first: int, count: int) -> None:
-                function(ctypes.byref(self.product), ctypes.byref(level), first, count, total, *pointers)
+                which, share = (0, self.networks, first, count), 0
+                if shares > 1:
+                    which, share = (first, first + count, 0, total), part
+                function(ctypes.byref(self.product), ctypes.byref(level), *which, total, *places[share])
 
-            in_parts(total, 4, run)
+            if shares > 1:
+                in_parts(self.networks, shares, run)
+            else:
+                in_parts(total, parts_of(total), run)
 
-        call(functions.perceptron_outputs, states, outputs)
+        call(functions.perceptron_outputs, states, outputs.expand(shares, *outputs.shape))
 
         def pull_back(cotangent: Tensor) -> Tensor:
-            gradient = torch.empty_like(states)
-            call(functions.perceptron_gradient, cotangent.contiguous(), gradient)
-            return gradient
+            gradients = states.new_empty(shares, *states.shape)
+            call(functions.perceptron_gradient, cotangent.contiguous(), gradients)
+            return gradients[0] if shares == 1 else gradients.sum(0)
 
         # Used again as soon as nobody can pull back any more: fresh memory is slow to come by.
         weakref.finalize(pull_back, self.memory.append, memory)
@@ -360,6 +369,17 @@ class _InC:
 
     def _matrix(self, half: Tensor, inputs: int) -> Matrix:
         return Matrix(self._keep(half), inputs, half.shape[1])
+
+
+def _shares(networks: int, rows: int) -> int:
+    """Into how many shares of networks the work goes on several threads; 1 where threads share rows instead.
+
+    A thread reads the weights of its networks alone, which pays where it would read all of them for fewer
+    rows than go together.
+    """
+    threads = torch.get_num_threads()
+    evenly = -(-networks // threads) * threads <= 1.25 * networks
+    return threads if evenly and rows < TOGETHER * threads else 1
 
 
 def _weights(network: DiffusedEnergy) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.potential.forms.mixing import MIXING, with_mixings
-from composable_ebm.potential.native import allowed, in_parts, library, wanted
+from composable_ebm.potential.native import allowed, in_parts, library, parts_of, wanted
 from composable_ebm.potential.native.layout import BLOCK, Image, Operation
 from composable_ebm.potential.native.plan import (
     ACTIVATIONS,
@@ -288,4 +288,4 @@ class NativeNetwork:
             memory = ctypes.c_void_p(self._memory[part].data_ptr())
             function(ctypes.byref(self._network), first, rows, *pointers, memory)
 
-        in_parts(given.shape[0], 4, run)
+        in_parts(given.shape[0], parts_of(given.shape[0]), run)

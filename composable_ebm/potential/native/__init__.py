@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["NativeUnavailable", "allowed", "build", "decide_now", "in_parts", "library", "wanted"]
+__all__ = ["NativeUnavailable", "allowed", "build", "decide_now", "in_parts", "library", "parts_of", "wanted"]
 
 FLAGS = ("-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
@@ -152,28 +152,33 @@ def allowed(operations: float) -> bool:
     return True
 
 
-def in_parts(rows: int, at_least: int, run: Callable[[int, int, int], None]) -> None:
-    """Calls `run(part, first, count)` for equal parts of the rows, one on each of PyTorch's threads.
+def in_parts(count: int, parts: int, run: Callable[[int, int, int], None]) -> None:
+    """Calls `run(part, first, count)` for equal parts of what there is, one on each of PyTorch's threads.
 
     Those are OpenMP's, and no others: after each operation of PyTorch they wait for the next one at full
     speed, for milliseconds, and would take half a core from threads of another kind.
 
     Args:
-        rows: How many there are.
-        at_least: A part has so many, or is the only one.
+        count: How many rows (or networks) there are.
+        parts: Into how many to part them, see `parts_of`.
         run: Calls a function of the library, which runs without Python's lock.
     """
-    parts = max(1, min(torch.get_num_threads(), rows // at_least))
+    ends = [count * part // parts for part in range(parts + 1)]
     if parts == 1 or (team := _team()) is None:
-        run(0, 0, rows)
+        for part in range(parts):
+            run(part, ends[part], ends[part + 1] - ends[part])
         return
-    ends = [rows * part // parts for part in range(parts + 1)]
 
     def work(_: object) -> None:
         for part in range(team.omp_get_thread_num(), parts, team.omp_get_num_threads()):
             run(part, ends[part], ends[part + 1] - ends[part])
 
     team.GOMP_parallel(_WORK(work), None, parts, 0)
+
+
+def parts_of(rows: int) -> int:
+    """How many threads rows are for: each has four at least, or is the only one."""
+    return max(1, min(torch.get_num_threads(), rows // 4))
 
 
 _WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

@@ -215,6 +215,11 @@ static Memory divided(const Product *p, ptrdiff_t total, float *memory) {
     return m;
 }
 
+/* The networks that one call is about: their part of the outputs, or of a gradient, which is the sum of such parts. */
+typedef struct {
+    int from, until;
+} Share;
+
 static void clear(float *buffer, int rows, ptrdiff_t step) { memset(buffer, 0, rows * step * sizeof(float)); }
 
 /* h (+)= silu(a) of a = z gain + bias; the derivative by z over z. */
@@ -233,7 +238,7 @@ static const float *modulation_of(const Product *p, const Level *l, int network,
     return l->modulation + (at * 6 + 2 * layer) * p->hidden;
 }
 
-static void outputs_of(const Product *p, const Level *l, const Memory *m, int first, int rows, int total,
+static void outputs_of(const Product *p, const Level *l, const Memory *m, Share s, int first, int rows, int total,
                        const float *x, float *outputs) {
     ptrdiff_t step = l->rows > 1;
     float gaussian[TOGETHER];
@@ -264,7 +269,7 @@ static void outputs_of(const Product *p, const Level *l, const Memory *m, int fi
         }
         gaussian[r - first] = (gaussian[r - first] + sum_of(sum)) / 2;
     }
-    for (int n = 0; n < p->networks; n++) {
+    for (int n = s.from; n < s.until; n++) {
         const Network *net = p->network + n;
         float *z = m->first + n * m->network + first * m->step;
         float *heads = m->first + n * m->network + 3 * m->layer + first * m->head_step;
@@ -299,7 +304,7 @@ static void outputs_of(const Product *p, const Level *l, const Memory *m, int fi
     }
 }
 
-static void gradient_of(const Product *p, const Level *l, const Memory *m, int first, int rows, int total,
+static void gradient_of(const Product *p, const Level *l, const Memory *m, Share s, int first, int rows, int total,
                         const float *cotangents, float *gradient) {
     ptrdiff_t step = l->rows > 1;
     float everything[TOGETHER] = {0};
@@ -307,7 +312,7 @@ static void gradient_of(const Product *p, const Level *l, const Memory *m, int f
     float *dx = m->dx + first * m->wide, *scaled = m->scaled + first * m->along_step;
     clear(dx, rows, m->wide);
     clear(scaled, rows, m->along_step);
-    for (int n = p->networks - 1; n >= 0; n--) { /* the last one is still in the cache */
+    for (int n = s.until - 1; n >= s.from; n--) { /* the last one is still in the cache */
         const Network *net = p->network + n;
         float *slope = m->first + n * m->network + first * m->step;
         const float *heads = m->first + n * m->network + 3 * m->layer + first * m->head_step;
@@ -362,26 +367,26 @@ size_t perceptron_memory(const Product *p, int total) {
     return divided(p, total, &none).size;
 }
 
-/* outputs (networks, total, values) at x (total, pixels), for rows first .. first + rows. */
-void perceptron_outputs(const Product *p, const Level *l, int first, int rows, int total, const float *x,
-                        float *outputs, float *memory) {
+/* outputs (networks, total, values) at x (total, pixels), of networks from .. until, for rows first .. first + rows. */
+void perceptron_outputs(const Product *p, const Level *l, int from, int until, int first, int rows, int total,
+                        const float *x, float *outputs, float *memory) {
     mode before = without_denormals();
     Memory m = divided(p, total, memory);
     for (int r = 0; r < rows; r += TOGETHER) {
         int count = rows - r < TOGETHER ? rows - r : TOGETHER;
-        outputs_of(p, l, &m, first + r, count, total, x, outputs);
+        outputs_of(p, l, &m, (Share){from, until}, first + r, count, total, x, outputs);
     }
     back_to(before);
 }
 
 /* gradient (total, pixels) of Σ cotangent · output, of the outputs last computed in `memory`. */
-void perceptron_gradient(const Product *p, const Level *l, int first, int rows, int total,
+void perceptron_gradient(const Product *p, const Level *l, int from, int until, int first, int rows, int total,
                          const float *cotangents, float *gradient, float *memory) {
     mode before = without_denormals();
     Memory m = divided(p, total, memory);
     for (int r = 0; r < rows; r += TOGETHER) {
         int count = rows - r < TOGETHER ? rows - r : TOGETHER;
-        gradient_of(p, l, &m, first + r, count, total, cotangents, gradient);
+        gradient_of(p, l, &m, (Share){from, until}, first + r, count, total, cotangents, gradient);
     }
     back_to(before);
 }
