@@ -22,8 +22,11 @@ int main(void) {
     float *x = block((size_t)batch * pixels * sizeof(float)), *cotangents = block(batch * n[3] * sizeof(float));
     float *outputs = calloc(batch * n[3], sizeof(float)), *gradients = calloc((size_t)batch * pixels, sizeof(float));
     float *kept = calloc((size_t)batch * n[5], sizeof(float)), *memory = calloc(n[6], sizeof(float));
-    network_outputs(&network, 0, batch, x, outputs, NULL, kept, memory);
-    network_gradient(&network, 0, batch, cotangents, gradients, kept, memory);
+    Work there = {.subject = &network, .given = x, .into = outputs, .kept = kept, .memory = memory, .size = n[6],
+                  .total = batch, .parts = 1}, back = there;
+    back.given = cotangents, back.into = gradients;
+    network_outputs(&there, 0);
+    network_gradient(&back, 0);
     fwrite(outputs, sizeof(float), batch * n[3], stdout);
     fwrite(gradients, sizeof(float), (size_t)batch * pixels, stdout);
     return lanes() == LANES ? 0 : 3;

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from composable_ebm.experts.networks.skeleton import REACH
 from composable_ebm.potential.forms import Evaluate
-from composable_ebm.potential.native import allowed, in_parts, library, parts_of, wanted
+from composable_ebm.potential.native import Work, allowed, carry_out, library, parts_of, wanted
 from composable_ebm.potential.operations import Pullback
 from composable_ebm.potential.packed import Watch, hooked, version_of
 
@@ -328,35 +328,27 @@ class _InC:
         return level
 
     def __call__(self, x: Tensor, level: Level) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        functions, total = library(), x.shape[0]
-        states, shares = x.contiguous(), _shares(self.networks, total)
-        size = functions.perceptron_memory(ctypes.byref(self.product), total)
+        states, total = x.contiguous(), x.shape[0]
+        shares = _shares(self.networks, total)
+        size = library().perceptron_memory(ctypes.byref(self.product), total)
         memory = self.memory.pop() if self.memory else states.new_empty(shares, size)
         if memory.shape[0] < shares or memory.shape[1] < size:
             memory = states.new_empty(shares, size)
         outputs = states.new_empty(self.networks, total, self.values)
 
-        def call(function: Callable[..., None], given: Tensor, into: Tensor) -> None:
-            """Computes what goes `into` a tensor for each share."""
-            pairs = zip(into, memory, strict=False)
-            places = [[ctypes.c_void_p(t.data_ptr()) for t in (given, *pair)] for pair in pairs]
+        def call(name: str, given: Tensor, into: Tensor) -> None:
+            work = Work(
+                ctypes.addressof(self.product), ctypes.addressof(level), size=memory.shape[1], total=total
+            )
+            work.given, work.into, work.memory = given.data_ptr(), into.data_ptr(), memory.data_ptr()
+            work.parts, work.by_networks = (shares, 1) if shares > 1 else (parts_of(total), 0)
+            carry_out(name, work)
 
-            def run(part: int, first: int, count: int) -> None:
-                which, share = (0, self.networks, first, count), 0
-                if shares > 1:
-                    which, share = (first, first + count, 0, total), part
-                function(ctypes.byref(self.product), ctypes.byref(level), *which, total, *places[share])
-
-            if shares > 1:
-                in_parts(self.networks, shares, run)
-            else:
-                in_parts(total, parts_of(total), run)
-
-        call(functions.perceptron_outputs, states, outputs.expand(shares, *outputs.shape))
+        call("perceptron_outputs", states, outputs)
 
         def pull_back(cotangent: Tensor) -> Tensor:
             gradients = states.new_empty(shares, *states.shape)
-            call(functions.perceptron_gradient, cotangent.contiguous(), gradients)
+            call("perceptron_gradient", cotangent.contiguous(), gradients)
             return gradients[0] if shares == 1 else gradients.sum(0)
 
         # Used again as soon as nobody can pull back any more: fresh memory is slow to come by.

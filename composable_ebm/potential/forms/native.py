@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from composable_ebm.potential.forms.mixing import MIXING, with_mixings
-from composable_ebm.potential.native import allowed, in_parts, library, parts_of, wanted
+from composable_ebm.potential.native import Work, allowed, carry_out, parts_of, wanted
 from composable_ebm.potential.native.layout import BLOCK, Image, Operation
 from composable_ebm.potential.native.plan import (
     ACTIVATIONS,
@@ -233,7 +233,7 @@ class NativeNetwork:
             int(plan.thin),
             int(len(part.input.shape) == 3),
         )
-        self._memory: list[Tensor] = []
+        self._memory = torch.zeros(0, self._network.memory)
         self._kept: list[Tensor] = []
         self._varying = [(part.levels.index(value), slice(*place)) for value, *place in plan.varying]
         self._levels: tuple[Tensor, ...] = ()
@@ -254,16 +254,16 @@ class NativeNetwork:
         outputs = x.new_empty(x.shape[0], *self.part.output.shape[1:])
         if self.outputs == 1:  # cotangents only scale the gradient, so it comes with the outputs
             gradient = torch.empty_like(x)
-            self._run("network_outputs", x, outputs, gradient, None)
+            self._run("network_outputs", x, outputs, gradients=gradient.data_ptr())
             return outputs, lambda g: self._scaled(gradient, g)
         size = x.shape[0] * self._network.kept
         kept = self._kept.pop() if self._kept else x.new_zeros(size)
         kept = kept if len(kept) >= size else x.new_zeros(size)
-        self._run("network_outputs", x, outputs, None, kept)
+        self._run("network_outputs", x, outputs, kept=kept.data_ptr())
 
         def pull(g: Tensor) -> Tensor:
             gradient = torch.empty_like(x)
-            self._run("network_gradient", g.contiguous(), gradient, kept)
+            self._run("network_gradient", g.contiguous(), gradient, kept=kept.data_ptr())
             if not self._kept:
                 self._kept.append(kept)
             return gradient
@@ -276,16 +276,11 @@ class NativeNetwork:
             self._cotangent, self._is_one = cotangent, bool((cotangent == 1).all())
         return gradient if self._is_one else gradient * cotangent.reshape(-1, *[1] * (gradient.ndim - 1))
 
-    def _run(self, name: str, *tensors: Tensor | None) -> None:
-        function = getattr(library(), name)
-        while len(self._memory) < torch.get_num_threads():
-            self._memory.append(torch.zeros(self._network.memory))
-        pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        given = tensors[0]
-        assert given is not None
-
-        def run(part: int, first: int, rows: int) -> None:
-            memory = ctypes.c_void_p(self._memory[part].data_ptr())
-            function(ctypes.byref(self._network), first, rows, *pointers, memory)
-
-        in_parts(given.shape[0], parts_of(given.shape[0]), run)
+    def _run(self, name: str, given: Tensor, into: Tensor, **more: int) -> None:
+        total = given.shape[0]
+        parts, size = parts_of(total), self._network.memory
+        if self._memory.shape[0] < parts:
+            self._memory = torch.zeros(parts, size)
+        places = {"given": given.data_ptr(), "into": into.data_ptr(), "memory": self._memory.data_ptr()}
+        subject = ctypes.addressof(self._network)
+        carry_out(name, Work(subject, size=size, total=total, parts=parts, **places, **more))

@@ -22,17 +22,19 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-__all__ = ["NativeUnavailable", "allowed", "build", "decide_now", "in_parts", "library", "parts_of", "wanted"]
+__all__ = [
+    *("NativeUnavailable", "Work", "allowed", "build", "carry_out", "decide_now"),
+    *("library", "parts_of", "wanted"),
+]
 
 FLAGS = ("-O3", "-ffp-contract=fast", "-shared", "-fPIC")
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "convolutions.c", FOLDER / "perceptrons.c")
-HEADERS = tuple(FOLDER / f"{name}.h" for name in ("vectors", "images", "products", "pointwise"))
+HEADERS = tuple(FOLDER / f"{name}.h" for name in ("vectors", "images", "products", "pointwise", "work"))
 PATIENCE = 4.0
 RATE = 30e9  # operations a second before compiling, for the count of seconds
 
@@ -152,28 +154,22 @@ def allowed(operations: float) -> bool:
     return True
 
 
-def in_parts(count: int, parts: int, run: Callable[[int, int, int], None]) -> None:
-    """Calls `run(part, first, count)` for equal parts of what there is, one on each of PyTorch's threads.
+def carry_out(name: str, work: Work) -> None:
+    """Calls a function of the library for each part of the work, one on each of PyTorch's threads.
 
     Those are OpenMP's, and no others: after each operation of PyTorch they wait for the next one at full
     speed, for milliseconds, and would take half a core from threads of another kind.
-
-    Args:
-        count: How many rows (or networks) there are.
-        parts: Into how many to part them, see `parts_of`.
-        run: Calls a function of the library, which runs without Python's lock.
     """
-    ends = [count * part // parts for part in range(parts + 1)]
-    if parts == 1 or (team := _team()) is None:
-        for part in range(parts):
-            run(part, ends[part], ends[part + 1] - ends[part])
+    functions = library()
+    function = getattr(functions, name)
+    if work.parts == 1 or (team := _team()) is None:
+        for part in range(work.parts):
+            function(ctypes.byref(work), part)
         return
-
-    def work(_: object) -> None:
-        for part in range(team.omp_get_thread_num(), parts, team.omp_get_num_threads()):
-            run(part, ends[part], ends[part + 1] - ends[part])
-
-    team.GOMP_parallel(_WORK(work), None, parts, 0)
+    asks = (team.omp_get_thread_num, team.omp_get_num_threads)
+    addresses = [ctypes.cast(each, ctypes.c_void_p).value for each in (function, *asks)]
+    shared = _Team(addresses[0], ctypes.addressof(work), *addresses[1:])
+    team.GOMP_parallel(functions.in_team, ctypes.byref(shared), work.parts, 0)
 
 
 def parts_of(rows: int) -> int:
@@ -181,7 +177,21 @@ def parts_of(rows: int) -> int:
     return max(1, min(torch.get_num_threads(), rows // 4))
 
 
-_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+class Work(ctypes.Structure):
+    """As in work.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("subject", "level")),
+        *((name, ctypes.c_void_p) for name in ("given", "into", "gradients", "kept", "memory")),
+        ("size", ctypes.c_size_t),
+        *((name, ctypes.c_int) for name in ("total", "parts", "by_networks")),
+    )
+
+
+class _Team(ctypes.Structure):
+    """As `Team` in convolutions.c."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("function", "work", "number", "count"))
 
 
 @functools.cache

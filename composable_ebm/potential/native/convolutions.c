@@ -8,6 +8,7 @@
 
 #include "pointwise.h"
 #include "products.h"
+#include "work.h"
 
 static void forward(const Operation *ops, int count, const Image *images, const float *weights, Memory m) {
     for (const Operation *o = ops; o < ops + count; o++) {
@@ -120,30 +121,42 @@ static void gradient_of(const Network *n, const float *cotangents, float *dx, Me
     if (!n->thin) give(in, n->channels, n->tokens, gradient(m, in), gradient_pitch(in), dx);
 }
 
-/* Outputs of images first .. first + rows, (images, outputs). `kept` has n->kept floats for each image, and
-   `memory` n->memory. With gradients (images, ...) not NULL, those of the first
-   output come at once, and nothing is kept. */
-void network_outputs(const Network *n, int first, int rows, const float *images, float *outputs,
-                     float *gradients, float *kept, float *memory) {
+/* Outputs of images, (images, outputs). `kept` has n->kept floats for each image, and parts have n->memory.
+   With gradients (images, ...) not NULL, those of the first output come at once, and nothing is kept. */
+void network_outputs(const Work *w, int part) {
+    const Network *n = w->subject;
     mode before = without_denormals();
     ptrdiff_t size = (ptrdiff_t)n->channels * n->images->height * n->images->width;
+    float *memory = w->memory + part * w->size;
     const float one = 1.0f;
-    for (int i = first; i < first + rows; i++) {
-        Memory m = {gradients ? memory : kept + (ptrdiff_t)i * n->kept, memory + n->kept, n->kept};
-        outputs_of(n, images + i * size, outputs + (ptrdiff_t)i * n->outputs, m);
-        if (gradients) gradient_of(n, &one, gradients + i * size, m);
+    for (int i = start_of(w, part, w->total); i < start_of(w, part + 1, w->total); i++) {
+        Memory m = {w->gradients ? memory : w->kept + (ptrdiff_t)i * n->kept, memory + n->kept, n->kept};
+        outputs_of(n, w->given + i * size, w->into + (ptrdiff_t)i * n->outputs, m);
+        if (w->gradients) gradient_of(n, &one, w->gradients + i * size, m);
     }
     back_to(before);
 }
 
 /* Gradients of Σ cotangent · output, of the images whose outputs were taken last. */
-void network_gradient(const Network *n, int first, int rows, const float *cotangents, float *gradients,
-                      float *kept, float *memory) {
+void network_gradient(const Work *w, int part) {
+    const Network *n = w->subject;
     mode before = without_denormals();
     ptrdiff_t size = (ptrdiff_t)n->channels * n->images->height * n->images->width;
-    for (int i = first; i < first + rows; i++) {
-        Memory m = {kept + (ptrdiff_t)i * n->kept, memory + n->kept, n->kept};
-        gradient_of(n, cotangents + (ptrdiff_t)i * n->outputs, gradients + i * size, m);
+    float *memory = w->memory + part * w->size;
+    for (int i = start_of(w, part, w->total); i < start_of(w, part + 1, w->total); i++) {
+        Memory m = {w->kept + (ptrdiff_t)i * n->kept, memory + n->kept, n->kept};
+        gradient_of(n, w->given + (ptrdiff_t)i * n->outputs, w->into + i * size, m);
     }
     back_to(before);
+}
+
+/* What every thread of OpenMP's does of some work: `number` and `count` are OpenMP's own functions. */
+typedef struct {
+    void (*function)(const Work *, int part);
+    const Work *work;
+    int (*number)(void), (*count)(void);
+} Team;
+
+void in_team(const Team *t) {
+    for (int part = t->number(); part < t->work->parts; part += t->count()) t->function(t->work, part);
 }

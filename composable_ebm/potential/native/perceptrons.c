@@ -9,6 +9,7 @@
    of a page, or neighbouring rows would fight for the same places in the cache. */
 
 #include "vectors.h"
+#include "work.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -215,9 +216,9 @@ static Memory divided(const Product *p, ptrdiff_t total, float *memory) {
     return m;
 }
 
-/* The networks that one call is about: their part of the outputs, or of a gradient, which is the sum of such parts. */
+/* What one part is about: networks from .. until, rows first .. end. */
 typedef struct {
-    int from, until;
+    int from, until, first, end;
 } Share;
 
 static void clear(float *buffer, int rows, ptrdiff_t step) { memset(buffer, 0, rows * step * sizeof(float)); }
@@ -367,26 +368,37 @@ size_t perceptron_memory(const Product *p, int total) {
     return divided(p, total, &none).size;
 }
 
-/* outputs (networks, total, values) at x (total, pixels), of networks from .. until, for rows first .. first + rows. */
-void perceptron_outputs(const Product *p, const Level *l, int from, int until, int first, int rows, int total,
-                        const float *x, float *outputs, float *memory) {
+/* Which networks and rows a part is about. */
+static Share share_of(const Work *w, int part, int networks) {
+    if (w->by_networks)
+        return (Share){start_of(w, part, networks), start_of(w, part + 1, networks), 0, w->total};
+    return (Share){0, networks, start_of(w, part, w->total), start_of(w, part + 1, w->total)};
+}
+
+/* outputs (networks, total, values) at states (total, pixels). Parts of the rows share memory. */
+void perceptron_outputs(const Work *w, int part) {
+    const Product *p = w->subject;
     mode before = without_denormals();
-    Memory m = divided(p, total, memory);
-    for (int r = 0; r < rows; r += TOGETHER) {
-        int count = rows - r < TOGETHER ? rows - r : TOGETHER;
-        outputs_of(p, l, &m, (Share){from, until}, first + r, count, total, x, outputs);
+    Share s = share_of(w, part, p->networks);
+    Memory m = divided(p, w->total, w->memory + (w->by_networks ? part * w->size : 0));
+    for (int r = s.first; r < s.end; r += TOGETHER) {
+        int count = s.end - r < TOGETHER ? s.end - r : TOGETHER;
+        outputs_of(p, w->level, &m, s, r, count, w->total, w->given, w->into);
     }
     back_to(before);
 }
 
-/* gradient (total, pixels) of Σ cotangent · output, of the outputs last computed in `memory`. */
-void perceptron_gradient(const Product *p, const Level *l, int from, int until, int first, int rows, int total,
-                         const float *cotangents, float *gradient, float *memory) {
+/* gradient (total, pixels) of Σ cotangent · output, of the outputs last computed in `memory`; one for each part
+   of the networks, whose sum it is. */
+void perceptron_gradient(const Work *w, int part) {
+    const Product *p = w->subject;
     mode before = without_denormals();
-    Memory m = divided(p, total, memory);
-    for (int r = 0; r < rows; r += TOGETHER) {
-        int count = rows - r < TOGETHER ? rows - r : TOGETHER;
-        gradient_of(p, l, &m, (Share){from, until}, first + r, count, total, cotangents, gradient);
+    Share s = share_of(w, part, p->networks);
+    Memory m = divided(p, w->total, w->memory + (w->by_networks ? part * w->size : 0));
+    float *gradient = w->into + (w->by_networks ? (ptrdiff_t)part * w->total * p->pixels : 0);
+    for (int r = s.first; r < s.end; r += TOGETHER) {
+        int count = s.end - r < TOGETHER ? s.end - r : TOGETHER;
+        gradient_of(p, w->level, &m, s, r, count, w->total, w->given, gradient);
     }
     back_to(before);
 }

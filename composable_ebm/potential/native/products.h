@@ -21,11 +21,11 @@ INLINE void tile(const int pixels, const int vectors, const float **x, int rows,
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             sum[p][v] = bias ? LOAD(bias + v * LANES) : adds ? LOAD(z[p] + v * LANES) : SPLAT(0.0f);
-    for (int r = 0; r < rows; r++) {
-        const float *source[8];
+    const float *source[8];
 #pragma GCC unroll 8
-        for (int p = 0; p < pixels; p++) source[p] = x[p] + r * row_step;
-        for (int j = 0; j < length; j++, w += w_step) {
+    for (int p = 0; p < pixels; p++) source[p] = x[p];
+    for (int r = 0; r < rows; r++)
+        for (ptrdiff_t j = r * row_step, end = j + length; j < end; j++, w += w_step) {
             vec column[4];
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) {
@@ -37,7 +37,6 @@ INLINE void tile(const int pixels, const int vectors, const float **x, int rows,
 #pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++) sum[p][v] += source[p][j] * column[v];
         }
-    }
 #pragma GCC unroll 8
     for (int p = 0; p < pixels; p++)
 #pragma GCC unroll 4
@@ -111,9 +110,10 @@ static void rows_times_weights(int rows, const float *x, int length, const float
     for (; c + 2 * LANES <= outputs; c += 2 * LANES)
         if (rows > 4) rows_tile(8, 2, x, length, w + c, z + c, outputs);
         else rows_tile(4, 2, x, length, w + c, z + c, outputs);
-    if (c < outputs)
+    if (c < outputs) {
         if (rows > 4) rows_tile(8, 1, x, length, w + c, z + c, outputs);
         else rows_tile(4, 1, x, length, w + c, z + c, outputs);
+    }
 #else
     for (; c < outputs; c += BLOCK)
         for (int p = 0; p < rows; p += 4)
