@@ -73,8 +73,8 @@ class TermCheck:
         return f"{share} do not satisfy {self.term}: its energy there is far above that of its own samples"
 
 
-def check_terms(potential: Potential, x: Tensor) -> list[TermCheck]:
-    """Holds the samples against each term of the composition.
+def check_terms(potential: Potential, x: Tensor) -> tuple[list[TermCheck], Tensor]:
+    """Holds the samples against each term of the composition, and tells their energies, (batch,).
 
     A value of an expert is failed by a state that the expert thinks likelier to be something else; any other
     term with positive weight by one whose energy lies above the term's own range, by more than the width of
@@ -114,7 +114,7 @@ def check_terms(potential: Potential, x: Tensor) -> list[TermCheck]:
                     None if probability is None else float(probability.mean()),
                 )
             )
-    return checks
+        return checks, composition.combine(leaves, coefficients)
 
 
 def _posterior(term: Energy, energies: Tensor, leaves: Mapping[Hashable, Tensor]) -> Tensor | None:

@@ -184,8 +184,7 @@ def conclude(
             trajectory = None if trajectory is None else trajectory[:, weighted.chosen]
             if potential.coefficients.ndim > 1:
                 potential = potential.at(coefficients=potential.coefficients[weighted.chosen])
-        checks = check_terms(potential, x)
-        energies = potential.energy(x)
+        checks, energies = check_terms(potential, x)
     divergence = divergence_of(rows)
     seconds = time.perf_counter() - start if x.device.type == "cpu" else _finished(start)
     if on_divergence == "raise" and divergence.any:
