@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,11 +134,15 @@ def test_real_images_are_as_far_from_real_images_as_the_reference_says(pool):
 def test_marginals_are_those_of_real_images_of_the_same_requests(pool):
     asked = [{"left": 1}] * 200
     seen = {"left": torch.ones(200, dtype=torch.int64), "right": torch.arange(200) % 4 // 3}
-    found = marginals(seen, asked, pool, ["left", "right"])
+    found = marginals(seen, asked, JUDGE, pool, ["left", "right"])
     assert set(found) == {"right"}
     assert found["right"]["shares"] == [0.75, 0.25]
     assert found["right"]["largest_difference"] == pytest.approx(0.25, abs=0.08)
     assert found["right"]["entropy_data"] == pytest.approx(math.log(2), abs=0.02)
+    # Labels that only one value has: the judge sees the other in the rest, as it does in samples.
+    right = pool.labels["right"]
+    bare = replace(pool, labels={**pool.labels, "right": torch.where(right == 1, -1, right)})
+    assert marginals(seen, asked, JUDGE, bare, ["right"]) == {"right": found["right"]}
 
 
 # -- NOT and OR ----------------------------------------------------------------------------------

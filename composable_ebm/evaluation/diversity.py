@@ -100,13 +100,19 @@ def diversity(
 
 
 def marginals(
-    seen: Mapping[str, Tensor], asked: Sequence[Request], pool: LabelledImages, names: Sequence[str]
+    seen: Mapping[str, Tensor],
+    asked: Sequence[Request],
+    judge: Judge,
+    pool: LabelledImages,
+    names: Sequence[str],
 ) -> dict[str, dict]:
     """Shares of the values of attributes that nobody asked for, beside those of matched real images.
 
     Args:
         seen: Attribute -> label of each sample.
         asked: What was asked of each.
+        judge: Says of real images without a label what it says of samples: which of eight colours grey
+            hair has, for instance.
         pool: Held-out images with labels.
         names: Attributes to report.
     """
@@ -116,7 +122,10 @@ def marginals(
         free = torch.tensor([name not in asked[i] for i in rows.tolist()], dtype=torch.bool)
         if int(free.sum()) < FEWEST or name not in seen:
             continue
-        real = pool.labels[name][torch.cat([first[free], second[free]])]
+        index = torch.cat([first[free], second[free]])
+        real = pool.labels[name][index].clone()
+        if (bare := real < 0).any():
+            real[bare] = judge.labels(pool.batch(index[bare]))[name]
         ours, theirs = (_shares(labels, len(pool.values[name])) for labels in (seen[name][rows[free]], real))
         found[name] = {
             "shares": [round(float(s), 4) for s in ours],

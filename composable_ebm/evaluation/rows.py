@@ -60,7 +60,7 @@ def evaluate_row(
         members = [i for i, request in enumerate(row.requests) if attribute in request]
         wanted = torch.tensor([row.requests[i][attribute] for i in members])
         found["attributes"][attribute] = round(float((seen[attribute][members] == wanted).float().mean()), 4)
-    found["free"] = marginals(seen, row.requests, pool, task.reported(pool))
+    found["free"] = marginals(seen, row.requests, first, pool, task.reported(pool))
     found.update(diversity(row.samples, row.requests, first, pool, train))
     return found
 
