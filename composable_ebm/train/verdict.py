@@ -135,7 +135,7 @@ def _lines(
             "Gaussian: less is better, and the two should be alike)"
         )
         if error > LEARNED:
-            problems.append(f"it has learned little more than a Gaussian, and {more}")
+            problems.append(f"of other pictures it knows little more than a Gaussian does, and {more}")
         elif error > OVERFIT * known:
             problems.append(
                 "it knows the pictures it learned from better than others: give it more pictures, or "
@@ -153,8 +153,8 @@ def _lines(
         problems.append(f"of {rare} it has seen too few pictures: give it more of them")
     if expert.base is not None and _gaussian_share(expert.base.card.metrics) > LEARNED:
         problems.append(
-            f"{expert.base.card.full_name}, from which its samples come, has learned little more than a "
-            "Gaussian: give that more pictures first, or --data.mirror where left and right are alike"
+            f"{expert.base.card.full_name}, from which its samples come, knows little more of other pictures "
+            "than a Gaussian does: give that more pictures first, or --data.mirror where left and right are alike"
         )
     ratio = figures["sample_distance"] / max(figures["heldout_distance"], 1e-6)
     lines.append(
