@@ -89,6 +89,8 @@ class Energy(nn.Module, ABC):
             the score is known: sums of such energies have the right gradient, see
             `known_by_gradient`, and whatever compares values refuses them.
         given_weight: Weight that `given` takes it with unless told otherwise.
+        doubt: How much it doubts one in ten pictures that are of its value, 1 - p(value | x); a tenth where
+            that was not measured. See `Particles(surest=True)`.
         wide_states: Whether states have 32 bits at least, where the network works in 16.
     Example:
         >>> both = smile + 2 * glasses        # p ∝ p_smile · p_glasses²
@@ -113,6 +115,7 @@ class Energy(nn.Module, ABC):
     likelihood: bool = False
     codec: Codec | None = None
     given_weight: float = 1.0
+    doubt: float = 0.1
     wide_states: bool = False
 
     is_sum: bool = True

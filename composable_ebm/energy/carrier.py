@@ -102,7 +102,9 @@ def _densities(energy: Energy, coefficients: Tensor) -> dict[Hashable, tuple[Ene
     return {density.key: (density, 1.0)}
 
 
-def settled(energy: Energy, energies: LeafEnergies, least: float = 0.5) -> dict[Hashable, Tensor] | None:
+def settled(
+    energy: Energy, energies: LeafEnergies, doubts: Mapping[Hashable, float] = {}
+) -> dict[Hashable, Tensor] | None:
     """The energies of leaves with every posterior replaced by its verdict: certain, or impossible.
 
     `energy.combine(settled(energy, energies), coefficients)` is E_c where the request is met, and
@@ -111,7 +113,7 @@ def settled(energy: Energy, energies: LeafEnergies, least: float = 0.5) -> dict[
     Args:
         energy: A composition.
         energies: Those of its leaves and of their marginals, by key, (batch,) each.
-        least: The probability that makes a verdict.
+        doubts: 1 - p(a | x) up to which a verdict is yes, by the key of a leaf; a half unless given.
     Returns:
         None where no verdict can be given: an expert is divided by, or there is none.
     """
@@ -125,7 +127,7 @@ def settled(energy: Energy, energies: LeafEnergies, least: float = 0.5) -> dict[
         if leaf.key in against:
             return None
         ground = torch.zeros_like(energies[leaf.key]) if marginal is None else energies[marginal.key]
-        no = energies[leaf.key] - ground > -math.log(least)
+        no = energies[leaf.key] - ground > -math.log1p(-doubts.get(leaf.key, 0.5))
         replaced[leaf.key] = ground + AGAINST * no
         found = True
     return replaced if found else None
@@ -145,7 +147,10 @@ def _denied(energy: Energy, sign: float = 1.0) -> set[Hashable]:
 
 
 def satisfied(
-    energy: Energy, energies: LeafEnergies, coefficients: Tensor, least: float = 0.5
+    energy: Energy,
+    energies: LeafEnergies,
+    coefficients: Tensor,
+    doubts: Mapping[Hashable, float] = {},
 ) -> Tensor | None:
     """Which states meet a composition by the verdicts of its experts, (batch,).
 
@@ -155,11 +160,11 @@ def satisfied(
         energy: A composition.
         energies: Those of its leaves and of their marginals, by key, (batch,) each.
         coefficients: Those of the composition, (n,) or (batch, n).
-        least: The probability that makes a verdict.
+        doubts: Those of the leaves, see `settled`.
     Returns:
         None where no verdict can be given, see `settled`.
     """
-    replaced = settled(energy, energies, least)
+    replaced = settled(energy, energies, doubts)
     if replaced is None:
         return None
     met: Mapping[Hashable, Tensor] = {key: _met(energies[key], value) for key, value in replaced.items()}

@@ -90,6 +90,7 @@ class Expert(Energy):
         self.binary = getattr(network, "binary", False)
         self.given_weight = card.weight
         self.temperature = card.temperature
+        self.doubt = card.metrics.get("heldout_doubt", self.doubt)
         self.energy_range = card.energy_range.get("any" if value is None else card.values[value])
         self.posterior = None if base is None or value is None else Posterior(self)
         if base is not None:
@@ -214,6 +215,7 @@ class Posterior(Energy):
         self.name = f"p({expert.card.attribute} = {expert.card.values[expert.value or 0]} | x)"
         self.event_shape, self.data_range = expert.event_shape, expert.data_range
         self.noise_conditioned = expert.noise_conditioned
+        self.doubt = expert.doubt
 
     def body(self) -> nn.Module:
         return self.network

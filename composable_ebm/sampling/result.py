@@ -28,9 +28,10 @@ STUCK = 0.01
 UNMIXED = 1.1
 ENOUGH_DRAWS = 100
 """Steps from which R-hat is held against a run."""
-SURE = (0.9, 0.8)
-"""How sure experts should be of samples where their verdict is asked for and particles are to spare: a model
-draws pictures that are between two values, where data has few."""
+LEAST_DOUBT, DOUBT, MOST_DOUBT = 1e-5, 0.1, 0.2
+"""How much experts may doubt samples where their verdict is asked for and particles are to spare: as little
+as nine in ten pictures, but a tenth at most; a fifth if that is asking too much. A model draws pictures that
+are between two values, where data has few."""
 
 __all__ = ["SampleResult", "TermCheck", "check_terms", "draw_from"]
 
@@ -221,12 +222,28 @@ def _in_proportion(
 def _surest(
     composition: Energy, energies: Mapping[Hashable, Tensor], coefficients: Tensor, count: int
 ) -> Tensor | None:
-    """The particles of the strictest verdict in `SURE` that `count` of them meet, (particles,), or None."""
-    for least in SURE:
-        met = satisfied(composition, energies, coefficients, least)
+    """The particles of the strictest verdict that `count` of them meet, (particles,), or None.
+
+    Of pictures' doubts first, then of ten times as much, and so on. Not so with an OR, of which the surer
+    component would be drawn alone.
+    """
+    leaves = {leaf.key: leaf.doubt for leaf in composition.leaves()}
+    factors = () if _has_alternatives(composition) else (1, 10, 100, 1000)
+    verdicts = [
+        {key: min(max(doubt, LEAST_DOUBT) * f, DOUBT) for key, doubt in leaves.items()} for f in factors
+    ]
+    for doubts in (*verdicts, dict.fromkeys(leaves, DOUBT), dict.fromkeys(leaves, MOST_DOUBT)):
+        met = satisfied(composition, energies, coefficients, doubts)
         if met is not None and int(met.sum()) >= count:
             return met
     return None
+
+
+def _has_alternatives(composition: Energy) -> bool:
+    """Whether there is an OR in a composition."""
+    return isinstance(composition, Mixture) or any(
+        map(_has_alternatives, getattr(composition, "operands", ()))
+    )
 
 
 def leaf_energies(composition: Energy, x: Tensor, noise_level: Tensor | None) -> dict[Hashable, Tensor]:

@@ -20,6 +20,7 @@ from composable_ebm.files import write_atomic
 from composable_ebm.sampling.engine import Engine
 from composable_ebm.train.config import TrainConfig
 
+DOUBTED = 0.9  # share of held-out pictures that are doubted less than an expert's `doubt`
 HELD_OUT = 1024
 DENOISING_LEVELS = (0.1, 0.3, 1.0)
 METRICS = "metrics.jsonl"
@@ -57,7 +58,8 @@ def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
     Returns:
         `heldout_energy` and `noise_energy`, means over data and noise in nats under the right labels,
         and `heldout_cd`, their difference, which falls as the expert learns, if it has energies;
-        `heldout_accuracy` of choosing the value with the least energy, if it has several;
+        `heldout_accuracy` of choosing the value with the least energy, and `heldout_doubt`, which
+        1 - p(y | x) of the right value exceeds for one picture in ten, if it has several;
         `heldout_denoising`, its denoising error over that which its Gaussian skeleton expects,
         `heldout_gaussian`, that of the skeleton alone on the same images, and `heldout_loss`, the first and
         half the cross entropy of its values at the same noise, if it has a skeleton; that cross entropy
@@ -91,6 +93,8 @@ def held_out_metrics(expert: Expert, data: LabelledImages) -> dict[str, float]:
         metrics["heldout_cd"] = float(energy - noise_energy)
     if outputs.shape[1] > 1:
         metrics["heldout_accuracy"] = float((outputs.argmin(1) == labels).float().mean())
+        right = (-outputs.double()).log_softmax(1).gather(1, labels[:, None])
+        metrics["heldout_doubt"] = float((-torch.expm1(right)).quantile(DOUBTED))
     if isinstance(expert.network, GaussianSkeleton):
         metrics |= _denoising(expert.network, x, labels, generator)
     elif expert.noise_conditioned and outputs.shape[1] > 1:

@@ -154,7 +154,8 @@ def _lines(
     if expert.base is not None and _gaussian_share(expert.base.card.metrics) > LEARNED:
         problems.append(
             f"{expert.base.card.full_name}, from which its samples come, knows little more of other pictures "
-            "than a Gaussian does: give that more pictures first, or --data.mirror where left and right are alike"
+            "than a Gaussian does: give that more pictures first, or --data.mirror where left and right are "
+            "alike"
         )
     ratio = figures["sample_distance"] / max(figures["heldout_distance"], 1e-6)
     lines.append(
