@@ -3,7 +3,8 @@
 PYTHONPATH=. python benchmarks/sheets.py portraits --out docs/images/portraits.png
 PYTHONPATH=. python benchmarks/sheets.py portraits --requests 6 --out docs/images/portraits_requests.png
 
-With `--requests`, every row is what one request of all attributes gives, beside held-out pictures that meet it.
+With `--requests`, every row is what one request of all attributes gives, beside held-out pictures that meet
+it.
 """
 
 import argparse
