@@ -156,7 +156,7 @@ def test_labels_of_one_classifier_are_evaluated_once():
     model.register_forward_hook(lambda *_: calls.append(1))
     both = ceb.from_classifier(model, 0) + 2 * ceb.from_classifier(model, 1)
     ceb.sample(both, init=points(), num_steps=0, sampler=ceb.Langevin(0.1))
-    assert len(calls) == 3  # the gradient at the start, the final energies, and the check of the terms
+    assert len(calls) == 2  # the gradient at the start; the final energies, and with them the check of terms
 
 
 def test_callable_module_brings_its_parameters():
